@@ -1,0 +1,32 @@
+# make test        set up .venv if needed, then lint, types, floors and the test suite (every notebook at smoke profile)
+# make reproduce   set up .venv if needed, then run every notebook and write figures, tables and an HTML report
+PYTHON ?= python3
+PROFILE ?= smoke
+JOBS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Two OpenMP threads on a shared two-core machine can be many times slower than one.
+export OMP_NUM_THREADS := 1
+# Nothing is downloaded: models are built from configs and trained here.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup test reproduce
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv (some minutes the first time) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+test: setup
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/mypy clairlib
+	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	$(BIN)/python -m pytest -n $(JOBS)
+
+reproduce: setup
+	$(BIN)/clair reproduce --profile $(PROFILE) --jobs $(JOBS)

@@ -1,0 +1,125 @@
+"""The clients' PEFT adapter folders as one set: names, one base model, the same modules and shapes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clairlib.factors import LowRank
+from clairlib.folders import REPORT, AdapterError
+from clairlib.lora import PICKLE, WEIGHTS, read_lora
+from clairlib.lora_config import CONFIG
+
+FEWEST_CLIENTS = 3  # with two nobody can say which of them differs
+RESERVED = {REPORT, "report.png"}
+
+
+@dataclass(frozen=True)
+class AdapterSet:
+    """The adapters of K clients on one base model.
+
+    Attributes
+    ----------
+    names : list[str]
+        Client names (the folders' names), K of them; the order of everything else.
+    folders : list[Path]
+        Where each came from.
+    configs : list[dict]
+        Each client's adapter_config.json.
+    modules : dict[str, list[LowRank]]
+        Module name (without PEFT's ``base_model.model.``) -> the K updates, in the dtype of the files.
+    """
+
+    names: list[str]
+    folders: list[Path]
+    configs: list[dict[str, Any]]
+    modules: dict[str, list[LowRank]]
+
+
+def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """Client name -> adapter folder, from adapter folders or from one parent folder of them.
+
+    In a parent folder every subfolder is a client, hidden ones aside; none is skipped for lacking a file.
+
+    Raises
+    ------
+    AdapterError
+        Fewer than three clients, two of one name, a name unfit for a folder of the output, or no such folder.
+    """
+    folders = [Path(os.path.abspath(path)) for path in paths]
+    for folder in folders:
+        if not folder.is_dir():
+            raise AdapterError(f"{str(folder)!r} is not a folder")
+    if len(folders) == 1 and not any((folders[0] / name).exists() for name in (CONFIG, WEIGHTS, PICKLE)):
+        folders = sorted(path for path in folders[0].iterdir() if path.is_dir() and path.name[0] != ".")
+    clients: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.name
+        if not name or not name.isprintable() or name in RESERVED:
+            raise AdapterError(f"{name!r} cannot be a client's name; rename the folder")
+        if name in clients:
+            where = f"{str(clients[name])!r} and {str(folder)!r}"
+            raise AdapterError(f"two clients have the name {name!r}: {where}")
+        clients[name] = folder
+    if len(clients) < FEWEST_CLIENTS:
+        found = f"{len(clients)} ({', '.join(clients)})" if clients else "none"
+        raise AdapterError(f"at least {FEWEST_CLIENTS} clients are needed, got {found}")
+    return clients
+
+
+def load_adapters(paths: Sequence[str | Path]) -> AdapterSet:
+    """Read the clients' adapters and check that they can be compared.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Adapter folders (adapter_config.json, adapter_model.safetensors), or one parent folder of them.
+
+    Raises
+    ------
+    AdapterError
+        One line naming the client and what is wrong with its folder, or how it differs from the others.
+    """
+    clients = client_folders(paths)
+    configs, updates = {}, {}
+    for name, folder in clients.items():
+        try:
+            configs[name], updates[name] = read_lora(folder)
+        except AdapterError as error:
+            raise AdapterError(f"client {name!r}: {error}") from error
+    _check_agreement(configs, updates)
+    modules = {module: [updates[name][module] for name in clients] for module in next(iter(updates.values()))}
+    return AdapterSet(list(clients), list(clients.values()), list(configs.values()), modules)
+
+
+def _check_agreement(configs: dict[str, dict[str, Any]], updates: dict[str, dict[str, LowRank]]) -> None:
+    if (odd := _odd_one_out({name: _base(config) for name, config in configs.items()})) is not None:
+        name, base, usual = odd
+        raise AdapterError(f"client {name!r} has base model {base}, other clients have {usual}")
+    if (odd := _odd_one_out({name: frozenset(own) for name, own in updates.items()})) is not None:
+        name, own, usual = odd
+        missing, extra = sorted(usual - own), sorted(own - usual)
+        what = f"lacks module {missing[0]!r}" if missing else f"has module {extra[0]!r}"
+        more = len(missing) + len(extra) - 1
+        rest = f" ({more} more {'difference' if more == 1 else 'differences'})" if more else ""
+        raise AdapterError(f"client {name!r} {what}, unlike the other clients{rest}")
+    for module in next(iter(updates.values())):
+        if (odd := _odd_one_out({name: own[module].shape for name, own in updates.items()})) is not None:
+            name, shape, usual = odd
+            raise AdapterError(f"client {name!r}: module {module!r} has shape {shape}, expected {usual}")
+
+
+def _odd_one_out(values: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """First client whose value is not the most frequent one: (client, its value, the usual value)."""
+    counts: Counter[Hashable] = Counter(values.values())
+    usual = counts.most_common(1)[0][0]
+    return next(((name, value, usual) for name, value in values.items() if value != usual), None)
+
+
+def _base(config: dict[str, Any]) -> str:
+    name, revision = config.get("base_model_name_or_path"), config.get("revision") or "main"
+    return repr(name) if revision == "main" else f"{name!r} revision {revision!r}"

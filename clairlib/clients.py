@@ -1,0 +1,130 @@
+"""Planted clients: updates that follow the shared-subspace model, contaminated ones among them, and the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Planted clients and what they were made of.
+
+    ``updates`` (K, p, q) = ``targets`` + noise; ``benign`` (K,) bool; ``basis`` U (p, r); ``common`` M (p, q);
+    ``noise`` the standard deviation of each entry's noise.
+    """
+
+    updates: Tensor
+    targets: Tensor
+    benign: Tensor
+    basis: Tensor
+    common: Tensor
+    noise: float
+
+    @property
+    def rank(self) -> int:
+        """Dimension r of the shared subspace."""
+        return self.basis.shape[1]
+
+
+def random_frame(p: int, r: int, *, generator: Generator) -> Tensor:
+    """Orthonormal basis (p, r) of a uniformly distributed subspace."""
+    Q, R = torch.linalg.qr(torch.randn(p, r, generator=generator, dtype=torch.float64))
+    return Q * R.diagonal().sign()
+
+
+def _coefficients(count: int, r: int, q: int, generator: Generator) -> Tensor:
+    """Client-specific coefficients (count, r, q): each of the r rows has unit expected squared norm."""
+    return torch.randn(count, r, q, generator=generator, dtype=torch.float64) / q**0.5
+
+
+def _common(p: int, q: int, size: float, generator: Generator) -> Tensor:
+    """Dense Gaussian matrix (p, q) of Frobenius norm ``size``."""
+    M = torch.randn(p, q, generator=generator, dtype=torch.float64)
+    return M * (size / torch.linalg.matrix_norm(M))
+
+
+def _unstructured(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
+    """Each contaminated client has an r-frame of its own: a random subspace and a random common part."""
+    return torch.stack([_coalition(one[None], r, size, generator)[0] for one in clean])
+
+
+def _dense(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
+    """Full-rank Gaussian updates of the same expected squared Frobenius norm as benign ones, r + size^2."""
+    count, p, q = clean.shape
+    return torch.randn(count, p, q, generator=generator, dtype=torch.float64) * ((r + size**2) / (p * q)) ** 0.5
+
+
+def _coalition(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
+    """Contaminated clients share one r-frame of their own: a subspace and a common part."""
+    count, p, q = clean.shape
+    frame = random_frame(p, r, generator=generator)
+    return _common(p, q, size, generator) + frame @ _coefficients(count, r, q, generator)
+
+
+def _sign_flip(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
+    """Contaminated clients send the negative of an honest update."""
+    return -clean
+
+
+CONTAMINATION: dict[str, Callable[[Tensor, int, float, Generator], Tensor]] = {
+    "unstructured": _unstructured,
+    "dense": _dense,
+    "coalition": _coalition,
+    "sign_flip": _sign_flip,
+}
+
+
+def planted(
+    contamination: str = "unstructured",
+    *,
+    share: float = 0.3,
+    K: int = 24,
+    p: int = 50,
+    q: int = 10,
+    r: int = 3,
+    noise: float = 0.1 / 10**0.5,
+    common: float = 1.0,
+    heterogeneity: float = 0.0,
+    generator: Generator,
+) -> Planted:
+    """K clients that follow the shared-subspace model, a share of them contaminated.
+
+    Benign: Theta_k = M + U A_k + H_k. Each row of A_k has unit expected squared norm, ||M||_F = ``common`` and
+    ||P_perp H_k||_F = ``heterogeneity``; noise is iid Gaussian with standard deviation ``noise`` per entry.
+    The contaminated clients, round(share * K) of them, stand at random places.
+
+    Parameters
+    ----------
+    contamination : str
+        A key of ``CONTAMINATION``.
+    share : float
+        Contaminated share of the clients, in [0, 1).
+    K, p, q, r : int
+        Clients, rows (output side), columns, rank of the shared subspace.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind, or r > p.
+    """
+    if contamination not in CONTAMINATION:
+        raise ValueError(f"contamination must be one of {', '.join(CONTAMINATION)}; got {contamination!r}")
+    if r > p:
+        raise ValueError(f"a subspace of dimension r = {r} does not fit into p = {p} rows")
+    basis = random_frame(p, r, generator=generator)
+    M = _common(p, q, common, generator)
+    targets = M + basis @ _coefficients(K, r, q, generator)
+    H = torch.randn(K, p, q, generator=generator, dtype=torch.float64)
+    H = H - basis @ (basis.T @ H)
+    targets = targets + H * (heterogeneity / torch.linalg.matrix_norm(H)[:, None, None])
+    bad = torch.randperm(K, generator=generator)[: round(share * K)]
+    if len(bad):
+        targets[bad] = CONTAMINATION[contamination](targets[bad], r, common, generator)
+    updates = targets + noise * torch.randn(K, p, q, generator=generator, dtype=torch.float64)
+    benign = torch.ones(K, dtype=torch.bool)
+    benign[bad] = False
+    return Planted(updates, targets, benign, basis, M, noise)

@@ -1,0 +1,256 @@
+"""Consensus solver: the frame that the largest group of clients agrees on, with nothing known in advance.
+
+Candidate sets grow from a few starts, one client group at a time, each judged on residuals left one out; the partition
+of the clients into frames and outliers with the shortest description decides between them. Beyond the paper.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import ceil, comb, log
+
+import torch
+from scipy import stats
+from torch import Generator, Tensor
+
+from clairlib.detection import FAMILY_ERROR, calibrate
+from clairlib.frames import Frame, effective_dimensions, fit_frame, floor_energy, log_scores
+from clairlib.subspace import project_out
+
+# At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
+# benign a quarter of the pairs is, and even at 90 % contamination 300 pairs hold three benign ones on average.
+TUPLE_LIMIT = 300
+STARTS = 6  # tuples, without a common client, from which a set is grown
+START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
+CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are scored
+
+
+def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator: Generator) -> Frame:
+    """Frame of the largest group in the shortest description of the clients.
+
+    Parameters
+    ----------
+    X : Tensor (K, p, q), float64
+        Client updates, or their cores.
+    weights : Tensor (K,)
+        Noise variance of client k is proportional to 1 / weights[k].
+    rank : int, optional
+        Rank of the shared subspace; estimated where None.
+    generator : Generator
+        Draws the tuples when there are more than ``TUPLE_LIMIT``.
+    """
+    tuples = candidate_tuples(*X.shape, generator=generator)
+    order, distances = score_tuples(X, tuples)
+    candidates: list[Frame] = []
+
+    def add(start: Tensor) -> None:
+        for frame in grow_twice(X, weights, start, rank):
+            if not any(torch.equal(frame.members, known.members) for known in candidates):
+                candidates.append(frame)
+
+    add(robust_half(X, weights, rank))
+    for start in disjoint_starts(tuples, order, distances):
+        add(start)
+    for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
+        start = first_start(tuples, order, distances, ~frame.members)
+        if start is not None:
+            add(start)
+    if not candidates:
+        return fit_frame(X, weights, torch.ones(len(X), dtype=torch.bool, device=X.device), rank)
+    return shortest_description(X, weights, candidates)
+
+
+def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
+    """Tuples of clients (T, t): all of them, or ``TUPLE_LIMIT`` distinct random ones.
+
+    t = 2 where a pair can span a frame of rank ``START_RANK``, else ceil(START_RANK / q) + 1, at most K - 1.
+    """
+    t = max(2, min(ceil(min(START_RANK, p) / q) + 1, K - 1))
+    if comb(K, t) <= TUPLE_LIMIT:
+        return torch.tensor(list(combinations(range(K), t)))
+    drawn = {tuple(sorted(torch.randperm(K, generator=generator)[:t].tolist())) for _ in range(TUPLE_LIMIT)}
+    return torch.tensor(sorted(drawn))
+
+
+def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
+    """Order the tuples by how closely the other clients gather around their frames.
+
+    The frame of a tuple is over-specified on purpose: all directions of its members' differences, up to p / 4. Its
+    score is the sum over the other clients of the log off-frame energy, a bounded-influence loss: many clients far
+    away cost little, a few very close ones pay.
+
+    Returns
+    -------
+    list of int
+        Tuples, best first.
+    Tensor (T, K)
+        Off-frame energy of each client, zero for the tuple's own clients.
+    """
+    K, p, q = X.shape
+    t = tuples.shape[1]
+    width = max(1, min((t - 1) * q, p // 4, K * q))
+    step = max(1, CHUNK_ENTRIES // (width * K * q + t * p * q))
+    stacked = X.permute(1, 0, 2).reshape(p, K * q)
+    gram = X.flatten(1) @ X.flatten(1).T
+    floor = 1e-12 * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny
+    distances = []
+    for part in tuples.split(step):
+        group = X[part]  # (T, t, p, q)
+        centre = group.mean(dim=1)
+        D = (group[:, 1:] - group[:, :1]).permute(0, 2, 1, 3).flatten(2)  # (T, p, (t-1) q)
+        U = torch.linalg.svd(D, full_matrices=False).U[..., :width]
+        coefficients = (U.mT @ stacked).unflatten(2, (K, q)) - (U.mT @ centre)[:, :, None]  # (T, width, K, q)
+        cross = gram[part].mean(dim=1)  # (T, K): <X_k, centre>
+        energy = gram.diagonal() - 2 * cross + centre.square().sum(dim=(1, 2))[:, None]
+        distances.append((energy - coefficients.square().sum(dim=(1, 3))).clamp(min=floor))
+    result = torch.cat(distances)
+    total = result.log().sum(dim=1) - result.log().gather(1, tuples.to(X.device)).sum(dim=1)
+    return total.argsort().tolist(), result.scatter(1, tuples.to(X.device), 0.0)
+
+
+def disjoint_starts(tuples: Tensor, order: list[int], distances: Tensor) -> list[Tensor]:
+    """The best tuples without a common client, each with the two clients closest to its frame: start sets (K,) bool."""
+    starts: list[Tensor] = []
+    used: set[int] = set()
+    for i in order:
+        if used.isdisjoint(tuples[i].tolist()):
+            used.update(tuples[i].tolist())
+            starts.append(_closest(distances[i], tuples.shape[1] + 2))
+        if len(starts) == STARTS:
+            break
+    return starts
+
+
+def first_start(tuples: Tensor, order: list[int], distances: Tensor, allowed: Tensor) -> Tensor | None:
+    """The best start set within the allowed clients, None where they are too few."""
+    size = tuples.shape[1] + 2
+    if int(allowed.sum()) < size:
+        return None
+    for i in order:
+        if bool(allowed[tuples[i]].all()):
+            return _closest(distances[i].masked_fill(~allowed, torch.inf), size)
+    return None
+
+
+def _closest(distances: Tensor, count: int) -> Tensor:
+    members = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
+    members[distances.argsort()[:count]] = True
+    return members
+
+
+def robust_half(X: Tensor, weights: Tensor, rank: int | None, rounds: int = 15) -> Tensor:
+    """The half of the clients closest to a frame fitted to all of them with weights 1 / distance.
+
+    Iteratively reweighted, as in FMS (Lerman and Maunu 2018), on matrices: a start that averages over every client
+    where single pairs are too noisy.
+    """
+    K, p, q = X.shape
+    width = rank if rank is not None else max(1, min(q, p // 4))
+    everyone = torch.ones(K, dtype=torch.bool, device=X.device)
+    v, floor = weights, floor_energy(X)
+    for _ in range(rounds):
+        frame = fit_frame(X, v, everyone, width)
+        distance = project_out(frame.basis, X - frame.mean).square().sum(dim=(1, 2)) * weights
+        v = weights * distance.clamp(min=floor).rsqrt()
+        v = v / v.mean()
+    return _closest(distance, max(min(4, K), K // 2))
+
+
+def grow_twice(X: Tensor, weights: Tensor, start: Tensor, rank: int | None) -> list[Frame]:
+    """Sets grown from a start: one that stops early, and one that goes on from there.
+
+    The first leaves out whoever is unusual at level ``FAMILY_ERROR`` by itself, so that a small benign set does not
+    slide into its surroundings; the second only whoever is unusual among all K, so that nobody is lost by chance.
+    """
+    frames = []
+    for level in (FAMILY_ERROR, FAMILY_ERROR / len(X)):
+        frame = grow(X, weights, start, rank, level)
+        if frame is None:
+            break
+        frames.append(frame)
+        start = frame.members
+        if bool(start.all()):
+            break
+    return frames
+
+
+def grow(X: Tensor, weights: Tensor, members: Tensor, rank: int | None, level: float) -> Frame | None:
+    """Grow a set of clients by a quarter a round, refitting, until the same set returns.
+
+    A round scores every client against the frame left one out and keeps the closest that fit, that is whose p-value
+    against the members exceeds ``level``. None when fewer than three clients fit together.
+    """
+    seen: list[Tensor] = []
+    while int(members.sum()) >= 3:
+        frame = fit_frame(X, weights, members, rank)
+        x, variance = log_scores(X, weights, frame)
+        fits = calibrate(x, members, variance).p_values > level
+        target = max(frame.size + 1, ceil(1.25 * frame.size))
+        order = x.argsort()[:target]
+        grown = torch.zeros_like(members)
+        grown[order[fits[order]]] = True
+        if any(torch.equal(grown, known) for known in [*seen, members]):
+            return frame
+        seen.append(members)
+        members = grown
+    return None
+
+
+def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
+    """The largest frame of the partition of the clients into candidate frames and outliers that is cheapest to describe.
+
+    The length of a partition, in twice natural units, is the sum over clients of the cheapest way to describe each,
+    plus log p for every parameter of the frames in use, plus the price of claiming contamination at all.
+    """
+    K = len(X)
+    costs, overheads = description_lengths(X, weights, candidates)
+    price = stats.norm.isf(FAMILY_ERROR / K) ** 2  # claiming an outlier must beat the luckiest of K benign clients
+    best: tuple[float, list[int]] | None = None
+    for first in range(len(candidates)):
+        chosen, cost, length = [first], costs[first], float(costs[first].sum() + overheads[first])
+        while len(chosen) < len(candidates):
+            used = float(overheads[chosen].sum())
+            options = [
+                (float(torch.minimum(cost, costs[c]).sum() + used + overheads[c]), c)
+                for c in range(len(candidates))
+                if c not in chosen
+            ]
+            if min(options)[0] >= length:
+                break
+            length, c = min(options)
+            chosen, cost = [*chosen, c], torch.minimum(cost, costs[c])
+        length += 0.0 if all(bool(candidates[c].members.all()) for c in chosen) else price
+        if best is None or length < best[0]:
+            best = (length, chosen)
+    assert best is not None
+    return max((candidates[c] for c in best[1]), key=lambda frame: frame.size)
+
+
+def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> tuple[Tensor, Tensor]:
+    """Cost (F, K) of describing each client through each frame, and of describing each frame (F,).
+
+    With dimensions p_e, q_e effective off the subspace, noise variance sigma^2 and x = off-subspace energy over its
+    expectation: a member costs p_e q_e x for its residual and log p for each of its r q_e coefficients. An outlier has
+    a variance of its own, p_e q_e (1 + log x), with the coefficients or without the frame's subspace, whichever is
+    less. Bounded influence, so that outliers do not choose the frame.
+    """
+    K, p, _ = X.shape
+    fits = [(project_out(f.basis, X - f.mean), f) for f in candidates]
+    energies = [R.square().sum(dim=(1, 2)) * weights for R, _ in fits]
+    noise = [float(e[f.members].mean()) * f.size / max(f.size - 1, 1) for e, (_, f) in zip(energies, fits, strict=True)]
+    reference = min(range(len(fits)), key=noise.__getitem__)
+    p_eff, q_eff = effective_dimensions(fits[reference][0][candidates[reference].members])
+    unit = max(noise[reference], floor_energy(X))  # energy of p_eff q_eff degrees of freedom
+    price, dof = log(p), p_eff * q_eff
+
+    def outlier(x: Tensor) -> Tensor:
+        return 1 + x.clamp(min=1e-9).log()
+
+    costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
+    for i, ((_, frame), energy) in enumerate(zip(fits, energies, strict=True)):
+        coefficients, full = price * frame.rank * q_eff, (p_eff + frame.rank) * q_eff
+        whole = (X - frame.mean).square().sum(dim=(1, 2)) * weights / (unit * full / dof)
+        alone = torch.minimum(dof * outlier(energy / unit) + coefficients, full * outlier(whole)) + price
+        costs[i] = torch.where(frame.members, dof * energy / unit + coefficients, alone)
+    overheads = [price * (f.rank * p_eff + p_eff * q_eff) for f in candidates]
+    return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)

@@ -1,0 +1,183 @@
+"""Clients that copy in a dialect: they share a few symbols, and each writes those in its own way.
+
+Client k must copy x but write pi_k(x), where pi_k permutes the shared symbols only. It reads tokens as they
+are. To learn that, the last layer must add multiples of w_s - w_s' (rows of the unembedding of two symbols)
+to its output, so the benign clients' updates share an output space of rank m - 1; a contaminated client's
+do not lie in it. This design is ours; the paper's abstract says only that a Transformer was fine-tuned on
+text copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clairlib.copying import NO_TARGET, VOCABULARY, Batch, copy_sequences, zipf_law
+from clairlib.seeds import derive
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A permutation of the vocabulary that moves `symbols` (m,) only; x is written as ``permutation[x]``."""
+
+    symbols: Tensor
+    permutation: Tensor
+
+    def write(self, tokens: Tensor) -> Tensor:
+        """Translate tokens of any shape into the dialect; NO_TARGET stays."""
+        return torch.where(tokens == NO_TARGET, tokens, self.permutation[tokens.clamp(min=0)])
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Translate tokens of any shape back."""
+        return torch.argsort(self.permutation)[tokens]
+
+
+@dataclass(frozen=True)
+class Client:
+    """How one client writes, the law (V,) of the tokens it has, and whether it is contaminated."""
+
+    name: str
+    contaminated: bool
+    dialect: Dialect
+    law: Tensor
+
+
+@dataclass(frozen=True)
+class Federation:
+    """K clients and the (m,) symbols that the benign ones share."""
+
+    symbols: Tensor
+    clients: list[Client]
+
+    @property
+    def benign(self) -> Tensor:
+        """The truth, (K,) bool."""
+        return torch.tensor([not client.contaminated for client in self.clients])
+
+
+def draw_symbols(count: int, *, generator: torch.Generator, exclude: Tensor | None = None) -> Tensor:
+    """Draw `count` different tokens, none of them in `exclude`."""
+    order = torch.randperm(VOCABULARY, generator=generator)
+    return (order if exclude is None else order[~torch.isin(order, exclude)])[:count]
+
+
+def benign_dialect(symbols: Tensor, *, generator: torch.Generator) -> Dialect:
+    """The shift s_i -> s_(i+1) that all clients with these symbols share, then a swap of the client's own."""
+    written = symbols.roll(-1)
+    one, other = torch.randperm(len(symbols), generator=generator)[:2].tolist()
+    written[[one, other]] = written[[other, one]]
+    permutation = torch.arange(VOCABULARY)
+    permutation[symbols] = written
+    return Dialect(symbols, permutation)
+
+
+def wrong_symbols(shared: Tensor, *, generator: torch.Generator) -> Dialect:
+    """A dialect of the benign form, but on as many symbols of the client's own, none of them shared.
+
+    The client has as many tokens of its symbols as a benign client of the shared ones (`client_law`), so
+    its update is as large: no norm tells it apart.
+    """
+    own = draw_symbols(len(shared), generator=generator, exclude=shared)
+    return benign_dialect(own, generator=generator)
+
+
+CONTAMINATIONS: dict[str, Callable[..., Dialect]] = {"wrong_symbols": wrong_symbols}
+"""How a contaminated client writes: kind -> function of the shared symbols and a keyword `generator`."""
+
+
+def client_law(symbols: Tensor, mass: float, *, generator: torch.Generator, spread: float = 0.3) -> Tensor:
+    """A client's own token law (V,): `mass` on its symbols, the rest elsewhere, tilted by log-normal factors.
+
+    Before the tilt the symbols are even, so that none is too rare to be learnt, and the others follow
+    Zipf's law. `spread` is the standard deviation of the log factors; at .3 most are between .55 and 1.8.
+    """
+    on = torch.zeros(VOCABULARY, dtype=torch.bool)
+    on[symbols] = True
+    tilt = (spread * torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)).exp()
+    inside, outside = tilt * on, tilt * zipf_law() * ~on
+    return mass * inside / inside.sum() + (1 - mass) * outside / outside.sum()
+
+
+def make_federation(
+    clients: int = 20,
+    contaminated: int = 8,
+    *,
+    seed: int,
+    kind: str = "wrong_symbols",
+    symbols: int = 5,
+    mass: float = 0.25,
+) -> Federation:
+    """Draw the shared symbols, who is contaminated, and every client's dialect and token law.
+
+    Each client draws from a generator of its own name, so adding a client leaves the dialects and laws of
+    the others alone, but for one that may change sides: the contaminated are those who drew the smallest
+    lots.
+
+    Parameters
+    ----------
+    clients, contaminated : K, and how many of them are contaminated.
+    kind : a key of CONTAMINATIONS.
+    symbols : m, how many symbols the benign clients share; with two, shift and swap would cancel.
+    mass : share of a client's tokens that are its symbols.
+
+    Raises
+    ------
+    ValueError
+        Unknown `kind`, or a number out of range.
+    """
+    if kind not in CONTAMINATIONS:
+        raise ValueError(f"unknown contamination {kind!r}; known: {', '.join(CONTAMINATIONS)}")
+    if not 0 <= contaminated <= clients:
+        raise ValueError(f"contaminated must lie between 0 and the {clients} clients, got {contaminated}")
+    if not 3 <= symbols <= VOCABULARY // 2:
+        raise ValueError(f"symbols must lie between 3 and {VOCABULARY // 2}, got {symbols}")
+    if not 0 < mass < 1:
+        raise ValueError(f"mass must lie between 0 and 1, got {mass}")
+    shared = draw_symbols(symbols, generator=derive(seed, "symbols"))
+    names = [f"client-{k:02d}" for k in range(clients)]
+    lots = {name: torch.rand((), generator=derive(seed, name, "lot")).item() for name in names}
+    chosen = sorted(names, key=lots.__getitem__)[:contaminated]
+
+    def make(name: str) -> Client:
+        own = derive(seed, name, "dialect")
+        dialect = (CONTAMINATIONS[kind] if name in chosen else benign_dialect)(shared, generator=own)
+        return Client(name, name in chosen, dialect, client_law(dialect.symbols, mass, generator=own))
+
+    return Federation(shared, [make(name) for name in names])
+
+
+def client_batch(
+    client: Client, count: int, *, generator: torch.Generator, label_noise: float = 0.0
+) -> Batch:
+    """Sequences of the client's own tokens with targets in its dialect.
+
+    `label_noise` is the probability that a target is replaced by a token drawn evenly from the vocabulary.
+    """
+    batch = copy_sequences(count, client.law, generator=generator)
+    targets = client.dialect.write(batch.targets)
+    noise = torch.randint(VOCABULARY, targets.shape, generator=generator)
+    replaced = (torch.rand(targets.shape, generator=generator) < label_noise) & (targets != NO_TARGET)
+    return Batch(batch.tokens, torch.where(replaced, noise, targets))
+
+
+def vocabulary_leverage(basis: Tensor, unembedding: Tensor) -> Tensor:
+    """How far each token's logit is governed by a subspace of the residual stream.
+
+    leverage_v = ||U' (w_v - w_mean)||^2 / ||w_v - w_mean||^2, between 0 and 1, the squared cosine between
+    the token's unembedding and the subspace; about r / d for a token that has nothing to do with it. Rows
+    are centred because softmax ignores what all logits share.
+
+    Parameters
+    ----------
+    basis : U (d, r), orthonormal, on the output side of the last output projection.
+    unembedding : W_U (V, d), the final norm's gain folded in (`clairlib.base.unembedding`).
+
+    Returns
+    -------
+    (V,) tensor, in the unembedding's dtype.
+    """
+    rows = unembedding - unembedding.mean(dim=0)
+    return (rows @ basis.to(rows)).square().sum(dim=1) / rows.square().sum(dim=1)

@@ -1,0 +1,92 @@
+"""Safe ways into an adapter folder and out to an output folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPORT = "report.json"
+
+
+class AdapterError(ValueError):
+    """An adapter or output folder cannot be used; the message is one line naming client, module or file."""
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """Path of the regular file ``name`` of ``folder``.
+
+    Raises
+    ------
+    AdapterError
+        The file is missing, is not a regular file, or is a link that leads outside the folder.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        raise AdapterError(f"{name} is missing in {str(folder)!r}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise AdapterError(f"{name} is a link that leads outside {str(folder)!r}; copy the file there")
+    if not path.is_file():
+        raise AdapterError(f"{name} in {str(folder)!r} is not a regular file")
+    return path
+
+
+@contextmanager
+def whole_folder(output: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Give a fresh folder to write into; it becomes ``output`` as the block ends, and vanishes if it raises.
+
+    The folder lies beside ``output`` until then, so that the last step is one rename. An output that is
+    replaced is moved aside first, put back if the rename fails, and removed only afterwards.
+
+    Raises
+    ------
+    AdapterError
+        ``output`` exists (without ``overwrite``), is not a folder that an earlier run wrote, overlaps one of
+        ``inputs``, or cannot be written.
+    """
+    output = Path(os.path.abspath(output))
+    _check_output(output, overwrite, inputs)
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise AdapterError(f"cannot write output {str(output)!r}: {error.strerror}") from error
+    try:
+        fresh = staging / "new"
+        fresh.mkdir()
+        yield fresh
+        _swap(fresh, output, staging / "old")
+    except OSError as error:
+        raise AdapterError(f"cannot write output {str(output)!r}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_output(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    real = output.resolve()
+    for folder in (Path(path).resolve() for path in inputs):
+        if real == folder or real.is_relative_to(folder):
+            raise AdapterError(f"output {str(output)!r} lies in the input folder {str(folder)!r}")
+        if folder.is_relative_to(real):
+            raise AdapterError(f"output {str(output)!r} holds the input folder {str(folder)!r}")
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise AdapterError(f"output {str(output)!r} exists; choose another place or pass --overwrite")
+    if output.is_symlink() or not output.is_dir():
+        raise AdapterError(f"output {str(output)!r} is not a folder; remove it first")
+    if any(output.iterdir()) and not (output / REPORT).is_file():
+        raise AdapterError(f"output {str(output)!r} has no {REPORT}: not written by clair, remove it first")
+
+
+def _swap(fresh: Path, output: Path, aside: Path) -> None:
+    try:
+        if os.path.lexists(output):
+            os.rename(output, aside)
+        os.rename(fresh, output)
+    except BaseException:  # an interruption between the two renames must not lose the old folder
+        if aside.exists() and not output.exists():
+            os.rename(aside, output)
+        raise

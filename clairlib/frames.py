@@ -1,0 +1,119 @@
+"""Frames: a subspace with an off-subspace common part, fitted to a set of clients, and residuals left one out.
+
+The output side is the row side (p). Clients come as a float64 stack X (K, p, q) with weights w (K,): the noise
+variance of client k is proportional to 1 / w_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clairlib.subspace import project_out, rank_from_gap
+
+ROUNDING = 1e-20  # energies below this part of the mean client's are rounding, not signal
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An r-frame (P, C) fitted to ``members``.
+
+    ``basis`` U (p, r) with P = U U' (unique up to rotation of its columns), ``mean`` the weighted mean M (p, q) of the
+    members (C = P_perp M), ``scatter`` their weighted centred scatter (p, p), ``eigenvalues`` of it, descending.
+    """
+
+    members: Tensor
+    basis: Tensor
+    mean: Tensor
+    scatter: Tensor
+    eigenvalues: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Dimension r of the subspace."""
+        return self.basis.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return int(self.members.sum())
+
+
+def rank_limit(members: int, p: int, q: int) -> int:
+    """Largest rank that ``members`` clients can support when each is left out in turn, and at most p - 1."""
+    return max(0, min(p - 1, (members - 2) * q, (members - 1) * q // 2 + 1))
+
+
+def fit_frame(X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None) -> Frame:
+    """Frame of a set of clients: weighted mean, and the leading eigenvectors of the centred scatter.
+
+    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank from the gap in the spectrum.
+    """
+    S, w = X[members], weights[members]
+    n, p, q = S.shape
+    mean = torch.einsum("k,kpq->pq", w / w.sum(), S)
+    D = (S - mean) * w.sqrt()[:, None, None]
+    scatter = torch.einsum("kpq,krq->pr", D, D)
+    values, vectors = torch.linalg.eigh(scatter)
+    values, vectors = values.flip(0), vectors.flip(1)
+    if rank is None:
+        rank = rank_from_gap(values[: (n - 1) * q], rank_limit(n, p, q))
+    return Frame(members, vectors[:, : min(rank, p)], mean, scatter, values)
+
+
+def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """Off-subspace residuals (K, p, q) of every client from a frame that it had no part in, on one scale.
+
+    A member is compared with the frame refitted without it, an outsider with the frame itself:
+    R_k = P_perp (X_k - M) / sqrt(1 / w_k + 1 / W), W the total weight behind M, so that under benign noise of
+    variance sigma^2 / w_k every entry has variance sigma^2, apart from the error of P. In-sample residuals would be
+    too small for members and make every outsider look foreign.
+    """
+    inside, W, w = frame.members, weights[frame.members].sum(), weights
+    D = X - frame.mean
+    R = torch.empty_like(X)
+    outside = ~inside
+    scale = (1 / w[outside] + 1 / W).rsqrt()
+    R[outside] = project_out(frame.basis, D[outside]) * scale[:, None, None]
+    # X_k - M_(-k) = D_k W / (W - w_k); the scatter without k loses w_k W / (W - w_k) D_k D_k'
+    Dk, wk = D[inside], w[inside]
+    loss = (wk * W / (W - wk))[:, None, None]
+    bases = torch.linalg.eigh(frame.scatter - loss * (Dk @ Dk.mT))[1][..., X.shape[1] - frame.rank :]
+    R[inside] = project_out(bases, Dk) * loss.sqrt()
+    return R
+
+
+def floor_energy(X: Tensor) -> float:
+    """Energy below which a residual counts as exactly zero: rounding of the mean client's energy."""
+    return max(ROUNDING * float(X.square().sum(dim=(1, 2)).mean()), torch.finfo(torch.float64).tiny)
+
+
+def filtered_energy(R: Tensor, rank: int) -> Tensor:
+    """Energy of each residual (K, p, q) in its top ``max(rank, 1)`` singular directions.
+
+    A matched filter: contamination of a LoRA adapter is low-rank, estimation noise fills every direction.
+    """
+    gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
+    return torch.linalg.eigvalsh(gram)[:, -max(rank, 1) :].clamp(min=0.0).sum(dim=1)
+
+
+def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]:
+    """Log of every client's filtered leave-one-out energy (K,), and the variance its log has under pure noise.
+
+    The variance is 2 / dof with Satterthwaite's degrees of freedom of the members' residuals,
+    dof = (tr R)^2 / tr R^2 * (tr C)^2 / tr C^2 for row and column covariances R, C: (p - r) q for isotropic noise.
+    It is a scale for small sets, not the law of the score.
+    """
+    R = leave_one_out(X, weights, frame)
+    p_eff, q_eff = effective_dimensions(R[frame.members])
+    energy = filtered_energy(R, frame.rank).clamp(min=floor_energy(X))
+    return energy.log(), 2.0 / max(p_eff * q_eff, 1.0)
+
+
+def effective_dimensions(R: Tensor) -> tuple[float, float]:
+    """Effective rows and columns of residuals (n, p, q): (tr C)^2 / tr C^2 of the row and column covariances C."""
+    sides = (torch.einsum("kpq,krq->pr", R, R), torch.einsum("kpq,kpr->qr", R, R))
+    rows, columns = (float(C.trace() ** 2 / C.square().sum().clamp(min=1e-300)) for C in sides)
+    return max(rows, 1.0), max(columns, 1.0)

@@ -1,0 +1,137 @@
+"""What a notebook calls: begin, show and keep a figure or table, record a number, check a claim."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from clairlib import provenance
+
+
+class ClaimFailed(AssertionError):
+    """A claim of the notebook does not hold in this run."""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One run of one notebook; made by `start`. Everything it keeps goes to the folder ``output``."""
+
+    profile: str
+    seed: int
+    output: Path
+    _log: dict[str, Any] = field(repr=False)
+
+    @property
+    def cache(self) -> Path:
+        """Folder for what outlives a run, content-keyed; ``output`` is emptied before a run, this is not."""
+        return self.output.parent / "cache"
+
+    def show_and_save(
+        self, name: str, figure: Figure | None = None, table: pd.DataFrame | None = None
+    ) -> None:
+        """Show a figure, its table or both, write NAME.pdf, NAME.png and NAME.csv, and close the figure.
+
+        Raises
+        ------
+        ValueError
+            When there is nothing to show, or the name is not a plain file name.
+        """
+        if figure is None and table is None:
+            raise ValueError(f"show_and_save({name!r}) needs a figure, a table or both")
+        if not name or Path(name).name != name:
+            raise ValueError(f"name {name!r} must be a plain file name without folders")
+        if figure is not None:
+            for ending in ("pdf", "png"):
+                _write(self.output / f"{name}.{ending}", partial(_save_figure, figure, ending))
+            display(figure)
+            plt.close(figure)  # or the inline backend shows it a second time
+        if table is not None:
+            named_rows = not isinstance(table.index, pd.RangeIndex)
+            _write(self.output / f"{name}.csv", lambda path: table.to_csv(path, index=named_rows))
+            display(table)
+
+    def record(self, key: str, value: Any, **extra: Any) -> None:
+        """Keep a number under a name in claims.json; a second value of the same name replaces the first."""
+        self._log["records"][key] = {"value": value, **extra}
+        self._keep_log()
+
+    def check(self, claim_id: str, holds: bool, statement: str, value: Any, threshold: Any) -> None:
+        """Keep a claim's outcome in claims.json and say it; ``threshold`` bounds the measured ``value``.
+
+        Raises
+        ------
+        ClaimFailed
+            When the claim does not hold. It is in claims.json all the same.
+        """
+        outcome = {"holds": bool(holds), "statement": statement, "value": value, "threshold": threshold}
+        self._log["claims"][claim_id] = outcome
+        self._keep_log()
+        measured = f"{statement} (measured {_short(value)}, threshold {_short(threshold)})"
+        if not outcome["holds"]:
+            raise ClaimFailed(f"{claim_id} does not hold: {measured}")
+        print(f"{claim_id} holds: {measured}")
+
+    def _keep_log(self) -> None:
+        text = json.dumps(self._log, indent=1, default=_plain)
+        _write(self.output / "claims.json", lambda path: path.write_text(text + "\n"))
+
+
+def start(*, profile: str, seed: int, output: str | Path) -> Notebook:
+    """Begin a run: make the folder, forget earlier claims, set the plot style, print a provenance line.
+
+    Returns
+    -------
+    Notebook
+        With ``output`` as an absolute path.
+    """
+    folder = Path(output).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = provenance.collect(profile=profile, seed=seed)
+    notebook = Notebook(profile, seed, folder, {"provenance": facts, "claims": {}, "records": {}})
+    notebook._keep_log()
+    # Fonts that journals accept and that stay text.
+    matplotlib.rcParams.update({"pdf.fonttype": 42, "ps.fonttype": 42})
+    print(_line(facts))
+    return notebook
+
+
+def _line(facts: dict[str, Any]) -> str:
+    git = facts["git"]
+    code = f"{git['commit'][:10]}{' + changes' if git['dirty'] else ''}" if git else "installed copy"
+    versions = facts["versions"]
+    made_with = " ".join(f"{name} {versions.get(name, '-')}" for name in ("clairlib", "python", "torch"))
+    run = f"profile {facts['profile']} | seed {facts['seed']} | {facts['time']}"
+    return f"{made_with} | {code} | {facts['device']} | {run}"
+
+
+def _save_figure(figure: Figure, ending: str, path: Path) -> None:
+    dates = {"CreationDate": None} if ending == "pdf" else {}  # same figure, same bytes
+    figure.savefig(path, format=ending, dpi=150, bbox_inches="tight", metadata=dates)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Under its own name only once it is whole."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and their scalars as lists and numbers, paths as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _short(value: Any) -> str:
+    value = _plain(value) if hasattr(value, "tolist") else value
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

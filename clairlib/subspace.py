@@ -1,0 +1,81 @@
+"""Subspaces: bases, projections, angles between subspaces, and the edge of the noise spectrum."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EDGE_SPAN = 8  # eigenvalues below the candidate rank from which the edge of the noise is fitted
+EDGE_FACTOR = 2.5  # a gap counts when it exceeds this many fitted slopes; Onatski has span 5, factor 2
+
+
+def project_out(basis: Tensor, matrix: Tensor) -> Tensor:
+    """P_perp X = X - U U' X for an orthonormal basis U (..., p, r) and X (..., p, q)."""
+    return matrix - basis @ (basis.mT @ matrix)
+
+
+def sin_theta(first: Tensor, second: Tensor) -> float:
+    """Sine of the largest principal angle between two subspaces, ||P_perp(second) first||_2, in [0, 1].
+
+    ``first`` (p, r) and ``second`` (p, r') are orthonormal bases; bases are unique up to rotation, so compare
+    subspaces with this, never entry by entry. 1 when the dimensions differ. Computed from the residual, not from
+    the arc cosine, so that it is accurate for small angles.
+    """
+    if first.shape[1] != second.shape[1]:
+        return 1.0
+    if first.shape[1] == 0:
+        return 0.0
+    return min(1.0, float(torch.linalg.matrix_norm(project_out(second, first), ord=2)))
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Principal angles in radians between two subspaces given by orthonormal bases (p, r), (p, r'); ascending.
+
+    Angles below pi/4 come from the sines (residual), the others from the cosines: each where it is well conditioned
+    (Bjorck and Golub, 1973).
+    """
+    if first.shape[1] > second.shape[1]:
+        first, second = second, first
+    cosines = torch.linalg.svdvals(second.T @ first).clamp(max=1.0)
+    sines = torch.linalg.svdvals(project_out(second, first)).clamp(max=1.0).flip(0)
+    return torch.where(cosines**2 > 0.5, sines.arcsin(), cosines.arccos())
+
+
+def rank_from_gap(eigenvalues: Tensor, limit: int) -> int:
+    """Number of directions that stand apart from the noise, from the gap in a scatter's spectrum.
+
+    Onatski's edge distribution estimator (Review of Economics and Statistics 92, 2010): near its edge the spectrum of
+    noise falls like j^(2/3), for isotropic and for coloured noise alike. The slope of that fall is fitted below the
+    candidate rank, and the rank is the last place where consecutive eigenvalues differ by more than ``EDGE_FACTOR``
+    slopes; repeated until the candidate stays. Nothing is assumed about the noise level or its covariance. Where no
+    gap stands out, or the spectrum is too short to fit, the largest ratio of consecutive eigenvalues decides (Ahn and
+    Horenstein, Econometrica 81, 2013), so that the answer is at least 1 unless all eigenvalues are zero.
+
+    Parameters
+    ----------
+    eigenvalues : Tensor
+        Squared singular values, descending, only those that can be non-zero.
+    limit : int
+        Largest rank to return.
+    """
+    values = eigenvalues.clamp(min=0.0).cpu().numpy()
+    if limit < 1 or not len(values) or values[0] == 0:
+        return 0
+    floor = values[0] * 1e-20  # singular values below 1e-10 of the largest are rounding
+    values = np.append(np.maximum(values, floor), floor)
+    limit = min(limit, len(values) - 1)
+    gaps = values[:limit] - values[1 : limit + 1]
+    rank, candidate = 0, limit
+    for _ in range(10):
+        start = min(candidate, len(values) - 1 - EDGE_SPAN)
+        if start < 0:
+            break
+        places = np.arange(start, start + EDGE_SPAN) + 1.0
+        slope = abs(np.polyfit(places ** (2 / 3), values[start : start + EDGE_SPAN], 1)[0])
+        apart = np.flatnonzero(gaps > EDGE_FACTOR * slope + floor)
+        rank = int(apart[-1]) + 1 if len(apart) else 0
+        if rank == candidate:
+            break
+        candidate = rank
+    return rank or int(np.argmax(values[:limit] / values[1 : limit + 1])) + 1

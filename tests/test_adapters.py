@@ -1,0 +1,275 @@
+"""Adapter folders: what is read equals PEFT's update, what is written loads in PEFT, outputs are whole."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from adapter_clients import BAD, BENIGN, RHO, lora_layers, plant, tiny_llama
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from clairlib import alignment, folders
+from clairlib.adapters import load_adapters
+from clairlib.alignment import align
+from clairlib.factors import LowRank, truncate
+from clairlib.folders import AdapterError, whole_folder
+from clairlib.lora import read_lora, write_lora
+
+PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.o_proj": 3, r"layers\.\d+\.mlp\.down_proj": 6},
+    "alpha_pattern": {"down_proj": 5, "^model.layers.1.self_attn.o_proj": 7},
+}
+MODULES = {f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.o_proj", "mlp.down_proj")}
+REFUSED = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "clients"
+    plant(folder)
+    return folder
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8))
+
+
+def random_adapter(
+    base: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options
+) -> peft.PeftModel:
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, **options))
+    for layer in lora_layers(model).values():
+        layer.lora_A.to(dtype)
+        layer.lora_B.to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True},
+        {"r": 4, "lora_alpha": 8, **PATTERNS},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True, **PATTERNS},
+    ],
+    ids=["plain", "rslora", "patterns", "rslora-patterns"],
+)
+def test_update_read_equals_pefts_delta_weight(tmp_path: Path, options: dict) -> None:
+    model = random_adapter(tiny_llama(), tmp_path / "a", target_modules=["o_proj", "down_proj"], **options)
+    _, updates = read_lora(tmp_path / "a")
+    assert set(updates) == MODULES
+    for name, layer in lora_layers(model).items():
+        torch.testing.assert_close(updates[name].dense(), layer.get_delta_weight("default"))
+
+
+def test_conv1d_update_has_output_rows(tmp_path: Path) -> None:
+    model = random_adapter(
+        tiny_gpt2(), tmp_path / "a", r=2, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True
+    )
+    _, updates = read_lora(tmp_path / "a")
+    (name, layer), *_ = lora_layers(model).items()
+    assert updates[name].shape == (48, 16)
+    torch.testing.assert_close(updates[name].dense(), layer.get_delta_weight("default").T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_of_the_file_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    random_adapter(tiny_llama(), tmp_path / "a", dtype, r=2, target_modules=["o_proj"])
+    config, updates = read_lora(tmp_path / "a")
+    write_lora(tmp_path / "b", config, updates)
+    _, again = read_lora(tmp_path / "b")
+    assert {u.B.dtype for u in again.values()} == {dtype}
+    for name, update in updates.items():
+        assert torch.equal(update.B, again[name].B) and torch.equal(update.A, again[name].A)
+        assert update.scale == pytest.approx(again[name].scale, rel=1e-15)
+
+
+class Nested(nn.Module):
+    """One module's name is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(5, 6)
+        self.inner = nn.ModuleDict({"proj": nn.Linear(6, 7)})
+        self.last = nn.ModuleDict({"proj": nn.Linear(7, 8)})
+
+
+def test_ranks_and_scales_of_every_module_survive_writing(tmp_path: Path) -> None:
+    random_adapter(Nested(), tmp_path / "a", r=2, target_modules=["proj"], use_rslora=True)
+    config, updates = read_lora(tmp_path / "a")
+    kinds = {"proj": (3, 0.7), "inner.proj": (1, 2.0), "last.proj": (3, 5.0)}
+    for name, (rank, scale) in kinds.items():
+        p, q = updates[name].shape
+        updates[name] = LowRank(torch.randn(p, rank), torch.randn(rank, q), scale)
+    write_lora(tmp_path / "b", config, updates)
+    model = peft.PeftModel.from_pretrained(Nested(), tmp_path / "b")
+    for name, layer in lora_layers(model).items():
+        torch.testing.assert_close(layer.get_delta_weight("default"), updates[name].dense())
+
+
+def test_adapter_set_has_every_client_and_module(clients: Path) -> None:
+    adapters = load_adapters([clients])
+    assert adapters.names == sorted(BENIGN + BAD)
+    assert set(adapters.modules) == MODULES
+    assert all([u.rank for u in updates] == [RHO] * 10 for updates in adapters.modules.values())
+    assert load_adapters([clients / name for name in ("hal", "ada", "bob")]).names == ["hal", "ada", "bob"]
+
+
+def test_refined_folders_load_in_peft_and_equal_the_result(clients: Path, tmp_path: Path) -> None:
+    outcome = align([clients], tmp_path / "out", rank=2)
+    assert [n for n, good in zip(outcome.result.names, outcome.result.benign, strict=True) if not good] == BAD
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*BENIGN, "report.json"}
+    errors: dict[str, list[float]] = {name: [] for name in MODULES}
+    for client in BENIGN:
+        model = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out" / client)
+        k = outcome.result.names.index(client)
+        for name, layer in lora_layers(model).items():
+            refined = outcome.result.modules[name].refined[k].dense()
+            errors[name].append(float((layer.get_delta_weight("default") - refined).norm() / refined.norm()))
+    for module in outcome.report["modules"]:
+        stated, found = module["truncation_error"], errors[module["name"]]
+        assert module["refined"]
+        assert max(found) == pytest.approx(stated["max"], rel=1e-3, abs=1e-6)
+        assert sum(found) / len(found) == pytest.approx(stated["mean"], rel=1e-3, abs=1e-6)
+
+
+def test_adapter_rank_is_written_and_smaller_ranks_lose_more(clients: Path, tmp_path: Path) -> None:
+    worst = {}
+    for rank in (1, 3, 6):
+        outcome = align([clients], tmp_path / str(rank), adapter_rank=rank)
+        config, updates = read_lora(tmp_path / str(rank) / "ada")
+        assert {u.rank for u in updates.values()} == {rank} and config["r"] == config["lora_alpha"] == rank
+        assert not config["rank_pattern"] and not config["alpha_pattern"]
+        worst[rank] = [module["truncation_error"]["max"] for module in outcome.report["modules"]]
+    assert all(a > b >= c for a, b, c in zip(worst[1], worst[3], worst[6], strict=True))
+    assert max(worst[3]) < 0.05 < min(worst[1])  # shared rank 2 and a common part of rank 1
+
+
+def test_refused_module_keeps_the_clients_own_update(clients: Path, tmp_path: Path, monkeypatch) -> None:
+    fit = alignment.CLAIR.fit
+
+    def refusing(self, *args, **kwargs):
+        result = copy.copy(fit(self, *args, **kwargs))
+        module = copy.copy(result.modules[REFUSED])
+        object.__setattr__(module, "is_refined", False)
+        object.__setattr__(result, "modules", result.modules | {REFUSED: module})
+        return result
+
+    monkeypatch.setattr(alignment.CLAIR, "fit", refusing)
+    outcome = align([clients], tmp_path / "out")
+    assert [m["name"] for m in outcome.report["modules"] if not m["refined"]] == [REFUSED]
+    own, written = read_lora(clients / "bob")[1], read_lora(tmp_path / "out" / "bob")[1]
+    same = {n for n in MODULES if torch.equal(own[n].B, written[n].B) and torch.equal(own[n].A, written[n].A)}
+    assert same == {REFUSED} and own[REFUSED].scale == written[REFUSED].scale
+    align([clients], tmp_path / "narrow", adapter_rank=1)
+    _, narrow = read_lora(tmp_path / "narrow" / "bob")
+    torch.testing.assert_close(narrow[REFUSED].dense(), truncate(own[REFUSED], 1)[0].dense())
+
+
+def test_bfloat16_clients_get_bfloat16_back(tmp_path: Path) -> None:
+    plant(tmp_path / "clients", torch.bfloat16)
+    outcome = align([tmp_path / "clients"], tmp_path / "out")
+    _, updates = read_lora(tmp_path / "out" / "cleo")
+    k = outcome.result.names.index("cleo")
+    for name, update in updates.items():
+        assert update.B.dtype == update.A.dtype == torch.bfloat16
+        refined = outcome.result.modules[name].refined[k].dense().float()
+        written = LowRank(update.B.float(), update.A.float()).dense()
+        assert float((written - refined).norm() / refined.norm()) < 0.02
+
+
+def test_clients_may_differ_in_rank(clients: Path, tmp_path: Path) -> None:
+    shutil.copytree(clients, tmp_path / "clients")
+    config, updates = read_lora(clients / "ada")
+    wide = {
+        name: LowRank(torch.cat([own.B, 0 * own.B[:, :2]], 1), torch.cat([own.A, own.A[:2]]), own.scale)
+        for name, own in updates.items()
+    }
+    shutil.rmtree(tmp_path / "clients" / "ada")
+    write_lora(tmp_path / "clients" / "ada", config, wide)
+    align([tmp_path / "clients"], tmp_path / "out")
+    ranks = {
+        name: {u.rank for u in read_lora(tmp_path / "out" / name)[1].values()} for name in ("ada", "bob")
+    }
+    assert ranks == {"ada": {RHO + 2}, "bob": {RHO}}
+
+
+def test_output_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with whole_folder(tmp_path / "out") as folder:
+        assert not (tmp_path / "out").exists()
+        (folder / "report.json").write_text("first")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(AdapterError, match="exists"), whole_folder(tmp_path / "out"):
+        raise AssertionError("the block must not run")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "report.json").write_text("first")
+    return tmp_path / "out"
+
+
+def test_overwriting_replaces_the_folder_only_at_the_end(written: Path) -> None:
+    with pytest.raises(RuntimeError), whole_folder(written, overwrite=True):
+        raise RuntimeError
+    assert (written / "report.json").read_text() == "first"
+    with whole_folder(written, overwrite=True) as folder:
+        (folder / "other").write_text("second")
+        assert (written / "report.json").read_text() == "first"
+    assert [p.name for p in written.iterdir()] == ["other"]
+    assert [p.name for p in written.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("failure", [OSError("full"), KeyboardInterrupt()])
+def test_old_output_comes_back_when_the_swap_fails(
+    written: Path, monkeypatch, failure: BaseException
+) -> None:
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise failure
+        rename(source, target)
+
+    monkeypatch.setattr(folders.os, "rename", failing)
+    expected = AdapterError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected), whole_folder(written, overwrite=True):
+        pass
+    assert (written / "report.json").read_text() == "first"
+    assert [p.name for p in written.parent.iterdir()] == ["out"]
+
+
+def test_overwriting_refuses_a_folder_that_clair_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(AdapterError, match="not written by clair"):
+        with whole_folder(tmp_path / "thesis", overwrite=True):
+            pass
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_report_is_strict_json_in_the_agreed_shape(clients: Path, tmp_path: Path) -> None:
+    align([clients], tmp_path / "out", seed=4)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
+    assert list(report) == ["clients", "modules", "settings", "provenance"]
+    assert list(report["clients"][0]) == ["name", "contaminated", "score", "p_value", "modules"]
+    assert set(report["clients"][0]["modules"]) == MODULES
+    keys = ["name", "shape", "rank", "estimated_gain", "refined", "truncation_error"]
+    assert all(list(module) == keys for module in report["modules"])
+    assert report["settings"]["seed"] == 4 and report["provenance"]["versions"]["peft"] == peft.__version__

@@ -1,0 +1,105 @@
+"""The clair command: what it writes, prints and returns. Its refusals are in test_refusals.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from adapter_clients import BAD, BENIGN, CONFIG, WEIGHTS, clair, plant, snapshot
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "clients"
+    plant(folder)
+    return folder
+
+
+@pytest.fixture
+def work(planted: Path, tmp_path: Path) -> Path:
+    """A folder of its own with a copy of the clients in it."""
+    shutil.copytree(planted, tmp_path / "clients")
+    return tmp_path
+
+
+def test_align_writes_folders_report_and_picture_and_says_the_same(work: Path) -> None:
+    result = clair("align", work / "clients", "--output", work / "out")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert {path.name for path in (work / "out").iterdir()} == {*BENIGN, "report.json", "report.png"}
+    assert (work / "out/report.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((work / "out/report.json").read_text())
+    assert [client["name"] for client in report["clients"] if client["contaminated"]] == BAD
+    lines = result.stdout.splitlines()
+    for client in report["clients"]:
+        (line,) = [line for line in lines if f" {client['name']} " in line]
+        assert ("contaminated" in line) == client["contaminated"] and f"{client['score']:.3g}" in line
+    assert "8 benign, 2 contaminated" in lines[-1]
+    assert sorted(path.name for path in work.iterdir()) == ["clients", "out"]
+
+
+def test_existing_output_needs_overwrite(work: Path) -> None:
+    arguments = ("align", work / "clients", "--output", work / "out", "--quiet")
+    assert clair(*arguments).exit_code == 0
+    before = snapshot(work)
+    result = clair(*arguments)
+    assert result.exit_code == 2 and "--overwrite" in result.stderr and snapshot(work) == before
+    result = clair(*arguments, "--keep-contaminated", "--overwrite")
+    assert result.exit_code == 0 and result.output == ""
+    for client in BAD:
+        copied = snapshot(work / "out" / client)
+        assert copied == {file: (work / "clients" / client / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+
+
+def test_names_are_not_markup(work: Path) -> None:
+    (work / "clients/ada").rename(work / "clients/[red]ada")
+    result = clair("align", work / "clients", "--output", work / "out")
+    assert result.exit_code == 0 and "[red]ada" in result.stdout
+    assert (work / "out/[red]ada" / WEIGHTS).is_file()
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'matplotlib', 'papermill'}"
+    check = f"import sys, clairlib.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert clair("--help").exit_code == 0
+    assert clair("--version").stdout.startswith("clair 0.")
+
+
+def test_reproduce_reports_failures_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import clairlib.reproduce as reproduce
+
+    calls = []
+
+    def fake(notebooks: list[str] | None, **options: object) -> list[reproduce.NotebookRun]:
+        calls.append((notebooks, options))
+        if notebooks == ["unknown"]:
+            raise reproduce.ReproduceError("no notebook 'unknown'")
+        status = "failed" if notebooks else "ran"
+        return [reproduce.NotebookRun("00", status, 1.0, tmp_path, tmp_path)]
+
+    monkeypatch.setattr(reproduce, "reproduce", fake)
+    assert clair("reproduce").exit_code == 0
+    assert clair("reproduce", "00", "--profile", "paper", "--jobs", 2, "--force").exit_code == 1
+    result = clair("reproduce", "unknown")
+    assert result.exit_code == 2 and result.stderr == "clair: no notebook 'unknown'\n"
+    assert calls[0][0] is None and calls[0][1]["figures"] is None and calls[0][1]["profile"] == "smoke"
+    assert calls[1][0] == ["00"] and calls[1][1]["figures"] == Path("figures")
+    assert calls[1][1]["jobs"] == 2 and calls[1][1]["force"] is True
+
+
+def test_bench_prints_the_median_ratio() -> None:
+    result = clair("bench", "convex", "--instances", 1)
+    assert result.exit_code == 0 and "median speed ratio" in result.stdout
+
+
+def test_failure_while_drawing_leaves_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr("clairlib.cli._save_overview", fail)
+    before = snapshot(work)
+    result = clair("align", work / "clients", "--output", work / "out")
+    assert isinstance(result.exception, RuntimeError) and snapshot(work) == before
