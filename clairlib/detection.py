@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 
+import numpy as np
 import torch
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -54,29 +56,36 @@ def anybody(p_values: Tensor) -> bool:
     return bool(multipletests(p_values.cpu().numpy(), alpha=FAMILY_ERROR, method="holm")[0].any())
 
 
-def least_error_cut(log_scores: Tensor, benign: Tensor, variance: float, rounds: int = 50) -> Tensor:
-    """Decision (ii): the benign clients (K,) bool under a two-component normal model of the log scores.
+def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds: int = 30) -> Tensor:
+    """Decision (ii): the benign clients (K,) bool under a two-component model of the log scores.
 
-    Starts from ``benign`` and alternates between fitting both components (variances shrunk: the benign one towards
-    ``variance``, the contaminated one towards the square of half the distance between the centres, as a handful of
-    contaminated clients says little about their spread) and giving each client to the likelier component.
-    A client below the benign centre is benign.
+    Starts from ``members`` and gives every client to the likelier component until nobody moves. Each component is
+    normal with unknown centre and variance, seen through the *other* clients: a Student t. The benign variance is shrunk towards ``variance`` with the weight of ``PRIOR_CLIENTS`` clients, the
+    contaminated one towards the square of half the distance between the centres with the weight of one, as a handful
+    of contaminated clients says little about their spread. A client below the benign centre is benign; a lone
+    suspect stays contaminated, as nothing is known of its component.
     """
-    x = log_scores.double()
+    x = log_scores.double().cpu().numpy()
+    benign = members.cpu().numpy().copy()
     for _ in range(rounds):
-        n, m = int(benign.sum()), int((~benign).sum())
-        if n == 0 or m == 0:
-            return benign
-        low, high = x[benign].mean(), x[~benign].mean()
-        if high <= low:
-            return benign
-        tight = (PRIOR_CLIENTS * variance + (x[benign] - low).square().sum()) / (PRIOR_CLIENTS + n)
-        wide = ((high - low).square() / 4 + (x[~benign] - high).square().sum()) / (1 + m)
-        wide = torch.maximum(wide, tight)
-        log_odds = (x - high).square() / (2 * wide) - (x - low).square() / (2 * tight)
-        log_odds = log_odds + 0.5 * (wide / tight).log() + torch.log(torch.tensor(n / m))
-        updated = (log_odds > 0) | (x <= low)
-        if torch.equal(updated, benign):
+        updated = np.array([_is_benign(x, benign, k, variance) for k in range(len(x))])
+        if (updated == benign).all():
             break
         benign = updated
-    return benign
+    return torch.as_tensor(benign, device=log_scores.device)
+
+
+def _is_benign(x: np.ndarray, benign: np.ndarray, k: int, variance: float) -> bool:
+    """Is client k likelier benign than contaminated, judged by components fitted to the others?"""
+    others = np.arange(len(x)) != k
+    low, high = x[benign & others], x[~benign & others]
+    if not len(low) or not len(high) or high.mean() <= low.mean():
+        return bool(benign[k])
+    if x[k] <= low.mean():
+        return True
+    n, m, half = len(low), len(high), (high.mean() - low.mean()) / 2
+    tight = (PRIOR_CLIENTS * variance + low.var() * n) / (PRIOR_CLIENTS + n - 1)
+    wide = max((half**2 + high.var() * m) / m, tight)
+    as_benign = stats.t.logpdf(x[k], PRIOR_CLIENTS + n - 1, low.mean(), (tight * (1 + 1 / n)) ** 0.5)
+    as_contaminated = stats.t.logpdf(x[k], m, high.mean(), (wide * (1 + 1 / m)) ** 0.5)
+    return bool(as_benign + log(n) > as_contaminated + log(m))

@@ -49,8 +49,8 @@ def rank_from_gap(eigenvalues: Tensor, limit: int) -> int:
     noise falls like j^(2/3), for isotropic and for coloured noise alike. The slope of that fall is fitted below the
     candidate rank, and the rank is the last place where consecutive eigenvalues differ by more than ``EDGE_FACTOR``
     slopes; repeated until the candidate stays. Nothing is assumed about the noise level or its covariance. Where no
-    gap stands out, or the spectrum is too short to fit, the largest ratio of consecutive eigenvalues decides (Ahn and
-    Horenstein, Econometrica 81, 2013), so that the answer is at least 1 unless all eigenvalues are zero.
+    gap stands out, or the spectrum is too short to fit, the largest ratio of consecutive eigenvalues in their first
+    quarter decides (Ahn and Horenstein, Econometrica 81, 2013), so that the answer is at least 1 unless all eigenvalues are zero.
 
     Parameters
     ----------
@@ -78,4 +78,5 @@ def rank_from_gap(eigenvalues: Tensor, limit: int) -> int:
         if rank == candidate:
             break
         candidate = rank
-    return rank or int(np.argmax(values[:limit] / values[1 : limit + 1])) + 1
+    head = max(1, min(limit, len(values) // 4))
+    return rank or int(np.argmax(values[:head] / values[1 : head + 1])) + 1
