@@ -52,9 +52,9 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
     for start in disjoint_starts(tuples, order, distances):
         add(start)
     for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
-        start = first_start(tuples, order, distances, ~frame.members)
-        if start is not None:
-            add(start)
+        rest = first_start(tuples, order, distances, ~frame.members)
+        if rest is not None:
+            add(rest)
     if not candidates:
         return fit_frame(X, weights, torch.ones(len(X), dtype=torch.bool, device=X.device), rank)
     return shortest_description(X, weights, candidates)
@@ -197,7 +197,7 @@ def grow(X: Tensor, weights: Tensor, members: Tensor, rank: int | None, level: f
 
 
 def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
-    """The largest frame of the partition of the clients into candidate frames and outliers that is cheapest to describe.
+    """The largest frame of the cheapest description of the clients as candidate frames and outliers.
 
     The length of a partition, in twice natural units, is the sum over clients of the cheapest way to describe each,
     plus log p for every parameter of the frames in use, plus the price of claiming contamination at all.

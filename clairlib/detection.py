@@ -60,10 +60,11 @@ def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds
     """Decision (ii): the benign clients (K,) bool under a two-component model of the log scores.
 
     Starts from ``members`` and gives every client to the likelier component until nobody moves. Each component is
-    normal with unknown centre and variance, seen through the *other* clients: a Student t. The benign variance is shrunk towards ``variance`` with the weight of ``PRIOR_CLIENTS`` clients, the
-    contaminated one towards the square of half the distance between the centres with the weight of one, as a handful
-    of contaminated clients says little about their spread. A client below the benign centre is benign; a lone
-    suspect stays contaminated, as nothing is known of its component.
+    normal with unknown centre and variance, seen through the *other* clients: a Student t. The benign variance is
+    shrunk towards ``variance`` with the weight of ``PRIOR_CLIENTS`` clients, the contaminated one towards the square of
+    half the distance between the centres with the weight of one, as a handful of contaminated clients says little
+    about their spread. A client below the benign centre is benign; a lone suspect stays contaminated, as nothing is
+    known of its component.
     """
     x = log_scores.double().cpu().numpy()
     benign = members.cpu().numpy().copy()

@@ -6,12 +6,12 @@ variance of client k is proportional to 1 / w_k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from clairlib.subspace import project_out, rank_from_gap
+from clairlib.subspace import estimate_rank, project_out
 
 ROUNDING = 1e-20  # energies below this part of the mean client's are rounding, not signal
 
@@ -59,7 +59,7 @@ def fit_frame(X: Tensor, weights: Tensor, members: Tensor, rank: int | None = No
     values, vectors = torch.linalg.eigh(scatter)
     values, vectors = values.flip(0), vectors.flip(1)
     if rank is None:
-        rank = rank_from_gap(values[: (n - 1) * q], rank_limit(n, p, q))
+        rank = estimate_rank(values[: (n - 1) * q], rank_limit(n, p, q))
     return Frame(members, vectors[:, : min(rank, p)], mean, scatter, values)
 
 
@@ -117,3 +117,16 @@ def effective_dimensions(R: Tensor) -> tuple[float, float]:
     sides = (torch.einsum("kpq,krq->pr", R, R), torch.einsum("kpq,kpr->qr", R, R))
     rows, columns = (float(C.trace() ** 2 / C.square().sum().clamp(min=1e-300)) for C in sides)
     return max(rows, 1.0), max(columns, 1.0)
+
+
+def shared_structure(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """How much of the members' variation the subspace predicts for a client it has not seen, beyond chance; in [0, 1].
+
+    1 - (energy of P_perp D left one out) / (energy of D) less r / p_eff, the part any r directions of the noise take.
+    """
+    R = leave_one_out(X, weights, frame)[frame.members]
+    D = leave_one_out(X, weights, replace(frame, basis=frame.basis[:, :0]))
+    total = D[frame.members].square().sum().clamp(min=floor_energy(X))
+    p_eff, _ = effective_dimensions(R)
+    captured = 1 - R.square().sum() / total
+    return (captured - frame.rank / (p_eff + frame.rank)).clamp(min=1e-3)

@@ -42,15 +42,13 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(cosines**2 > 0.5, sines.arcsin(), cosines.arccos())
 
 
-def rank_from_gap(eigenvalues: Tensor, limit: int) -> int:
-    """Number of directions that stand apart from the noise, from the gap in a scatter's spectrum.
+def gap_rank(eigenvalues: Tensor, limit: int) -> int:
+    """Number of directions that stand apart from the noise, from the gap in a scatter's spectrum; 0 where none does.
 
     Onatski's edge distribution estimator (Review of Economics and Statistics 92, 2010): near its edge the spectrum of
     noise falls like j^(2/3), for isotropic and for coloured noise alike. The slope of that fall is fitted below the
     candidate rank, and the rank is the last place where consecutive eigenvalues differ by more than ``EDGE_FACTOR``
-    slopes; repeated until the candidate stays. Nothing is assumed about the noise level or its covariance. Where no
-    gap stands out, or the spectrum is too short to fit, the largest ratio of consecutive eigenvalues in their first
-    quarter decides (Ahn and Horenstein, Econometrica 81, 2013), so that the answer is at least 1 unless all eigenvalues are zero.
+    slopes; repeated until the candidate stays. Nothing is assumed about the noise level or its covariance.
 
     Parameters
     ----------
@@ -59,18 +57,14 @@ def rank_from_gap(eigenvalues: Tensor, limit: int) -> int:
     limit : int
         Largest rank to return.
     """
-    values = eigenvalues.clamp(min=0.0).cpu().numpy()
-    if limit < 1 or not len(values) or values[0] == 0:
-        return 0
-    floor = values[0] * 1e-20  # singular values below 1e-10 of the largest are rounding
-    values = np.append(np.maximum(values, floor), floor)
+    values, floor = _floored(eigenvalues)
     limit = min(limit, len(values) - 1)
     gaps = values[:limit] - values[1 : limit + 1]
     rank, candidate = 0, limit
     for _ in range(10):
-        start = min(candidate, len(values) - 1 - EDGE_SPAN)
+        start = min(candidate, len(values) - EDGE_SPAN)
         if start < 0:
-            break
+            return 0
         places = np.arange(start, start + EDGE_SPAN) + 1.0
         slope = abs(np.polyfit(places ** (2 / 3), values[start : start + EDGE_SPAN], 1)[0])
         apart = np.flatnonzero(gaps > EDGE_FACTOR * slope + floor)
@@ -78,5 +72,25 @@ def rank_from_gap(eigenvalues: Tensor, limit: int) -> int:
         if rank == candidate:
             break
         candidate = rank
+    return rank
+
+
+def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
+    """Rank of the shared subspace: the gap of ``gap_rank``, else the largest ratio of consecutive eigenvalues.
+
+    The ratio, in the first quarter of the spectrum (Ahn and Horenstein, Econometrica 81, 2013), decides where no gap
+    stands out or the spectrum is too short to fit one. At least 1 unless all eigenvalues are zero or ``limit`` is.
+    """
+    rank = gap_rank(eigenvalues, limit)
+    values, _ = _floored(eigenvalues)
+    if rank or limit < 1 or not len(values) or values[0] == 0:
+        return rank
     head = max(1, min(limit, len(values) // 4))
-    return rank or int(np.argmax(values[:head] / values[1 : head + 1])) + 1
+    return int(np.argmax(values[:head] / values[1 : head + 1])) + 1
+
+
+def _floored(eigenvalues: Tensor) -> tuple[np.ndarray, float]:
+    """Eigenvalues with rounding raised to a floor, one floor value appended, and the floor."""
+    values = eigenvalues.clamp(min=0.0).cpu().numpy()
+    floor = float(values[0]) * 1e-20 if len(values) else 0.0  # 1e-10 of the largest singular value
+    return np.append(np.maximum(values, floor), floor), floor

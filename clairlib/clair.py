@@ -1,0 +1,244 @@
+"""CLAIR: recover the shared subspace, find the contaminated clients, refine the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clairlib.consensus import consensus, robust_half
+from clairlib.decompose import Certificate, decompose
+from clairlib.detection import Calibration, anybody, calibrate, least_error_set
+from clairlib.factors import Cores, LowRank
+from clairlib.frames import Frame, fit_frame, floor_energy, log_scores, shared_structure
+from clairlib.refinement import estimate_gain, refined_core
+from clairlib.result import ClairResult, ModuleResult
+from clairlib.seeds import derive
+from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules
+
+NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
+ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A module during the fit: its cores, the frame of its clients, and the certificate of the convex program."""
+
+    module: Module
+    cores: Cores
+    frame: Frame
+    certificate: Certificate | None
+
+    @property
+    def X(self) -> Tensor:
+        return self.cores.core
+
+
+class CLAIR:
+    """Collaborative low-rank alignment and identifiable recovery, with nothing known in advance.
+
+    Benign clients follow Theta_k = M + U A_k + H_k: a shared subspace span(U) in which each differs, a common part
+    outside it, small heterogeneity H_k. Contaminated clients are arbitrary. The problem and the convex program are the
+    paper's as far as its abstract says (arXiv:2605.21217); equations and algorithms are this project's reconstruction.
+
+    Parameters
+    ----------
+    rank : int, optional
+        Dimension r of the shared subspace; estimated per module where None.
+    solver : {"consensus", "convex"}
+        How the first set of benign clients is found. ``consensus`` grows candidate sets from few clients; ``convex``
+        solves the structured low-rank + block-sparse program and attaches its duality gap as certificate.
+    side : {"output", "input"}
+        Side of the weight matrix on which the subspace lies: rows p (LoRA B) or columns q (LoRA A).
+    seed : int
+        Seed of the random sample of client tuples; the result is a function of data and seed alone.
+    lam : float, optional
+        Weight of the contamination term of the convex program; chosen from its window where None.
+    tolerance : float
+        Relative duality gap at which the convex program stops.
+    """
+
+    def __init__(
+        self,
+        rank: int | None = None,
+        solver: str = "consensus",
+        side: str = "output",
+        *,
+        seed: int = 0,
+        lam: float | None = None,
+        tolerance: float = 1e-6,
+    ) -> None:
+        if solver not in ("consensus", "convex"):
+            raise ValueError(f"solver must be 'consensus' or 'convex'; got {solver!r}")
+        if side not in ("output", "input"):
+            raise ValueError(f"side must be 'output' or 'input'; got {side!r}")
+        if rank is not None and rank < 0:
+            raise ValueError(f"rank must not be negative; got {rank}")
+        self.rank, self.solver, self.side, self.seed = rank, solver, side, seed
+        self.lam, self.tolerance = lam, tolerance
+
+    def fit(
+        self,
+        updates: Any,
+        names: list[str] | None = None,
+        weights: Any = None,
+        *,
+        progress: Callable[[str], None] | None = None,
+    ) -> ClairResult:
+        """Find the contaminated clients and refine the others.
+
+        Parameters
+        ----------
+        updates : Tensor or array (K, p, q), or sequence of LowRank, or dict of module name -> either
+            One update a client, of any floating dtype; ranks of LowRank may differ. K >= 3.
+        names : list of str, optional
+            Client names; ``client_0`` .. where None.
+        weights : array (K,), optional
+            Positive; the noise variance of client k is proportional to 1 / weights[k] (its sample size, say).
+        progress : callable, optional
+            Called with each module's name when its subspace is found.
+
+        Raises
+        ------
+        TypeError, ValueError
+            One line that names client and module, for updates that cannot be compared or are not finite.
+        """
+        modules, clients, by_module = read_modules(updates, names, self.side)
+        device = modules[0].reference.device
+        w = _read_weights(weights, clients).to(device)
+        solved = []
+        for module in modules:
+            solved.append(self._solve(module, w))
+            if progress is not None:
+                progress(module.name)
+        benign, solved, pooled = self._agree(solved, w)
+        results = {s.module.name: _module_result(s, w, benign) for s in solved}
+        numpy = modules[0].numpy
+        out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
+        return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
+
+    def _solve(self, module: Module, weights: Tensor) -> _Solved:
+        """First frame of one module, from its clients alone."""
+        self._check_rank(module, len(weights))
+        cores = module.cores()
+        generator = derive(self.seed, "tuples", module.name)
+        if self.solver == "consensus":
+            return _Solved(module, cores, consensus(cores.core, weights, rank=self.rank, generator=generator), None)
+        members, certificate = self._convex_members(cores.core)
+        return _Solved(module, cores, fit_frame(cores.core, weights, members, self.rank), certificate)
+
+    def _check_rank(self, module: Module, K: int) -> None:
+        p, q = module.shape
+        largest = min(p, (K - 1) * q)
+        if isinstance(module.updates, list):
+            largest = min(largest, sum(update.rank for update in module.updates))
+        if self.rank is not None and self.rank > largest:
+            raise ValueError(f"rank {self.rank} is larger than the updates of module {module.name!r} allow, {largest}")
+
+    def _convex_members(self, X: Tensor) -> tuple[Tensor, Certificate]:
+        """Clients without contamination part in the convex program, in its noisy form where the updates are noisy."""
+        ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
+        noise = consensus_noise(X, ones, self.rank)
+        solution = decompose(X, lam=self.lam, nu=NOISE_WEIGHT * noise, tolerance=self.tolerance)
+        members = ~solution.contaminated
+        if int(members.sum()) < MINIMUM_CLIENTS:  # nothing agrees: start from whoever is least contaminated
+            order = torch.linalg.matrix_norm(solution.contamination).argsort()
+            members = torch.zeros_like(members)
+            members[order[:MINIMUM_CLIENTS]] = True
+        return members, solution.certificate
+
+    def _agree(self, solved: list[_Solved], weights: Tensor) -> tuple[Tensor, list[_Solved], Calibration]:
+        """One set of benign clients for all modules: pool, decide, refit, until the set stays."""
+        structure = torch.stack([shared_structure(s.X, weights, s.frame) for s in solved])
+        votes = sum(c * s.frame.members for c, s in zip(structure, solved, strict=True))
+        benign = votes * 2 > structure.sum() if len(solved) > 1 else solved[0].frame.members
+        if int(benign.sum()) < MINIMUM_CLIENTS:
+            benign = solved[int(structure.argmax())].frame.members
+        for _ in range(ROUNDS):
+            solved = [self._refit(s, weights, benign) for s in solved]
+            x, variance = _pool(solved, weights, structure)
+            pooled = calibrate(x, benign, variance)
+            decided = least_error_set(x, benign, variance) if anybody(pooled.p_values) else torch.ones_like(benign)
+            if torch.equal(decided, benign) or int(decided.sum()) < MINIMUM_CLIENTS:
+                break
+            benign = decided
+        return benign, solved, pooled
+
+    def _refit(self, solved: _Solved, weights: Tensor, benign: Tensor) -> _Solved:
+        if torch.equal(solved.frame.members, benign):
+            return solved
+        return replace(solved, frame=fit_frame(solved.X, weights, benign, self.rank))
+
+
+def _read_weights(weights: Any, clients: list[str]) -> Tensor:
+    """Weights (K,) with mean 1."""
+    if weights is None:
+        return torch.ones(len(clients), dtype=torch.float64)
+    w = torch.as_tensor(weights, dtype=torch.float64)
+    if w.shape != (len(clients),):
+        raise ValueError(f"weights must have shape ({len(clients)},), one a client; got {tuple(w.shape)}")
+    bad = ~(w.isfinite() & (w > 0))
+    if bool(bad.any()):
+        raise ValueError(f"weights must be positive; client {clients[int(bad.nonzero()[0])]!r} has {w[bad][0].item()}")
+    return w / w.mean()
+
+
+def _pool(solved: list[_Solved], weights: Tensor, structure: Tensor) -> tuple[Tensor, float]:
+    """Pooled log score of every client (K,): its modules' log scores, weighted by shared structure over noise variance.
+
+    With one module it is that module's log score. The variance returned takes the modules' noise as independent.
+    """
+    scored = [log_scores(s.X, weights, s.frame) for s in solved]
+    variances = torch.tensor([v for _, v in scored], dtype=structure.dtype, device=structure.device)
+    shares = structure / variances
+    shares = shares / shares.sum()
+    x = sum(share * scores for share, (scores, _) in zip(shares, scored, strict=True))
+    return x, float((shares.square() * variances).sum())
+
+
+def _module_result(solved: _Solved, weights: Tensor, benign: Tensor) -> ModuleResult:
+    module, frame, cores = solved.module, solved.frame, solved.cores
+    x, variance = log_scores(solved.X, weights, frame)
+    gain = estimate_gain(solved.X, weights, frame)
+    basis = cores.lift_rows(frame.basis)
+    off = cores.lift(refined_core(torch.zeros_like(solved.X[:1]), frame)[0])
+    is_refined = gain.relative > 0
+    z = calibrate(x, benign, variance).z
+    return ModuleResult(
+        name=module.name,
+        shape=module.shape[::-1] if module.transposed else module.shape,
+        rank=frame.rank,
+        basis=module.out(basis),
+        common=module.out_update(off),
+        scores=z.cpu().numpy() if module.numpy else z,
+        refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
+        gain=gain.relative,
+        gain_terms=gain,
+        is_refined=is_refined,
+        spectrum=frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
+        certificate=solved.certificate,
+    )
+
+
+def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
+    """P Theta_k + P_perp M for the clients to refine, their own update for the others, in the form of the input."""
+    if isinstance(module.updates, Tensor):
+        X = module.updates.double()
+        refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + off.dense(), X)
+        return module.out(refined.mT if module.transposed else refined)
+    adapters: list[LowRank] = []
+    for update, wanted in zip(module.updates, refine.tolist(), strict=True):
+        inside = update.scale * (basis.T @ update.B.double()) @ update.A.double()  # (r, q)
+        joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A]))
+        adapters.append(module.out_update(joined if wanted else update))
+    return adapters
+
+
+def consensus_noise(X: Tensor, weights: Tensor, rank: int | None) -> float:
+    """Frobenius norm of a benign client's noise: median off-subspace residual of the robust half; 0 below rounding."""
+    frame = fit_frame(X, weights, robust_half(X, weights, rank), rank)
+    energy = float(log_scores(X, weights, frame)[0][frame.members].exp().median())
+    return energy**0.5 if energy > floor_energy(X) else 0.0

@@ -1,0 +1,112 @@
+"""What CLAIR returns: a verdict for every client, and for every module its subspace and the refined updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clairlib.decompose import Certificate
+from clairlib.refinement import Gain
+from clairlib.updates import SINGLE
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """One weight matrix.
+
+    ``shape`` (p, q); ``rank`` r; ``basis`` U (p, r), or (q, r) for side "input", unique up to rotation: compare
+    subspaces with ``subspace.sin_theta``; ``common`` P_perp M (p, q); ``scores`` (K,) as in ClairResult, this module
+    alone; ``refined`` in the form of the input, a contaminated client's own update in its place; ``gain`` the estimated
+    share of the local squared error that refinement removes, ``gain_terms`` its parts; ``is_refined`` False where
+    refinement was refused because the gain is not positive: then ``refined`` are the clients' own updates;
+    ``spectrum`` the singular values of the benign clients' centred stack, in which the rank shows as a drop;
+    ``certificate`` of the convex program, None for the consensus solver.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    basis: Any
+    common: Any
+    scores: Any
+    refined: Any
+    gain: float
+    gain_terms: Gain
+    is_refined: bool
+    spectrum: np.ndarray
+    certificate: Certificate | None
+
+
+@dataclass(frozen=True)
+class ClairResult:
+    """Verdict over all modules, and the modules.
+
+    ``benign`` (K,) bool; ``scores`` (K,) how far each client stands above the benign ones, in standard deviations of
+    their log off-subspace energy, left one out; ``p_values`` (K,) chance that a benign client scores as high.
+    ``rank``, ``basis``, ``common``, ``refined``, ``gain`` and ``certificate`` are those of the module, or dicts by
+    module where the updates were given by module.
+    """
+
+    names: list[str]
+    benign: Any
+    scores: Any
+    p_values: Any
+    modules: dict[str, ModuleResult]
+    by_module: bool
+
+    def _of_modules(self, value: Callable[[ModuleResult], Any]) -> Any:
+        return {m: value(r) for m, r in self.modules.items()} if self.by_module else value(self.modules[SINGLE])
+
+    @property
+    def rank(self) -> Any:
+        """Rank r of the shared subspace."""
+        return self._of_modules(lambda m: m.rank)
+
+    @property
+    def basis(self) -> Any:
+        """Orthonormal basis U (p, r) of the shared subspace."""
+        return self._of_modules(lambda m: m.basis)
+
+    @property
+    def common(self) -> Any:
+        """Common part outside the subspace, P_perp M (p, q)."""
+        return self._of_modules(lambda m: m.common)
+
+    @property
+    def refined(self) -> Any:
+        """Refined updates, in the form of the input; contaminated clients hold their own update."""
+        return self._of_modules(lambda m: m.refined)
+
+    @property
+    def gain(self) -> Any:
+        """Estimated share of the local squared error that refinement removes."""
+        return self._of_modules(lambda m: m.gain)
+
+    @property
+    def certificate(self) -> Any:
+        """Duality gap of the convex program; None for the consensus solver."""
+        return self._of_modules(lambda m: m.certificate)
+
+    @property
+    def contaminated(self) -> list[str]:
+        """Names of the contaminated clients."""
+        return [name for name, ok in zip(self.names, self.benign.tolist(), strict=True) if not ok]
+
+    def summary(self) -> str:
+        """Verdict and modules as plain text."""
+        found = self.contaminated
+        lines = [f"{len(found)} of {len(self.names)} clients contaminated" + (f": {', '.join(found)}" if found else "")]
+        width = max(len(name) for name in self.names)
+        lines.append(f"{'client':<{width}}  verdict       score  p-value")
+        rows = zip(self.names, self.benign.tolist(), self.scores.tolist(), self.p_values.tolist(), strict=True)
+        for name, ok, score, p in rows:
+            lines.append(f"{name:<{width}}  {'benign' if ok else 'contaminated':<12}  {score:5.1f}  {p:.2g}")
+        for m in self.modules.values():
+            outcome = f"estimated gain {m.gain:.0%}" if m.is_refined else f"not refined, estimated gain {m.gain:.0%}"
+            lines.append(f"{m.name} {m.shape[0]}x{m.shape[1]}: rank {m.rank}, {outcome}")
+            if m.certificate is not None:
+                lines.append(f"  duality gap {m.certificate.relative_gap:.1e} ({m.certificate.iterations} iterations)")
+        return "\n".join(lines)
