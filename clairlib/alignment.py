@@ -14,14 +14,14 @@ import torch
 
 from clairlib import provenance
 from clairlib.adapters import AdapterSet, client_folders, load_adapters
-from clairlib.clair import CLAIR, ClairResult
+from clairlib.clair import CLAIR
 from clairlib.factors import LowRank, truncate
 from clairlib.folders import REPORT, AdapterError, whole_folder
 from clairlib.lora import WEIGHTS, write_lora
 from clairlib.lora_config import CONFIG
+from clairlib.result import ClairResult, ModuleResult
 
 PICTURE = "report.png"
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,7 @@ def _fit(
 ) -> ClairResult:
     if device == "cuda" and not torch.cuda.is_available():
         raise AdapterError("device cuda is not available here; use --device cpu")
-    modules = {
-        module: [_working_copy(update, device) for update in updates]
-        for module, updates in adapters.modules.items()
-    }
+    modules = {module: _working_copy(updates, device) for module, updates in adapters.modules.items()}
     done = None if progress is None else lambda module: progress(module, len(modules))
     try:
         return CLAIR(**method).fit(modules, names=adapters.names, progress=done)
@@ -130,10 +127,11 @@ def _fit(
         raise AdapterError(str(error)) from error
 
 
-def _working_copy(update: LowRank, device: str) -> LowRank:
-    """Half precision is widened (exactly) so that refined factors are rounded once, when they are written."""
-    dtype = torch.float32 if update.B.dtype in HALF or update.A.dtype in HALF else update.B.dtype
-    return replace(update, B=update.B.to(device, dtype), A=update.A.to(device, dtype))
+def _working_copy(updates: list[LowRank], device: str) -> list[LowRank]:
+    """One dtype for a module, at least single, so that refined factors are rounded once, when written."""
+    double = any(torch.float64 in (update.B.dtype, update.A.dtype) for update in updates)
+    dtype = torch.float64 if double else torch.float32
+    return [replace(update, B=update.B.to(device, dtype), A=update.A.to(device, dtype)) for update in updates]
 
 
 def _write_benign(
@@ -155,7 +153,9 @@ def _write_benign(
     return errors
 
 
-def _refined(module: Any, original: LowRank, k: int, adapter_rank: int | None) -> tuple[LowRank, float]:
+def _refined(
+    module: ModuleResult, original: LowRank, k: int, adapter_rank: int | None
+) -> tuple[LowRank, float]:
     """Client k's update of one module at the rank asked for, in its file's dtype; the truncation error."""
     rank = adapter_rank or original.rank
     if not module.is_refined and rank == original.rank:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:  # torch and what builds on it load inside the commands, so that --help answers at once
-    from clairlib.clair import ClairResult
+    from clairlib.result import ClairResult
 
 app = typer.Typer(
     name="clair",

@@ -14,6 +14,7 @@ from torch import Tensor
 from clairlib.subspace import estimate_rank, project_out
 
 ROUNDING = 1e-20  # energies below this part of the mean client's are rounding, not signal
+FILTER = 2  # a contaminated client differs by r directions of its own and by its common part: 2 r directions are scored
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def floor_energy(X: Tensor) -> float:
 
 
 def filtered_energy(R: Tensor, rank: int) -> Tensor:
-    """Energy of each residual (K, p, q) in its top ``max(rank, 1)`` singular directions.
+    """Energy of each residual (K, p, q) in its top ``FILTER * rank`` singular directions, at least one.
 
-    A matched filter: contamination of a LoRA adapter is low-rank, estimation noise fills every direction.
+    A matched filter: contamination is low-rank, estimation noise fills every direction.
     """
     gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
-    return torch.linalg.eigvalsh(gram)[:, -max(rank, 1) :].clamp(min=0.0).sum(dim=1)
+    return torch.linalg.eigvalsh(gram)[:, -max(FILTER * rank, 1) :].clamp(min=0.0).sum(dim=1)
 
 
 def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]:
@@ -113,10 +114,19 @@ def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]
 
 
 def effective_dimensions(R: Tensor) -> tuple[float, float]:
-    """Effective rows and columns of residuals (n, p, q): (tr C)^2 / tr C^2 of the row and column covariances C."""
+    """Effective rows and columns of residuals (n, p, q): (tr C)^2 / tr C^2 of the row and column covariances C.
+
+    A covariance seen through N samples has tr C^2 too large by (tr C)^2 / N; the rows are seen through n times the
+    effective columns, the columns through n times the effective rows, and both are corrected for it.
+    """
+    n, p, q = R.shape
     sides = (torch.einsum("kpq,krq->pr", R, R), torch.einsum("kpq,kpr->qr", R, R))
-    rows, columns = (float(C.trace() ** 2 / C.square().sum().clamp(min=1e-300)) for C in sides)
-    return max(rows, 1.0), max(columns, 1.0)
+    rows, columns = (max(1.0, float(C.trace() ** 2 / C.square().sum().clamp(min=1e-300))) for C in sides)
+    p_eff, q_eff = rows, columns
+    for _ in range(20):
+        p_eff = min(p, 1 / max(1 / rows - 1 / (n * q_eff), 1 / p))
+        q_eff = min(q, 1 / max(1 / columns - 1 / (n * p_eff), 1 / q))
+    return p_eff, q_eff
 
 
 def shared_structure(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:

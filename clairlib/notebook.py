@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from clairlib import provenance
+from clairlib import plots, provenance
 
 
 class ClaimFailed(AssertionError):
@@ -100,8 +99,7 @@ def start(*, profile: str, seed: int, output: str | Path) -> Notebook:
     facts = provenance.collect(profile=profile, seed=seed)
     notebook = Notebook(profile, seed, folder, {"provenance": facts, "claims": {}, "records": {}})
     notebook._keep_log()
-    # Fonts that journals accept and that stay text.
-    matplotlib.rcParams.update({"pdf.fonttype": 42, "ps.fonttype": 42})
+    plt.style.use(plots.STYLE)
     print(_line(facts))
     return notebook
 

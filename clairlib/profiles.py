@@ -13,7 +13,8 @@ from typing import Any
 
 import nbformat
 
-LIBRARY = Path(__file__).parent
+from clairlib.experiments import library_digest
+
 REQUIRED = ("profile", "seed", "output")  # every notebook has these parameters
 DEFAULT_PROFILE = "smoke"  # a notebook's own defaults; every other profile is spelled out in profiles.toml
 
@@ -49,7 +50,7 @@ def plan(notebooks: Iterable[str] | None, profile: str, source: Path, folder: Pa
     if unknown := [name for name in names if name not in available]:
         raise ReproduceError(f"no notebook {unknown[0]!r} in {source}; there are {', '.join(available)}")
     tables = _read_profiles(source / "profiles.toml", profile, available)
-    library = _library_digest()
+    library = library_digest()
     return [_inspect(available[name], profile, tables.get(name), folder, library) for name in names]
 
 
@@ -109,11 +110,3 @@ def _assigned_names(code: str) -> set[str]:
 
 def _settable(declared: set[str]) -> str:
     return ", ".join(sorted(declared - {"profile", "output"}))
-
-
-def _library_digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(LIBRARY.iterdir()):
-        if path.suffix in {".py", ".mplstyle"}:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

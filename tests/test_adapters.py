@@ -185,6 +185,26 @@ def test_bfloat16_clients_get_bfloat16_back(tmp_path: Path) -> None:
         assert float((written - refined).norm() / refined.norm()) < 0.02
 
 
+def test_clients_may_differ_in_dtype(clients: Path, tmp_path: Path) -> None:
+    shutil.copytree(clients, tmp_path / "clients")
+    kinds = {"ada": torch.bfloat16, "dan": torch.float64}
+    for client, dtype in kinds.items():
+        config, updates = read_lora(clients / client)
+        shutil.rmtree(tmp_path / "clients" / client)
+        cast = {name: LowRank(own.B.to(dtype), own.A.to(dtype), own.scale) for name, own in updates.items()}
+        write_lora(tmp_path / "clients" / client, config, cast)
+    outcome = align([tmp_path / "clients"], tmp_path / "out", adapter_rank=6)
+    for client, (dtype, tolerance) in {"ada": (torch.bfloat16, 0.02), "dan": (torch.float64, 1e-9)}.items():
+        k = outcome.result.names.index(client)
+        for name, update in read_lora(tmp_path / "out" / client)[1].items():
+            assert update.B.dtype == update.A.dtype == dtype
+            refined = outcome.result.modules[name].refined[k].dense()
+            assert refined.dtype == torch.float64  # one dtype for all: the widest
+            written = LowRank(update.B.double(), update.A.double()).dense()
+            lost = max(m["truncation_error"]["max"] for m in outcome.report["modules"])
+            assert float((written - refined).norm() / refined.norm()) < lost + tolerance
+
+
 def test_clients_may_differ_in_rank(clients: Path, tmp_path: Path) -> None:
     shutil.copytree(clients, tmp_path / "clients")
     config, updates = read_lora(clients / "ada")

@@ -39,6 +39,22 @@ def test_align_writes_folders_report_and_picture_and_says_the_same(work: Path) -
     assert sorted(path.name for path in work.iterdir()) == ["clients", "out"]
 
 
+def test_options_reach_the_fit_and_the_report(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clairlib.clair import CLAIR
+
+    seen: list[dict] = []
+    monkeypatch.setattr("clairlib.alignment.CLAIR", lambda **method: seen.append(method) or CLAIR(**method))
+    options = {"rank": 2, "adapter_rank": 3, "solver": "convex", "seed": 5}
+    arguments = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)]
+    assert clair("align", work / "clients", "--output", work / "out", "--quiet", *arguments).exit_code == 0
+    assert seen == [{"rank": 2, "solver": "convex", "side": "output", "seed": 5}]
+    report = json.loads((work / "out/report.json").read_text())
+    assert options.items() <= report["settings"].items()
+    assert [client["name"] for client in report["clients"] if client["contaminated"]] == BAD
+    assert {module["rank"] for module in report["modules"]} == {2}
+    assert json.loads((work / "out/ada" / CONFIG).read_text())["r"] == 3
+
+
 def test_existing_output_needs_overwrite(work: Path) -> None:
     arguments = ("align", work / "clients", "--output", work / "out", "--quiet")
     assert clair(*arguments).exit_code == 0

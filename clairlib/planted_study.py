@@ -1,0 +1,94 @@
+"""Planted clients through CLAIR, beside an oracle that is told the benign clients and the rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from clairlib.clair import CLAIR
+from clairlib.clients import Planted, planted
+from clairlib.experiments import Rows, mean_interval, rate_interval, sweep
+from clairlib.frames import fit_frame
+from clairlib.refinement import refined_core
+from clairlib.seeds import derive
+from clairlib.subspace import sin_theta
+
+SHARES = {
+    "unstructured": (0.0, 0.2, 0.45, 0.6, 0.75),
+    "dense": (0.0, 0.2, 0.45, 0.6, 0.75),
+    "coalition": (0.2, 0.4, 0.45),
+    "sign_flip": (0.2, 0.4, 0.45),
+}
+
+
+def recovery_cell(contamination: str, share: float, noise: float, seed: int) -> dict[str, Rows]:
+    """One draw of 24 planted clients (p = 50, q = 10, r = 3) with nothing told, against the oracle.
+
+    ``noise`` is per row of an update: the standard deviation of an entry is noise / sqrt(q).
+    """
+    draw = derive(seed, "planted", contamination, str(share), str(noise))
+    truth = planted(contamination, share=share, noise=noise / 10**0.5, generator=draw)
+    result = CLAIR().fit(truth.updates)
+    oracle = fit_frame(truth.updates, torch.ones(len(truth.updates), dtype=torch.float64), truth.benign, truth.rank)
+    row = {
+        "exact": bool(torch.equal(result.benign, truth.benign)),
+        "rank": result.rank,
+        "missed": int((result.benign & ~truth.benign).sum()),
+        "false_alarms": int((~result.benign & truth.benign).sum()),
+        "sin_theta": sin_theta(result.basis, truth.basis),
+        "oracle_sin_theta": sin_theta(oracle.basis, truth.basis),
+        "local_error": benign_error(truth.updates, truth),
+        "error": benign_error(result.refined, truth),
+        "oracle_error": benign_error(refined_core(truth.updates, oracle), truth),
+        "estimated_gain": result.gain,
+    }
+    return {"recovery": [row]}
+
+
+def benign_error(updates: Tensor, truth: Planted) -> float:
+    """Mean squared Frobenius error of the benign clients' updates against their targets."""
+    return float((updates - truth.targets)[truth.benign].square().sum(dim=(1, 2)).mean())
+
+
+def recovery_study(
+    kinds: list[str], noises: list[float], seeds: int, *, seed: int = 0, cache: Path | None = None, jobs: int = 1
+) -> pd.DataFrame:
+    """``recovery_cell`` over kinds, their shares of ``SHARES``, noise levels and seeds; a row per draw."""
+    cells = [
+        {"contamination": kind, "share": share, "noise": noise, "seed": seed + s}
+        for kind in kinds
+        for share in SHARES[kind]
+        for noise in noises
+        for s in range(seeds)
+    ]
+    return sweep(recovery_cell, cells, cache=cache, jobs=jobs)["recovery"]
+
+
+def summarise_recovery(draws: pd.DataFrame) -> pd.DataFrame:
+    """A row per cell: share of draws with the exact set (Wilson interval) and rank, median ratios to the oracle."""
+    rows = []
+    for (kind, share, noise), cell in draws.groupby(["contamination", "share", "noise"], sort=False):
+        rate, low, high = rate_interval(int(cell.exact.sum()), len(cell))
+        row: dict[str, Any] = {"contamination": kind, "share": share, "noise": noise, "draws": len(cell)}
+        row |= {"exact": rate, "low": low, "high": high, "exact_rank": float((cell["rank"] == 3).mean())}
+        row["exact_both"] = float((cell.exact & (cell["rank"] == 3)).mean())
+        row["sin_theta_ratio"] = (cell.sin_theta / cell.oracle_sin_theta).median()
+        row["error_ratio"] = (cell.error / cell.oracle_error).median()
+        row["refined_over_local"] = (cell.error / cell.local_error).median()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def error_table(truth: Planted, refined: Tensor) -> pd.DataFrame:
+    """Squared error of the benign clients by method for one draw, with t intervals over the clients."""
+    everybody = truth.updates.mean(dim=0).expand_as(truth.updates)
+    rows = []
+    for method, updates in (("local", truth.updates), ("FedAvg", everybody), ("CLAIR", refined)):
+        each = (updates - truth.targets)[truth.benign].square().sum(dim=(1, 2))
+        mean, low, high = mean_interval(each.tolist())
+        rows.append({"method": method, "error": mean, "low": low, "high": high})
+    return pd.DataFrame(rows)

@@ -1,0 +1,194 @@
+"""One function a figure: a tidy table (or a result) in, a Figure out. Computes nothing but what it draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from clairlib.result import ClairResult, ModuleResult
+
+STYLE = Path(__file__).with_name("clair.mplstyle")
+BENIGN, CONTAMINATED, NEUTRAL = "#0072b2", "#d55e00", "#8c8c8c"
+COLOURS = {
+    "base": "#bdbdbd",
+    "local": "#8c8c8c",
+    "FedAvg": "#e69f00",
+    "FedAvg, factors": "#f0c36d",
+    "FedAvg, benign only": "#cc79a7",
+    "CLAIR": "#0072b2",
+    "CLAIR, rank kept": "#56b4e9",
+    "CLAIR, told S and r": "#009e73",
+}
+SHOWN = 30  # singular values drawn
+MAX_HEAT = 60  # modules drawn in the heat map, those with the highest ranks of scores
+
+
+def overview(result: ClairResult) -> Figure:
+    """Spectrum, verdict and gain in one picture: what to look at first.
+
+    One module: its spectrum. Several: the heat map of modules x clients instead.
+    """
+    with plt.style.context(STYLE):
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1.1, 1.3, 0.9))
+        modules = list(result.modules.values())
+        if len(modules) == 1:
+            _spectrum(left, modules[0])
+        else:
+            _heat(left, result)
+        _verdict(middle, result)
+        _gains(right, modules)
+    return figure
+
+
+def _spectrum(axes: Axes, module: ModuleResult) -> None:
+    values = np.asarray(module.spectrum)[:SHOWN]
+    inside = np.arange(len(values)) < module.rank
+    axes.bar(np.arange(1, len(values) + 1), values, color=np.where(inside, BENIGN, "#c9c9c9"))
+    axes.set(title=f"Spectrum of the benign clients: rank {module.rank}", xlabel="direction", ylabel="singular value")
+
+
+def _heat(axes: Axes, result: ClairResult) -> None:
+    modules = list(result.modules.values())[:MAX_HEAT]
+    order = np.argsort(np.asarray(result.scores))
+    scores = np.stack([np.asarray(m.scores)[order] for m in modules])
+    image = axes.imshow(scores, aspect="auto", cmap="RdBu_r", vmin=-10, vmax=10, interpolation="nearest")
+    axes.grid(False)
+    axes.set(title="Score by module", xlabel="client, by pooled score", ylabel="module")
+    if len(modules) <= 16:
+        axes.set_yticks(range(len(modules)), [_short(m.name) for m in modules], fontsize=7)
+    axes.figure.colorbar(image, ax=axes, label="standard deviations", shrink=0.9)
+
+
+def _verdict(axes: Axes, result: ClairResult) -> None:
+    scores, benign = np.asarray(result.scores), np.asarray(result.benign)
+    order = np.argsort(scores)
+    places = np.arange(len(scores))
+    for wanted, colour, label in ((True, BENIGN, "benign"), (False, CONTAMINATED, "contaminated")):
+        chosen = benign[order] == wanted
+        axes.plot(places[chosen], scores[order][chosen], "o", color=colour, label=f"{label} ({chosen.sum()})")
+    if len(scores) <= 40:
+        axes.set_xticks(places, [_short(result.names[k]) for k in order], rotation=90, fontsize=7)
+    axes.axhline(0, color=NEUTRAL, linewidth=0.8)
+    axes.set_yscale("symlog", linthresh=5)
+    axes.set(title="Score of each client", ylabel="standard deviations above benign")
+    axes.legend(loc="upper left")
+
+
+def _gains(axes: Axes, modules: list[ModuleResult]) -> None:
+    shown = modules[:MAX_HEAT]
+    colours = [BENIGN if m.is_refined else NEUTRAL for m in shown]
+    places = np.arange(len(shown))
+    axes.barh(places, [100 * max(m.gain, -1.0) for m in shown], color=colours)
+    if len(shown) <= 16:
+        axes.set_yticks(places, [_short(m.name) for m in shown], fontsize=7)
+    else:
+        axes.set_ylabel("module")
+    axes.invert_yaxis()
+    axes.set(title="Estimated gain", xlabel="local squared error removed, %")
+
+
+def _short(name: str, length: int = 22) -> str:
+    plain = name.replace("$", r"\$")
+    return plain if len(plain) <= length else "…" + plain[-length + 1 :]
+
+
+def spectrum(result: ClairResult, module: str | None = None) -> Figure:
+    """Singular values of the benign clients' centred stack; those of the shared subspace coloured."""
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(5.5, 3.4))
+        _spectrum(axes, result.modules[module] if module else next(iter(result.modules.values())))
+    return figure
+
+
+def recovery_rates(table: pd.DataFrame) -> Figure:
+    """Share of seeds with the exact set against the contaminated share; a panel per kind, a line per noise level.
+
+    ``table`` columns: contamination, share, noise, exact, low, high (Wilson interval of exact).
+    """
+    with plt.style.context(STYLE):
+        kinds = list(dict.fromkeys(table.contamination))
+        figure, panels = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), sharey=True, squeeze=False)
+        shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.75, table.noise.nunique()))
+        for axes, kind in zip(panels[0], kinds, strict=True):
+            for shade, (noise, rows) in zip(shades, table[table.contamination == kind].groupby("noise"), strict=False):
+                spread = [rows.exact - rows.low, rows.high - rows.exact]
+                axes.errorbar(rows.share, rows.exact, spread, fmt="o-", color=shade, label=f"noise {noise:g}")
+            axes.axhline(0.95, color=NEUTRAL, linewidth=0.8, linestyle="--")
+            axes.set(title=kind, xlabel="contaminated share", ylim=(-0.03, 1.05))
+        panels[0][0].set_ylabel("exact set found")
+        panels[0][0].legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def errors(table: pd.DataFrame) -> Figure:
+    """Mean squared error by method with its interval. ``table`` columns: method, error, low, high."""
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(5.5, 0.5 + 0.45 * len(table)))
+        _bars(axes, table, "error")
+        axes.set(title="Mean squared error of the benign clients", xlabel="squared Frobenius error")
+    return figure
+
+
+def accuracies(table: pd.DataFrame) -> Figure:
+    """Benign accuracy by method with its interval over seeds; a panel per label noise.
+
+    ``table`` columns: label_noise, method, accuracy, low, high.
+    """
+    with plt.style.context(STYLE):
+        levels = sorted(table.label_noise.unique())
+        figure, panels = plt.subplots(1, len(levels), figsize=(5 * len(levels), 3.2), sharey=True, squeeze=False)
+        for axes, level in zip(panels[0], levels, strict=True):
+            rows = table[table.label_noise == level]
+            _bars(axes, rows, "accuracy")
+            axes.set(title=f"label noise {level:.0%}", xlabel="benign clients' copying accuracy")
+            axes.set_xlim(max(0.0, rows.low.min() - 0.05), 1.0)
+    return figure
+
+
+def _bars(axes: Axes, table: pd.DataFrame, value: str) -> None:
+    places = np.arange(len(table))
+    centre = table[value].to_numpy()
+    spread = [centre - table.low.to_numpy(), table.high.to_numpy() - centre]
+    axes.barh(places, centre, color=[COLOURS.get(m, NEUTRAL) for m in table.method], height=0.7)
+    axes.errorbar(centre, places, xerr=spread, fmt="none", color="black", capsize=2, linewidth=1)
+    axes.set_yticks(places, list(table.method))
+    axes.invert_yaxis()
+
+
+def client_scores(table: pd.DataFrame, by: str) -> Figure:
+    """Scores of all clients, a row of dots per value of ``by``; table columns: score, contaminated, flagged, by."""
+    with plt.style.context(STYLE):
+        groups = sorted(table[by].unique())
+        figure, axes = plt.subplots(figsize=(7, 0.7 + 0.42 * len(groups)))
+        for row, group in enumerate(groups):
+            for truth, colour in ((False, BENIGN), (True, CONTAMINATED)):
+                points = table[(table[by] == group) & (table.contaminated == truth)]
+                axes.plot(points.score, np.full(len(points), row), "o", color=colour, alpha=0.75)
+                wrong = points[points.flagged != points.contaminated]
+                axes.plot(wrong.score, np.full(len(wrong), row), "x", color="black", markersize=9)
+        axes.plot([], [], "o", color=BENIGN, label="benign")
+        axes.plot([], [], "o", color=CONTAMINATED, label="contaminated")
+        axes.plot([], [], "x", color="black", label="wrong verdict")
+        axes.set_yticks(range(len(groups)), [str(g) for g in groups])
+        axes.set_xscale("symlog", linthresh=5)
+        axes.set(xlabel="standard deviations above benign", ylabel=by.replace("_", " "))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return figure
+
+
+def vocabulary_leverage(table: pd.DataFrame) -> Figure:
+    """Leverage of the recovered subspace on every token. ``table`` columns: token, leverage, symbol (bool)."""
+    with plt.style.context(STYLE):
+        mean = table.groupby(["token", "symbol"], as_index=False).leverage.mean()
+        figure, axes = plt.subplots(figsize=(8, 2.8))
+        for is_symbol, colour, label in ((False, "#c9c9c9", "other tokens"), (True, CONTAMINATED, "dialect symbols")):
+            rows = mean[mean.symbol == is_symbol]
+            axes.bar(rows.token, rows.leverage, color=colour, label=label)
+        axes.set(title="What the recovered subspace writes to", xlabel="token", ylabel="leverage")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.75, 1.0), ncols=2)
+    return figure
