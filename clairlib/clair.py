@@ -13,10 +13,11 @@ from clairlib.consensus import consensus, robust_half
 from clairlib.decompose import Certificate, decompose
 from clairlib.detection import Calibration, anybody, calibrate, least_error_set
 from clairlib.factors import Cores, LowRank
-from clairlib.frames import Frame, fit_frame, floor_energy, log_scores, shared_structure
-from clairlib.refinement import estimate_gain, refined_core
+from clairlib.frames import Frame, fit_frame, floor_energy, keep_directions, log_scores, shared_structure
+from clairlib.refinement import estimate_gain
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
+from clairlib.subspace import project_out
 from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules
 
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
@@ -115,7 +116,7 @@ class CLAIR:
             if progress is not None:
                 progress(module.name)
         benign, solved, pooled = self._agree(solved, w)
-        results = {s.module.name: _module_result(s, w, benign) for s in solved}
+        results = {s.module.name: self._module_result(s, w, benign) for s in solved}
         numpy = modules[0].numpy
         out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
@@ -172,6 +173,30 @@ class CLAIR:
             return solved
         return replace(solved, frame=fit_frame(solved.X, weights, benign, self.rank))
 
+    def _module_result(self, solved: _Solved, weights: Tensor, benign: Tensor) -> ModuleResult:
+        module, cores, frame = solved.module, solved.cores, solved.frame
+        x, variance = log_scores(solved.X, weights, frame)
+        z = calibrate(x, benign, variance).z
+        frame = keep_directions(solved.X, weights, frame) if self.rank is None else frame
+        gain = estimate_gain(solved.X, weights, frame)
+        basis = cores.lift_rows(frame.basis)
+        off = cores.lift(project_out(frame.basis, frame.mean))
+        is_refined = gain.relative > 0
+        return ModuleResult(
+            name=module.name,
+            shape=module.shape[::-1] if module.transposed else module.shape,
+            rank=frame.rank,
+            basis=module.out(basis),
+            common=module.out_update(off),
+            scores=z.cpu().numpy() if module.numpy else z,
+            refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
+            gain=gain.relative,
+            gain_terms=gain,
+            is_refined=is_refined,
+            spectrum=frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
+            certificate=solved.certificate,
+        )
+
 
 def _read_weights(weights: Any, clients: list[str]) -> Tensor:
     """Weights (K,) with mean 1."""
@@ -197,30 +222,6 @@ def _pool(solved: list[_Solved], weights: Tensor, structure: Tensor) -> tuple[Te
     shares = shares / shares.sum()
     x = sum(share * scores for share, (scores, _) in zip(shares, scored, strict=True))
     return x, float((shares.square() * variances).sum())
-
-
-def _module_result(solved: _Solved, weights: Tensor, benign: Tensor) -> ModuleResult:
-    module, frame, cores = solved.module, solved.frame, solved.cores
-    x, variance = log_scores(solved.X, weights, frame)
-    gain = estimate_gain(solved.X, weights, frame)
-    basis = cores.lift_rows(frame.basis)
-    off = cores.lift(refined_core(torch.zeros_like(solved.X[:1]), frame)[0])
-    is_refined = gain.relative > 0
-    z = calibrate(x, benign, variance).z
-    return ModuleResult(
-        name=module.name,
-        shape=module.shape[::-1] if module.transposed else module.shape,
-        rank=frame.rank,
-        basis=module.out(basis),
-        common=module.out_update(off),
-        scores=z.cpu().numpy() if module.numpy else z,
-        refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
-        gain=gain.relative,
-        gain_terms=gain,
-        is_refined=is_refined,
-        spectrum=frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
-        certificate=solved.certificate,
-    )
 
 
 def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clairlib.subspace import estimate_rank, project_out
+from clairlib.subspace import estimate_rank, project_out, rank_to_keep
 
 ROUNDING = 1e-20  # energies below this part of the mean client's are rounding, not signal
 FILTER = 2  # a contaminated client differs by r directions of its own and by its common part: 2 r directions are scored
@@ -62,6 +62,13 @@ def fit_frame(X: Tensor, weights: Tensor, members: Tensor, rank: int | None = No
     if rank is None:
         rank = estimate_rank(values[: (n - 1) * q], rank_limit(n, p, q))
     return Frame(members, vectors[:, : min(rank, p)], mean, scatter, values)
+
+
+def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
+    """The frame with the directions its members should keep of their own: more where no gap ends the spectrum."""
+    n, p, q = frame.size, *X.shape[1:]
+    rank = rank_to_keep(frame.eigenvalues[: (n - 1) * q], rank_limit(n, p, q))
+    return frame if rank == frame.rank else fit_frame(X, weights, frame.members, rank)
 
 
 def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:

@@ -41,7 +41,10 @@ def overview(result: ClairResult) -> Figure:
         else:
             _heat(left, result)
         _verdict(middle, result)
-        _gains(right, modules)
+        if len(modules) == 1:
+            _error_terms(right, modules[0])
+        else:
+            _gains(right, modules)
     return figure
 
 
@@ -77,6 +80,23 @@ def _verdict(axes: Axes, result: ClairResult) -> None:
     axes.set_yscale("symlog", linthresh=5)
     axes.set(title="Score of each client", ylabel="standard deviations above benign")
     axes.legend(loc="upper left")
+
+
+def _error_terms(axes: Axes, module: ModuleResult) -> None:
+    terms = module.gain_terms
+    parts = {
+        "noise inside": (terms.inside, terms.inside),
+        "noise outside": (terms.local - terms.inside, terms.off_subspace),
+        "heterogeneity": (0.0, terms.heterogeneity),
+        "subspace cost": (0.0, terms.subspace_cost),
+    }
+    bottom = np.zeros(2)
+    for (label, heights), colour in zip(parts.items(), (BENIGN, "#9ecae1", CONTAMINATED, "#e69f00"), strict=True):
+        axes.bar(["local", "refined"], heights, bottom=bottom, color=colour, label=label, width=0.6)
+        bottom = bottom + np.array(heights)
+    outcome = "" if module.is_refined else ", refused"
+    axes.set(title=f"Estimated error: {module.gain:.0%} removed{outcome}", ylabel="squared error of a client")
+    axes.legend(fontsize=8)
 
 
 def _gains(axes: Axes, modules: list[ModuleResult]) -> None:

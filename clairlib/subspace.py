@@ -79,14 +79,31 @@ def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
     """Rank of the shared subspace: the gap of ``gap_rank``, else the largest ratio of consecutive eigenvalues.
 
     The ratio, in the first quarter of the spectrum (Ahn and Horenstein, Econometrica 81, 2013), decides where no gap
-    stands out or the spectrum is too short to fit one. At least 1 unless all eigenvalues are zero or ``limit`` is.
+    stands out or the spectrum is too short to fit one: a low rank, as every direction too many lets a stranger pass
+    for a member. At least 1 unless all eigenvalues are zero or ``limit`` is.
     """
     rank = gap_rank(eigenvalues, limit)
     values, _ = _floored(eigenvalues)
-    if rank or limit < 1 or not len(values) or values[0] == 0:
+    if rank or limit < 1 or values[0] == 0:
         return rank
     head = max(1, min(limit, len(values) // 4))
     return int(np.argmax(values[:head] / values[1 : head + 1])) + 1
+
+
+def rank_to_keep(eigenvalues: Tensor, limit: int) -> int:
+    """Directions a client keeps of its own: the gap of ``gap_rank``, else all that are too large for isotropic noise.
+
+    Where no gap stands out, a direction is kept while its eigenvalue exceeds 4 times the mean of those after it, the
+    most by which the largest eigenvalue of isotropic noise can exceed its mean (Marchenko and Pastur 1967): a direction
+    too many costs its noise, a direction too few the signal in it.
+    """
+    rank = gap_rank(eigenvalues, limit)
+    values, _ = _floored(eigenvalues)
+    if rank or limit < 1 or values[0] == 0:
+        return rank
+    tail_means = np.cumsum(values[::-1])[::-1][1:] / np.arange(len(values) - 1, 0, -1)
+    large = np.flatnonzero(values[:limit] > 4 * tail_means[:limit])
+    return max(int(large[-1]) + 1 if len(large) else 1, estimate_rank(eigenvalues, limit))
 
 
 def _floored(eigenvalues: Tensor) -> tuple[np.ndarray, float]:

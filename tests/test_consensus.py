@@ -1,0 +1,196 @@
+"""The consensus solver piece by piece: tuples, their scores, starts, growth and the choice between frames."""
+
+from math import comb
+
+import pytest
+import torch
+
+from clairlib import CLAIR, consensus
+from clairlib.clients import planted
+from clairlib.frames import fit_frame
+from clairlib.seeds import derive
+from clairlib.subspace import project_out, sin_theta
+
+LIMIT = consensus.TUPLE_LIMIT
+
+
+def draw(kind="unstructured", seed=0, K=14, p=20, q=6, r=2, noise=0.02, share=0.4):
+    return planted(kind, K=K, p=p, q=q, r=r, noise=noise, share=share, generator=derive(seed, "consensus", kind))
+
+
+def ones(c):
+    return torch.ones(len(c.updates), dtype=torch.float64)
+
+
+def tuples_of(c, seed=0):
+    return consensus.candidate_tuples(*c.updates.shape, generator=derive(seed, "tuples"))
+
+
+def members(c, count):
+    """The first ``count`` benign clients."""
+    chosen = torch.zeros_like(c.benign)
+    chosen[c.benign.nonzero().flatten()[:count]] = True
+    return chosen
+
+
+@pytest.mark.parametrize("K", [3, 12, 24])
+def test_every_pair_is_a_candidate_up_to_24_clients(K):
+    tuples = consensus.candidate_tuples(K, 50, 10, generator=derive(0, "tuples"))
+    assert len(tuples) == len({tuple(t) for t in tuples.tolist()}) == comb(K, 2) <= LIMIT
+
+
+@pytest.mark.parametrize("K, q", [(60, 10), (500, 10), (60, 1), (60, 2)])
+def test_number_of_tuples_is_bounded(K, q):
+    """At most TUPLE_LIMIT, distinct, sorted, of distinct clients; repeated draws cost a few of them."""
+    tuples = consensus.candidate_tuples(K, 50, q, generator=derive(0, "tuples"))
+    rows = [tuple(t) for t in tuples.tolist()]
+    assert 0.8 * LIMIT < len(rows) == len(set(rows)) <= LIMIT
+    assert all(list(row) == sorted(set(row)) for row in rows)
+    assert set(tuples.flatten().tolist()) <= set(range(K))
+    again = consensus.candidate_tuples(K, 50, q, generator=derive(0, "tuples"))
+    assert torch.equal(tuples, again)
+    assert not torch.equal(tuples[: len(again)], consensus.candidate_tuples(K, 50, q, generator=derive(1, "t"))[:1])
+
+
+@pytest.mark.parametrize("q, p", [(1, 30), (2, 30), (3, 30), (10, 30), (1, 2)])
+def test_a_tuple_can_span_a_frame(q, p):
+    t = consensus.candidate_tuples(40, p, q, generator=derive(0, "tuples")).shape[1]
+    assert t >= 2 and (t - 1) * q >= min(consensus.START_RANK, p)
+
+
+def test_work_is_bounded_in_the_number_of_clients(monkeypatch):
+    """A fit of 60 clients scores at most TUPLE_LIMIT of its 1770 pairs, once, and still finds the set."""
+    scored = []
+    real = consensus.score_tuples
+    monkeypatch.setattr(consensus, "score_tuples", lambda X, tuples: scored.append(len(tuples)) or real(X, tuples))
+    c = draw(K=60)
+    assert torch.equal(CLAIR().fit(c.updates).benign, c.benign)
+    assert len(scored) == 1 and 0 < scored[0] <= LIMIT
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(q=1, K=9), dict(p=6, q=9)])
+def test_tuple_scores_equal_brute_force(shape):
+    c = draw(**shape)
+    tuples = tuples_of(c)
+    order, distances = consensus.score_tuples(c.updates, tuples)
+    K, p, q = c.updates.shape
+    totals = []
+    for clients, found in zip(tuples.tolist(), distances, strict=True):
+        group = c.updates[clients]
+        D = torch.cat([x - group[0] for x in group[1:]], dim=1)
+        U = torch.linalg.svd(D, full_matrices=False).U[:, : max(1, min(D.shape[1], p // 4))]
+        expected = project_out(U, c.updates - group.mean(0)).square().sum((1, 2))
+        others = [k for k in range(K) if k not in clients]
+        assert torch.allclose(found[others], expected[others], rtol=1e-9)
+        assert not found[clients].any()
+        totals.append(float(expected[others].log().sum()))
+    assert sorted(order) == list(range(len(tuples)))
+    assert [totals[i] for i in order] == pytest.approx(sorted(totals), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "dense", "sign_flip"])
+def test_best_tuple_is_benign(kind):
+    c = draw(kind)
+    tuples = tuples_of(c)
+    order, _ = consensus.score_tuples(c.updates, tuples)
+    assert bool(c.benign[tuples[order[0]]].all())
+
+
+def test_scores_do_not_depend_on_the_chunk(monkeypatch):
+    c = draw()
+    tuples = tuples_of(c)
+    order, distances = consensus.score_tuples(c.updates, tuples)
+    monkeypatch.setattr(consensus, "CHUNK_ENTRIES", 1)
+    chunked_order, chunked = consensus.score_tuples(c.updates, tuples)
+    assert chunked_order == order and torch.allclose(chunked, distances, rtol=1e-9)
+
+
+def test_starts_come_from_disjoint_tuples_best_first():
+    c = draw()
+    tuples = tuples_of(c)
+    order, distances = consensus.score_tuples(c.updates, tuples)
+    starts = consensus.disjoint_starts(tuples, order, distances)
+    assert 1 < len(starts) <= consensus.STARTS
+    assert all(int(s.sum()) == tuples.shape[1] + 2 for s in starts)
+    assert bool(starts[0][tuples[order[0]]].all())
+    assert len({tuple(s.tolist()) for s in starts}) == len(starts)
+
+
+def test_a_start_can_be_kept_within_a_group():
+    c = draw()
+    tuples = tuples_of(c)
+    order, distances = consensus.score_tuples(c.updates, tuples)
+    start = consensus.first_start(tuples, order, distances, ~c.benign)
+    assert start is not None and not bool((start & c.benign).any()) and int(start.sum()) == tuples.shape[1] + 2
+    three = members(c, 3)
+    assert consensus.first_start(tuples, order, distances, three) is None
+
+
+@pytest.mark.parametrize("kind, share", [("unstructured", 0.4), ("dense", 0.4), ("sign_flip", 0.3)])
+def test_robust_half_is_benign(kind, share):
+    c = draw(kind, share=share)
+    half = consensus.robust_half(c.updates, ones(c), None)
+    assert int(half.sum()) == 7 and not bool((half & ~c.benign).any())
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "dense", "coalition", "sign_flip"])
+@pytest.mark.parametrize("level", [0.01, 0.001])
+def test_a_set_grows_to_all_benign_clients_and_stops(kind, level):
+    c = draw(kind)
+    frame = consensus.grow(c.updates, ones(c), members(c, 4), None, level)
+    assert frame is not None and frame.rank == 2
+    assert not bool((frame.members & ~c.benign).any())
+    assert frame.size >= int(c.benign.sum()) - (level > 0.005)  # one of nine may be unusual at the higher level
+    assert sin_theta(frame.basis, c.basis) < 0.1
+
+
+def test_two_clients_are_no_set():
+    c = draw()
+    assert consensus.grow(c.updates, ones(c), members(c, 2), None, 0.01) is None
+
+
+def test_shortest_description_takes_the_true_frame():
+    """Over everybody in one frame of higher rank, and over the contaminated, wherever it stands in the list."""
+    c = draw("coalition", share=0.4)
+    everyone = torch.ones_like(c.benign)
+    frames = [fit_frame(c.updates, ones(c), S, r) for S, r in ((c.benign, 2), (everyone, None), (~c.benign, 2))]
+    assert frames[1].rank > 2
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        best = consensus.shortest_description(c.updates, ones(c), [frames[i] for i in order])
+        assert torch.equal(best.members, c.benign)
+
+
+def test_shortest_description_keeps_everybody_when_everybody_agrees():
+    c = draw(share=0.0)
+    everyone = torch.ones_like(c.benign)
+    frames = [fit_frame(c.updates, ones(c), S, 2) for S in (members(c, 10), everyone, members(c, 13))]
+    assert bool(consensus.shortest_description(c.updates, ones(c), frames).members.all())
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "dense", "coalition", "sign_flip"])
+def test_consensus_finds_set_and_rank(kind):
+    c = draw(kind)
+    frame = consensus.consensus(c.updates, ones(c), generator=derive(0, "tuples"))
+    assert frame.rank == 2 and sin_theta(frame.basis, c.basis) < 0.1
+    assert int((frame.members & ~c.benign).sum()) == 0 and frame.size >= int(c.benign.sum()) - 1
+
+
+def test_a_given_rank_is_kept():
+    c = draw()
+    for rank in (1, 2, 3):
+        assert consensus.consensus(c.updates, ones(c), rank=rank, generator=derive(0, "tuples")).rank == rank
+
+
+@pytest.mark.parametrize("K", [3, 4, 5])
+def test_few_clients_get_a_frame(K):
+    c = draw(K=K, share=0.0)
+    frame = consensus.consensus(c.updates, ones(c), generator=derive(0, "tuples"))
+    assert frame.size >= 3
+    if K > 3:
+        assert frame.rank == 2 and bool(frame.members.all())
+
+
+def test_identical_clients_are_one_set_without_a_subspace():
+    X = torch.ones(5, 4, 3, dtype=torch.float64)
+    frame = consensus.consensus(X, torch.ones(5, dtype=torch.float64), generator=derive(0, "tuples"))
+    assert bool(frame.members.all()) and torch.allclose(frame.mean, X[0])
