@@ -152,9 +152,13 @@ def summarise_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def paired_differences(accuracy: pd.DataFrame, method: str = "CLAIR") -> pd.DataFrame:
-    """Method minus each other method, benign mean by seed: paired 95 % t interval over seeds."""
-    means = accuracy.groupby(["label_noise", "seed", "method"]).accuracy.mean().unstack("method")
+def paired_differences(accuracy: pd.DataFrame, over: str = "seed", method: str = "CLAIR") -> pd.DataFrame:
+    """Method minus each other method: paired 95 % t interval over seeds (benign mean of each), or over clients.
+
+    ``over="client"`` takes each client of each seed for a draw of its own, which is all a single seed allows.
+    """
+    unit = {"seed": ["seed"], "client": ["seed", "client"]}[over]
+    means = accuracy.groupby(["label_noise", *unit, "method"]).accuracy.mean().unstack("method")
     rows = []
     for level, table in means.groupby("label_noise"):
         for other in METHODS:
@@ -174,6 +178,12 @@ def summarise_detection(detection: pd.DataFrame) -> pd.DataFrame:
         row["recall"] = hits / int(table.contaminated.sum())
         rows.append({**row, "exact": bool((table.flagged == table.contaminated).all())})
     return pd.DataFrame(rows)
+
+
+def against(differences: pd.DataFrame, method: str, label_noise: float) -> dict[str, float]:
+    """CLAIR minus one method at one label noise: difference, low, high."""
+    row = differences[(differences.against == method) & (differences.label_noise == label_noise)].iloc[0]
+    return {name: float(row[name]) for name in ("difference", "low", "high")}
 
 
 def leverage_picks_symbols(leverage: pd.DataFrame) -> pd.DataFrame:

@@ -102,8 +102,8 @@ def rank_to_keep(eigenvalues: Tensor, limit: int) -> int:
     if rank or limit < 1 or values[0] == 0:
         return rank
     tail_means = np.cumsum(values[::-1])[::-1][1:] / np.arange(len(values) - 1, 0, -1)
-    large = np.flatnonzero(values[:limit] > 4 * tail_means[:limit])
-    return max(int(large[-1]) + 1 if len(large) else 1, estimate_rank(eigenvalues, limit))
+    small = np.flatnonzero(values[:limit] <= 4 * tail_means[:limit])
+    return max(int(small[0]) if len(small) else limit, estimate_rank(eigenvalues, limit))
 
 
 def _floored(eigenvalues: Tensor) -> tuple[np.ndarray, float]:

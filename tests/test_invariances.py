@@ -117,7 +117,7 @@ def test_factored_and_dense_input_agree_in_any_gauge(clients, result, seed):
 def low_rank_clients():
     """Adapters of ranks 4 and 6 that together span all of 24 x 40."""
     generator = derive(0, "mixed")
-    c = planted(K=12, p=24, q=4, r=2, noise=0.03, share=0.25, generator=generator)
+    c = planted(K=12, p=24, q=4, r=2, noise=0.03, share=0.25, common=0.0, generator=generator)
     updates = []
     for k, X in enumerate(c.updates):
         A = torch.randn(4, 40, generator=generator, dtype=torch.float64) / 40**0.5

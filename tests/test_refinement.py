@@ -55,7 +55,7 @@ def test_statement4_errors_with_the_oracle_subspace_and_set(share, heterogeneity
 
 def test_statement4_first_order_cost_of_an_estimated_subspace():
     """With P estimated from the set: r (p - r) sigma^2 / s a client more, up to terms of order (noise / signal)^2."""
-    K, p, q, r, sigma, cost = 16, 30, 8, 3, 0.01, []
+    K, p, r, sigma, cost = 16, 30, 3, 0.01, []
     for seed in range(60):
         c = draw(seed, share=0.0, noise=sigma)
         frame = fit_frame(c.updates, ones(c), c.benign, r)

@@ -1,0 +1,5 @@
+"""``python -m clairlib`` is the ``clair`` command."""
+
+from clairlib.cli import app
+
+app()
