@@ -234,10 +234,10 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     a variance of its own, p_e q_e (1 + log x), with the coefficients or without the frame's subspace, whichever is
     less. Bounded influence, so that outliers do not choose the frame.
     """
-    K, p, _ = X.shape
+    K, p, q = X.shape
     fits = [(project_out(f.basis, X - f.mean), f) for f in candidates]
     energies = [R.square().sum(dim=(1, 2)) * weights for R, _ in fits]
-    noise = [float(e[f.members].mean()) * f.size / max(f.size - 1, 1) for e, (_, f) in zip(energies, fits, strict=True)]
+    noise = [float(e[f.members].sum()) / free_clients(f, q) for e, (_, f) in zip(energies, fits, strict=True)]
     reference = min(range(len(fits)), key=noise.__getitem__)
     p_eff, q_eff = effective_dimensions(fits[reference][0][candidates[reference].members])
     unit = max(noise[reference], floor_energy(X))  # energy of p_eff q_eff degrees of freedom
@@ -249,8 +249,15 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
     for i, ((_, frame), energy) in enumerate(zip(fits, energies, strict=True)):
         coefficients, full = price * frame.rank * q_eff, (p_eff + frame.rank) * q_eff
-        whole = (X - frame.mean).square().sum(dim=(1, 2)) * weights / (unit * full / dof)
-        alone = torch.minimum(dof * outlier(energy / unit) + coefficients, full * outlier(whole)) + price
+        total = weights[frame.members].sum()
+        own = total / (total + weights) / unit  # an outlier's energy without the error of the members' mean
+        whole = (X - frame.mean).square().sum(dim=(1, 2)) * weights * own * dof / full
+        alone = torch.minimum(dof * outlier(energy * own) + coefficients, full * outlier(whole)) + price
         costs[i] = torch.where(frame.members, dof * energy / unit + coefficients, alone)
     overheads = [price * (f.rank * p_eff + p_eff * q_eff) for f in candidates]
     return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)
+
+
+def free_clients(frame: Frame, q: int) -> float:
+    """Members less what the fit used up of their off-subspace noise: one for the mean, r / q for the subspace."""
+    return max(frame.size - 1 - frame.rank / q, 0.5)

@@ -6,12 +6,13 @@ variance of client k is proportional to 1 / w_k.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from clairlib.subspace import estimate_rank, project_out, rank_to_keep
+from clairlib.subspace import estimate_rank, project_out, rank_to_keep, resolved_rank
 
 ROUNDING = 1e-20  # energies below this part of the mean client's are rounding, not signal
 FILTER = 2  # a contaminated client differs by r directions of its own and by its common part: 2 r directions are scored
@@ -47,28 +48,52 @@ def rank_limit(members: int, p: int, q: int) -> int:
     return max(0, min(p - 1, (members - 2) * q, (members - 1) * q // 2 + 1))
 
 
-def fit_frame(X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None) -> Frame:
+def fit_frame(
+    X: Tensor,
+    weights: Tensor,
+    members: Tensor,
+    rank: int | None = None,
+    *,
+    choose: Callable[[Tensor, int], int] = estimate_rank,
+) -> Frame:
     """Frame of a set of clients: weighted mean, and the leading eigenvectors of the centred scatter.
 
-    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank from the gap in the spectrum.
+    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` lets ``choose`` estimate it from the spectrum.
     """
     S, w = X[members], weights[members]
-    n, p, q = S.shape
     mean = torch.einsum("k,kpq->pq", w / w.sum(), S)
     D = (S - mean) * w.sqrt()[:, None, None]
-    scatter = torch.einsum("kpq,krq->pr", D, D)
+    scatter = _gram(D)
     values, vectors = torch.linalg.eigh(scatter)
     values, vectors = values.flip(0), vectors.flip(1)
     if rank is None:
-        rank = estimate_rank(values[: (n - 1) * q], rank_limit(n, p, q))
-    return Frame(members, vectors[:, : min(rank, p)], mean, scatter, values)
+        rank = _rank(D, values, choose)
+    return Frame(members, vectors[:, :rank], mean, scatter, values)
 
 
 def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     """The frame with the directions its members should keep of their own: more where no gap ends the spectrum."""
-    n, p, q = frame.size, *X.shape[1:]
-    rank = rank_to_keep(frame.eigenvalues[: (n - 1) * q], rank_limit(n, p, q))
-    return frame if rank == frame.rank else fit_frame(X, weights, frame.members, rank)
+    return fit_frame(X, weights, frame.members, choose=rank_to_keep)
+
+
+def _gram(D: Tensor) -> Tensor:
+    return torch.einsum("kpq,krq->pr", D, D)
+
+
+def _rank(D: Tensor, values: Tensor, choose: Callable[[Tensor, int], int]) -> int:
+    """Rank of centred blocks D (n, p, q) with scatter eigenvalues ``values``.
+
+    Where the clients but the last span all that they span together, there is no noise and all of it is shared. The
+    noise of low-rank adapters is confined as well, to as many directions as their ranks add up to, but each brings its
+    own; then the gap is sought among the directions that are there.
+    """
+    n, p, q = D.shape
+    resolved, limit = resolved_rank(values), rank_limit(n, p, q)
+    if resolved <= limit and resolved < min(p, (n - 1) * q):
+        rest = torch.linalg.eigvalsh(_gram(D[:-1] - D[:-1].mean(dim=0)))
+        if resolved_rank(rest.flip(0)) == resolved:
+            return resolved
+    return choose(values[:resolved], limit)
 
 
 def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:

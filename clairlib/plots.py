@@ -135,9 +135,11 @@ def recovery_rates(table: pd.DataFrame) -> Figure:
         figure, panels = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), sharey=True, squeeze=False)
         shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.75, table.noise.nunique()))
         for axes, kind in zip(panels[0], kinds, strict=True):
-            for shade, (noise, rows) in zip(shades, table[table.contamination == kind].groupby("noise"), strict=False):
+            levels = table[table.contamination == kind].groupby("noise")
+            for place, (shade, (noise, rows)) in enumerate(zip(shades, levels, strict=False)):
                 spread = [rows.exact - rows.low, rows.high - rows.exact]
-                axes.errorbar(rows.share, rows.exact, spread, fmt="o-", color=shade, label=f"noise {noise:g}")
+                beside = rows.share + 0.008 * place  # or the intervals hide one another
+                axes.errorbar(beside, rows.exact, spread, fmt="o-", color=shade, label=f"noise {noise:g}")
             axes.axhline(0.95, color=NEUTRAL, linewidth=0.8, linestyle="--")
             axes.set(title=kind, xlabel="contaminated share", ylim=(-0.03, 1.05))
         panels[0][0].set_ylabel("exact set found")
@@ -166,7 +168,7 @@ def accuracies(table: pd.DataFrame) -> Figure:
             rows = table[table.label_noise == level]
             _bars(axes, rows, "accuracy")
             axes.set(title=f"label noise {level:.0%}", xlabel="benign clients' copying accuracy")
-            axes.set_xlim(max(0.0, rows.low.min() - 0.05), 1.0)
+            axes.set_xlim(max(0.0, rows.accuracy.min() - 0.1), 1.0)
     return figure
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 EDGE_SPAN = 8  # eigenvalues below the candidate rank from which the edge of the noise is fitted
+ROUNDING = 1e-13  # eigenvalues of a scatter below this part of the largest are rounding
 EDGE_FACTOR = 2.5  # a gap counts when it exceeds this many fitted slopes; Onatski has span 5, factor 2
 
 
@@ -53,21 +54,21 @@ def gap_rank(eigenvalues: Tensor, limit: int) -> int:
     Parameters
     ----------
     eigenvalues : Tensor
-        Squared singular values, descending, only those that can be non-zero.
+        Squared singular values, descending, without those that are zero.
     limit : int
         Largest rank to return.
     """
-    values, floor = _floored(eigenvalues)
+    values = eigenvalues.clamp(min=0.0).cpu().numpy()
     limit = min(limit, len(values) - 1)
     gaps = values[:limit] - values[1 : limit + 1]
     rank, candidate = 0, limit
     for _ in range(10):
         start = min(candidate, len(values) - EDGE_SPAN)
-        if start < 0:
+        if start < 0 or limit < 1:
             return 0
         places = np.arange(start, start + EDGE_SPAN) + 1.0
         slope = abs(np.polyfit(places ** (2 / 3), values[start : start + EDGE_SPAN], 1)[0])
-        apart = np.flatnonzero(gaps > EDGE_FACTOR * slope + floor)
+        apart = np.flatnonzero(gaps > EDGE_FACTOR * slope + ROUNDING * values[0])
         rank = int(apart[-1]) + 1 if len(apart) else 0
         if rank == candidate:
             break
@@ -83,11 +84,11 @@ def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
     for a member. At least 1 unless all eigenvalues are zero or ``limit`` is.
     """
     rank = gap_rank(eigenvalues, limit)
-    values, _ = _floored(eigenvalues)
+    values = np.append(eigenvalues.clamp(min=0.0).cpu().numpy(), 0.0)
     if rank or limit < 1 or values[0] == 0:
         return rank
     head = max(1, min(limit, len(values) // 4))
-    return int(np.argmax(values[:head] / values[1 : head + 1])) + 1
+    return int(np.argmax(values[:head] / np.maximum(values[1 : head + 1], ROUNDING * values[0]))) + 1
 
 
 def rank_to_keep(eigenvalues: Tensor, limit: int) -> int:
@@ -98,7 +99,7 @@ def rank_to_keep(eigenvalues: Tensor, limit: int) -> int:
     too many costs its noise, a direction too few the signal in it.
     """
     rank = gap_rank(eigenvalues, limit)
-    values, _ = _floored(eigenvalues)
+    values = np.append(eigenvalues.clamp(min=0.0).cpu().numpy(), 0.0)
     if rank or limit < 1 or values[0] == 0:
         return rank
     tail_means = np.cumsum(values[::-1])[::-1][1:] / np.arange(len(values) - 1, 0, -1)
@@ -106,8 +107,6 @@ def rank_to_keep(eigenvalues: Tensor, limit: int) -> int:
     return max(int(small[0]) if len(small) else limit, estimate_rank(eigenvalues, limit))
 
 
-def _floored(eigenvalues: Tensor) -> tuple[np.ndarray, float]:
-    """Eigenvalues with rounding raised to a floor, one floor value appended, and the floor."""
-    values = eigenvalues.clamp(min=0.0).cpu().numpy()
-    floor = float(values[0]) * 1e-20 if len(values) else 0.0  # 1e-10 of the largest singular value
-    return np.append(np.maximum(values, floor), floor), floor
+def resolved_rank(eigenvalues: Tensor) -> int:
+    """Number of eigenvalues of a scatter, descending, above rounding: its numerical rank."""
+    return int((eigenvalues > ROUNDING * eigenvalues[:1]).sum())

@@ -12,7 +12,6 @@ from clairlib.detection import FAMILY_ERROR
 from clairlib.seeds import derive
 from clairlib.subspace import sin_theta
 
-ROUNDING_RANK = "rank of a scatter without noise: its zero eigenvalues, 1e-16 of the largest, are taken for directions"
 KINDS = ("unstructured", "dense", "coalition", "sign_flip")
 
 
@@ -60,7 +59,7 @@ def test_statement1_any_benign_pair_reveals_the_set_without_noise(kind, solver):
     assert (result.refined - c.targets)[c.benign].abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("kind, share", [e for e in EXTREMES if e != ("dense", 0.75)])
+@pytest.mark.parametrize("kind, share", EXTREMES)
 def test_statement2_exact_set_without_noise(kind, share):
     c = draw(kind, share, noise=0.0)
     result = CLAIR().fit(c.updates)
@@ -68,7 +67,6 @@ def test_statement2_exact_set_without_noise(kind, share):
     assert (result.refined - c.targets)[c.benign].abs().max() < 1e-8
 
 
-@pytest.mark.xfail(strict=True, reason=ROUNDING_RANK)
 @pytest.mark.parametrize("kind, share", EXTREMES)
 def test_statement2_exact_recovery_without_noise(kind, share):
     for seed in range(2):
@@ -226,10 +224,8 @@ def lora_clients(seed, K, bad, p=200, q=150, r=2, rho=2, noise=0.02):
     return updates, benign, shared
 
 
-LORA = "the drop from the last direction of the adapters' noise to rounding is taken for the gap of the spectrum"
 
 
-@pytest.mark.xfail(strict=True, reason=LORA)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("rho", [2, 4])
 def test_adapters_whose_ranks_do_not_fill_the_matrix(rho, seed):

@@ -57,13 +57,11 @@ def test_rank_is_estimated_where_it_is_not_given(noise):
     assert fit_frame(c.updates, unequal(16), c.benign).rank == 2
 
 
-@pytest.mark.xfail(strict=True, reason="eigenvalues of a scatter are exact to 1e-16 of the largest, the floor is 1e-20")
 def test_rank_without_noise_is_the_planted_one():
     c = clients(K=16, p=30, noise=0.0)
     assert fit_frame(c.updates, unequal(16), c.benign).rank == 2
 
 
-@pytest.mark.xfail(strict=True, reason="the drop from the last direction of the noise to rounding is taken for the gap")
 def test_rank_of_adapters_whose_noise_fills_few_directions():
     """Twelve clients of adapter rank 2 have cores of 24 rows; the nine members fill 18 of them."""
     generator = derive(0, "adapters")

@@ -60,10 +60,7 @@ def test_a_second_run_is_skipped_until_notebook_parameters_or_library_change(tmp
 
     write_notebook(source, "01_rows", RESULT, "1 + 1")
     assert run(tmp_path)[0].status == "ran"
-    library = tmp_path / "library"
-    library.mkdir()
-    (library / "clair.py").write_text("changed = True\n")
-    monkeypatch.setattr(profiles, "LIBRARY", library)
+    monkeypatch.setattr(profiles, "library_digest", lambda: "changed")
     assert run(tmp_path)[0].status == "ran"
     assert run(tmp_path)[0].status == "cached"
 
