@@ -13,7 +13,15 @@ from clairlib.consensus import consensus, robust_half
 from clairlib.decompose import Certificate, decompose
 from clairlib.detection import Calibration, anybody, calibrate, least_error_set
 from clairlib.factors import Cores, LowRank
-from clairlib.frames import Frame, fit_frame, floor_energy, keep_directions, log_scores, shared_structure
+from clairlib.frames import (
+    Frame,
+    fit_frame,
+    floor_energy,
+    keep_directions,
+    leave_one_out,
+    log_scores,
+    shared_structure,
+)
 from clairlib.refinement import estimate_gain
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
@@ -51,7 +59,8 @@ class CLAIR:
         Dimension r of the shared subspace; estimated per module where None.
     solver : {"consensus", "convex"}
         How the first set of benign clients is found. ``consensus`` grows candidate sets from few clients; ``convex``
-        solves the structured low-rank + block-sparse program and attaches its duality gap as certificate.
+        solves the structured low-rank + block-sparse program and attaches its duality gap as certificate. The program
+        finds contamination that is larger than the noise of an update; ``consensus`` finds smaller ones too.
     side : {"output", "input"}
         Side of the weight matrix on which the subspace lies: rows p (LoRA B) or columns q (LoRA A).
     seed : int
@@ -141,9 +150,8 @@ class CLAIR:
 
     def _convex_members(self, X: Tensor) -> tuple[Tensor, Certificate]:
         """Clients without contamination part in the convex program, in its noisy form where the updates are noisy."""
-        ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
-        noise = consensus_noise(X, ones, self.rank)
-        solution = decompose(X, lam=self.lam, nu=NOISE_WEIGHT * noise, tolerance=self.tolerance)
+        nu = NOISE_WEIGHT * _noise_norm(X, self.rank)
+        solution = decompose(X, lam=self.lam, nu=nu, tolerance=self.tolerance)
         members = ~solution.contaminated
         if int(members.sum()) < MINIMUM_CLIENTS:  # nothing agrees: start from whoever is least contaminated
             order = torch.linalg.matrix_norm(solution.contamination).argsort()
@@ -238,8 +246,9 @@ def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
     return adapters
 
 
-def consensus_noise(X: Tensor, weights: Tensor, rank: int | None) -> float:
-    """Frobenius norm of a benign client's noise: median off-subspace residual of the robust half; 0 below rounding."""
-    frame = fit_frame(X, weights, robust_half(X, weights, rank), rank)
-    energy = float(log_scores(X, weights, frame)[0][frame.members].exp().median())
+def _noise_norm(X: Tensor, rank: int | None) -> float:
+    """Frobenius norm of a benign client's noise: off-subspace residuals of the robust half; 0 below rounding."""
+    ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
+    frame = fit_frame(X, ones, robust_half(X, ones, rank), rank)
+    energy = float(leave_one_out(X, ones, frame)[frame.members].square().sum(dim=(1, 2)).mean())
     return energy**0.5 if energy > floor_energy(X) else 0.0

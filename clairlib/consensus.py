@@ -22,6 +22,7 @@ from clairlib.subspace import project_out
 TUPLE_LIMIT = 300
 STARTS = 6  # tuples, without a common client, from which a set is grown
 START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
+FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
 CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are scored
 
 
@@ -243,16 +244,18 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     unit = max(noise[reference], floor_energy(X))  # energy of p_eff q_eff degrees of freedom
     price, dof = log(p), p_eff * q_eff
 
-    def outlier(x: Tensor) -> Tensor:
-        return 1 + x.clamp(min=1e-9).log()
+    def outlier(x: Tensor, own: Tensor) -> Tensor:
+        # far off, the error of the members' mean is not the outlier's; close by, it is what being outside costs
+        return 1 + torch.where(x * own > FAR, x * own, x).clamp(min=1e-9).log()
 
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
     for i, ((_, frame), energy) in enumerate(zip(fits, energies, strict=True)):
         coefficients, full = price * frame.rank * q_eff, (p_eff + frame.rank) * q_eff
         total = weights[frame.members].sum()
-        own = total / (total + weights) / unit  # an outlier's energy without the error of the members' mean
-        whole = (X - frame.mean).square().sum(dim=(1, 2)) * weights * own * dof / full
-        alone = torch.minimum(dof * outlier(energy * own) + coefficients, full * outlier(whole)) + price
+        own = total / (total + weights)  # part of an outsider's energy that is its own
+        whole = (X - frame.mean).square().sum(dim=(1, 2)) * weights * dof / (unit * full)
+        inside = dof * outlier(energy / unit, own) + coefficients
+        alone = torch.minimum(inside, full * outlier(whole, own)) + price
         costs[i] = torch.where(frame.members, dof * energy / unit + coefficients, alone)
     overheads = [price * (f.rank * p_eff + p_eff * q_eff) for f in candidates]
     return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+EMPTY = 1e-13  # directions with less than this part of the largest singular value hold rounding only
+SURE = 1e-10
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -89,17 +92,38 @@ def cores_of_factors(updates: Sequence[LowRank]) -> Cores:
     p, q = updates[0].shape
     left, B = _orthonormal_side([u.scale * u.B.double() for u in updates], p)
     right, At = _orthonormal_side([u.A.double().T for u in updates], q)
-    return Cores(torch.stack([b @ at.T for b, at in zip(B, At, strict=True)]), left, right)
+    return _without_empty_directions(Cores(torch.stack([b @ at.T for b, at in zip(B, At, strict=True)]), left, right))
 
 
 def cores_of_dense(updates: Tensor) -> Cores:
-    """Cores of a dense stack (K, p, q): a side longer than all the clients' columns together is compressed."""
-    X = updates.double()
-    K, p, q = X.shape
-    left, blocks = _orthonormal_side(list(X), p) if K * q < p else (None, list(X))
-    X = torch.stack(blocks)
-    right, blocks = _orthonormal_side([x.T for x in X], q) if K * X.shape[1] < q else (None, [x.T for x in X])
-    return Cores(torch.stack([b.T for b in blocks]), left, right)
+    """Cores of a dense stack (K, p, q): directions of either side that no client uses are left out."""
+    return _without_empty_directions(Cores(updates.double(), None, None))
+
+
+def _without_empty_directions(cores: Cores) -> Cores:
+    """The same updates without rows and columns that are empty in every client.
+
+    The coordinates then have the dimensions of the updates' joint column and row space, whatever form they came in.
+    """
+    rows = _used_directions(cores.core)
+    core = cores.core if rows is None else rows.T @ cores.core
+    columns = _used_directions(core.mT)
+    core = core if columns is None else core @ columns
+    left = cores.left if rows is None else cores.lift_rows(rows)
+    right = cores.right if columns is None else cores.lift_columns(columns)
+    return Cores(core, left, right)
+
+
+def _used_directions(core: Tensor) -> Tensor | None:
+    """Orthonormal basis (m, j) of the joint column space of the blocks (K, m, n); None where it is everything."""
+    K, m, n = core.shape
+    if K * n >= m:
+        spectrum = torch.linalg.eigvalsh(torch.einsum("kmn,kln->ml", core, core))
+        if spectrum[0] > SURE * spectrum[-1]:  # eigenvalues are squares: far above rounding, no need for the SVD
+            return None
+    U, s, _ = torch.linalg.svd(core.permute(1, 0, 2).reshape(m, K * n), full_matrices=False)
+    used = max(1, int((s > EMPTY * s[:1]).sum()))
+    return None if used == m else U[:, :used]
 
 
 def truncate(update: LowRank, rank: int) -> tuple[LowRank, float]:
