@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clairlib.factors import LowRank
-from clairlib.folders import REPORT, AdapterError
+from clairlib.folders import PICTURE, REPORT, AdapterError
 from clairlib.lora import PICKLE, WEIGHTS, read_lora
 from clairlib.lora_config import CONFIG
 
 FEWEST_CLIENTS = 3  # with two nobody can say which of them differs
-RESERVED = {REPORT, "report.png"}
+RESERVED = {REPORT, PICTURE}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
     Raises
     ------
     AdapterError
-        Fewer than three clients, two of one name, a name unfit for a folder of the output, or no such folder.
+        Fewer than three clients, two of one name (case aside), a name unfit for a folder of the output, no such folder.
     """
     folders = [Path(os.path.abspath(path)) for path in paths]
     for folder in folders:
@@ -57,13 +58,13 @@ def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
     if len(folders) == 1 and not any((folders[0] / name).exists() for name in (CONFIG, WEIGHTS, PICKLE)):
         folders = sorted(path for path in folders[0].iterdir() if path.is_dir() and path.name[0] != ".")
     clients: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
     for folder in folders:
         name = folder.name
-        if not name or not name.isprintable() or name in RESERVED:
+        if not name or not name.isprintable() or name.casefold() in RESERVED:
             raise AdapterError(f"{name!r} cannot be a client's name; rename the folder")
-        if name in clients:
-            where = f"{str(clients[name])!r} and {str(folder)!r}"
-            raise AdapterError(f"two clients have the name {name!r}: {where}")
+        if (twin := taken.setdefault(name.casefold(), folder)) is not folder:  # on some file systems one folder
+            raise AdapterError(f"two clients have the name {name!r}, case aside: {str(twin)!r} and {str(folder)!r}")
         clients[name] = folder
     if len(clients) < FEWEST_CLIENTS:
         found = f"{len(clients)} ({', '.join(clients)})" if clients else "none"
@@ -87,13 +88,20 @@ def load_adapters(paths: Sequence[str | Path]) -> AdapterSet:
     clients = client_folders(paths)
     configs, updates = {}, {}
     for name, folder in clients.items():
-        try:
+        with blaming(name):
             configs[name], updates[name] = read_lora(folder)
-        except AdapterError as error:
-            raise AdapterError(f"client {name!r}: {error}") from error
     _check_agreement(configs, updates)
     modules = {module: [updates[name][module] for name in clients] for module in next(iter(updates.values()))}
     return AdapterSet(list(clients), list(clients.values()), list(configs.values()), modules)
+
+
+@contextmanager
+def blaming(client: str) -> Iterator[None]:
+    """Put the client's name before whatever AdapterError the block raises."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"client {client!r}: {error}") from error
 
 
 def _check_agreement(configs: dict[str, dict[str, Any]], updates: dict[str, dict[str, LowRank]]) -> None:

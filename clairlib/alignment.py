@@ -13,15 +13,13 @@ from typing import Any
 import torch
 
 from clairlib import provenance
-from clairlib.adapters import AdapterSet, client_folders, load_adapters
+from clairlib.adapters import AdapterSet, blaming, client_folders, load_adapters
 from clairlib.clair import CLAIR
 from clairlib.factors import LowRank, truncate
-from clairlib.folders import REPORT, AdapterError, whole_folder
+from clairlib.folders import PICTURE, REPORT, AdapterError, regular_file, whole_folder
 from clairlib.lora import WEIGHTS, write_lora
 from clairlib.lora_config import CONFIG
 from clairlib.result import ClairResult, ModuleResult
-
-PICTURE = "report.png"
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,12 @@ def align(
         One line naming the client, module, option or file that cannot be used; nothing is left behind.
     """
     method = {"rank": rank, "solver": solver, "side": side, "seed": seed}
+    clair = _solver(method)
     output, inputs = Path(output), [*map(Path, paths), *client_folders(paths).values()]
     with whole_folder(output, overwrite=overwrite, inputs=inputs) as folder:
         adapters = load_adapters(paths)
-        _check_ranks(adapters, rank=rank, adapter_rank=adapter_rank)
-        result = _fit(adapters, method, device, progress)
+        _check_adapter_rank(adapters, adapter_rank)
+        result = _fit(adapters, clair, device, progress)
         errors = _write_benign(folder, adapters, result, adapter_rank)
         if keep_contaminated:
             _copy_contaminated(folder, adapters, result)
@@ -101,30 +100,49 @@ def align(
     return Alignment(result, report, output)
 
 
-def _check_ranks(adapters: AdapterSet, **ranks: int | None) -> None:
-    for option, value in ranks.items():
-        if value is None:
-            continue
-        if value < 1:
-            raise AdapterError(f"{option.replace('_', ' ')} must be at least 1, got {value}")
-        for module, updates in adapters.modules.items():
-            p, q = updates[0].shape
-            if value > min(p, q):
-                what = f"{option.replace('_', ' ')} {value} is larger than module {module!r} allows"
-                raise AdapterError(f"{what}: its update is {p} x {q}, so at most {min(p, q)}")
+def _check_adapter_rank(adapters: AdapterSet, rank: int | None) -> None:
+    if rank is None:
+        return
+    if rank < 1:
+        raise AdapterError(f"adapter rank must be at least 1, got {rank}")
+    for module, updates in adapters.modules.items():
+        p, q = updates[0].shape
+        if rank > min(p, q):
+            what = f"adapter rank {rank} is larger than module {module!r} allows"
+            raise AdapterError(f"{what}: its update is {p} x {q}, so at most {min(p, q)}")
 
 
-def _fit(
-    adapters: AdapterSet, method: dict[str, Any], device: str, progress: Callable[[str, int], None] | None
-) -> ClairResult:
+def _solver(method: dict[str, Any]) -> CLAIR:
+    try:
+        return CLAIR(**method)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _fit(adapters: AdapterSet, solver: CLAIR, device: str, progress: Callable[[str, int], None] | None) -> ClairResult:
     if device == "cuda" and not torch.cuda.is_available():
         raise AdapterError("device cuda is not available here; use --device cpu")
-    modules = {module: _working_copy(updates, device) for module, updates in adapters.modules.items()}
-    done = None if progress is None else lambda module: progress(module, len(modules))
+    waiting = list(adapters.modules)
+
+    def done(module: str) -> None:
+        waiting.remove(module)
+        if progress is not None:
+            progress(module, len(adapters.modules))
+
     try:
-        return CLAIR(**method).fit(modules, names=adapters.names, progress=done)
-    except ValueError as error:  # the public door's refusal, one line
-        raise AdapterError(str(error)) from error
+        modules = {module: _working_copy(updates, device) for module, updates in adapters.modules.items()}
+        return solver.fit(modules, names=adapters.names, progress=done)
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise AdapterError(_located(str(error), adapters, waiting)) from error
+    except torch.OutOfMemoryError as error:
+        raise AdapterError(_located(f"out of memory on device {device}", adapters, waiting)) from error
+
+
+def _located(message: str, adapters: AdapterSet, waiting: list[str]) -> str:
+    """The message, after the module at work where it names neither a client nor a module itself."""
+    if not waiting or any(repr(name) in message for name in (*adapters.names, *adapters.modules)):
+        return message
+    return f"module {waiting[0]!r}: {message}"
 
 
 def _working_copy(updates: list[LowRank], device: str) -> list[LowRank]:
@@ -146,16 +164,12 @@ def _write_benign(
         for module, originals in adapters.modules.items():
             updates[module], error = _refined(result.modules[module], originals[k], k, adapter_rank)
             errors[module].append(error)
-        try:
+        with blaming(name):
             write_lora(folder / name, adapters.configs[k], updates)
-        except AdapterError as error:
-            raise AdapterError(f"client {name!r}: {error}") from error
     return errors
 
 
-def _refined(
-    module: ModuleResult, original: LowRank, k: int, adapter_rank: int | None
-) -> tuple[LowRank, float]:
+def _refined(module: ModuleResult, original: LowRank, k: int, adapter_rank: int | None) -> tuple[LowRank, float]:
     """Client k's update of one module at the rank asked for, in its file's dtype; the truncation error."""
     rank = adapter_rank or original.rank
     if not module.is_refined and rank == original.rank:
@@ -166,10 +180,12 @@ def _refined(
 
 def _copy_contaminated(folder: Path, adapters: AdapterSet, result: ClairResult) -> None:
     for k, name in enumerate(adapters.names):
-        if not result.benign[k]:
-            (folder / name).mkdir()
-            for file in (CONFIG, WEIGHTS):
-                shutil.copyfile(adapters.folders[k] / file, folder / name / file)
+        if result.benign[k]:
+            continue
+        (folder / name).mkdir()
+        with blaming(name):
+            for file in (CONFIG, WEIGHTS):  # checked again: the folder may have changed since it was read
+                shutil.copyfile(regular_file(adapters.folders[k], file), folder / name / file)
 
 
 def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clairlib.consensus import consensus, robust_half
 from clairlib.decompose import Certificate, decompose
-from clairlib.detection import Calibration, anybody, calibrate, least_error_set
+from clairlib.detection import Calibration, benign_set, calibrate
 from clairlib.factors import Cores, LowRank
 from clairlib.frames import (
     Frame,
@@ -26,24 +26,25 @@ from clairlib.refinement import estimate_gain
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
 from clairlib.subspace import project_out
-from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules
+from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, transpose
 
+MAX_WEIGHT_RATIO = 1e9  # beyond, a sum over clients in float64 no longer sees the smallest weight
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
-ROUNDS = 10
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """A module during the fit: its cores, the frame of its clients, and the certificate of the convex program."""
+    """A module during the fit: its cores, the frame of its clients, and the certificate of the convex program.
+
+    ``X`` are the cores over ``size``, their largest entry, so that no square overflows or vanishes.
+    """
 
     module: Module
     cores: Cores
+    size: float
+    X: Tensor
     frame: Frame
-    certificate: Certificate | None
-
-    @property
-    def X(self) -> Tensor:
-        return self.cores.core
+    certificate: Certificate | None = None
 
 
 class CLAIR:
@@ -85,8 +86,8 @@ class CLAIR:
             raise ValueError(f"solver must be 'consensus' or 'convex'; got {solver!r}")
         if side not in ("output", "input"):
             raise ValueError(f"side must be 'output' or 'input'; got {side!r}")
-        if rank is not None and rank < 0:
-            raise ValueError(f"rank must not be negative; got {rank}")
+        if rank is not None and (not isinstance(rank, int) or rank < 0):
+            raise ValueError(f"rank must be a whole number, not negative; got {rank!r}")
         self.rank, self.solver, self.side, self.seed = rank, solver, side, seed
         self.lam, self.tolerance = lam, tolerance
 
@@ -134,21 +135,25 @@ class CLAIR:
         """First frame of one module, from its clients alone."""
         self._check_rank(module, len(weights))
         cores = module.cores()
-        generator = derive(self.seed, "tuples", module.name)
+        size = float(cores.core.abs().max()) or 1.0
+        X = cores.core / size
         if self.solver == "consensus":
-            return _Solved(module, cores, consensus(cores.core, weights, rank=self.rank, generator=generator), None)
-        members, certificate = self._convex_members(cores.core)
-        return _Solved(module, cores, fit_frame(cores.core, weights, members, self.rank), certificate)
+            generator = derive(self.seed, "tuples", module.name)
+            return _Solved(module, cores, size, X, consensus(X, weights, rank=self.rank, generator=generator))
+        members, certificate = self._convex_members(X, size)
+        return _Solved(module, cores, size, X, fit_frame(X, weights, members, self.rank), certificate)
 
     def _check_rank(self, module: Module, K: int) -> None:
+        if self.rank is None:
+            return
         p, q = module.shape
-        largest = min(p, (K - 1) * q)
+        largest = min(p, (K - 2) * q)  # the subspace must be found without any one of the clients
         if isinstance(module.updates, list):
             largest = min(largest, sum(update.rank for update in module.updates))
-        if self.rank is not None and self.rank > largest:
+        if self.rank > largest:
             raise ValueError(f"rank {self.rank} is larger than the updates of module {module.name!r} allow, {largest}")
 
-    def _convex_members(self, X: Tensor) -> tuple[Tensor, Certificate]:
+    def _convex_members(self, X: Tensor, size: float) -> tuple[Tensor, Certificate]:
         """Clients without contamination part in the convex program, in its noisy form where the updates are noisy."""
         nu = NOISE_WEIGHT * _noise_norm(X, self.rank)
         solution = decompose(X, lam=self.lam, nu=nu, tolerance=self.tolerance)
@@ -157,24 +162,28 @@ class CLAIR:
             order = torch.linalg.matrix_norm(solution.contamination).argsort()
             members = torch.zeros_like(members)
             members[order[:MINIMUM_CLIENTS]] = True
-        return members, solution.certificate
+        proof = solution.certificate
+        return members, replace(proof, primal=size * proof.primal, dual=size * proof.dual)
 
     def _agree(self, solved: list[_Solved], weights: Tensor) -> tuple[Tensor, list[_Solved], Calibration]:
         """One set of benign clients for all modules: pool, decide, refit, until the set stays."""
         structure = torch.stack([shared_structure(s.X, weights, s.frame) for s in solved])
+        if not bool(structure.any()):  # the clients differ in no module: all count alike
+            structure = torch.ones_like(structure)
         votes = sum(c * s.frame.members for c, s in zip(structure, solved, strict=True))
         benign = votes * 2 > structure.sum() if len(solved) > 1 else solved[0].frame.members
         if int(benign.sum()) < MINIMUM_CLIENTS:
             benign = solved[int(structure.argmax())].frame.members
-        for _ in range(ROUNDS):
+        tried: list[Tensor] = []
+        while True:
             solved = [self._refit(s, weights, benign) for s in solved]
             x, variance = _pool(solved, weights, structure)
             pooled = calibrate(x, benign, variance)
-            decided = least_error_set(x, benign, variance) if anybody(pooled.p_values) else torch.ones_like(benign)
-            if torch.equal(decided, benign) or int(decided.sum()) < MINIMUM_CLIENTS:
-                break
+            tried.append(benign)
+            decided = benign_set(x, benign, pooled.p_values, variance)
+            if int(decided.sum()) < MINIMUM_CLIENTS or any(torch.equal(decided, known) for known in tried):
+                return benign, solved, pooled
             benign = decided
-        return benign, solved, pooled
 
     def _refit(self, solved: _Solved, weights: Tensor, benign: Tensor) -> _Solved:
         if torch.equal(solved.frame.members, benign):
@@ -188,7 +197,7 @@ class CLAIR:
         frame = keep_directions(solved.X, weights, frame) if self.rank is None else frame
         gain = estimate_gain(solved.X, weights, frame)
         basis = cores.lift_rows(frame.basis)
-        off = cores.lift(project_out(frame.basis, frame.mean))
+        off = cores.lift(solved.size * project_out(frame.basis, frame.mean))
         is_refined = gain.relative > 0
         return ModuleResult(
             name=module.name,
@@ -199,9 +208,10 @@ class CLAIR:
             scores=z.cpu().numpy() if module.numpy else z,
             refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
             gain=gain.relative,
-            gain_terms=gain,
+            gain_terms=gain.scaled(solved.size**2),
             is_refined=is_refined,
-            spectrum=frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
+            shared_structure=float(shared_structure(solved.X, weights, solved.frame)),
+            spectrum=solved.size * frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
             certificate=solved.certificate,
         )
 
@@ -210,12 +220,15 @@ def _read_weights(weights: Any, clients: list[str]) -> Tensor:
     """Weights (K,) with mean 1."""
     if weights is None:
         return torch.ones(len(clients), dtype=torch.float64)
-    w = torch.as_tensor(weights, dtype=torch.float64)
+    w = torch.as_tensor(weights, dtype=torch.float64).detach()
     if w.shape != (len(clients),):
         raise ValueError(f"weights must have shape ({len(clients)},), one a client; got {tuple(w.shape)}")
     bad = ~(w.isfinite() & (w > 0))
     if bool(bad.any()):
         raise ValueError(f"weights must be positive; client {clients[int(bad.nonzero()[0])]!r} has {w[bad][0].item()}")
+    if float(w.max() / w.min()) > MAX_WEIGHT_RATIO:
+        raise ValueError(f"weights must lie within a factor of {MAX_WEIGHT_RATIO:g} of one another")
+    w = w / w.max()
     return w / w.mean()
 
 
@@ -240,9 +253,13 @@ def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
         return module.out(refined.mT if module.transposed else refined)
     adapters: list[LowRank] = []
     for update, wanted in zip(module.updates, refine.tolist(), strict=True):
-        inside = update.scale * (basis.T @ update.B.double()) @ update.A.double()  # (r, q)
-        joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A]))
-        adapters.append(module.out_update(joined if wanted else update))
+        if wanted:
+            inside = update.scale * (basis.T @ update.B.double()) @ update.A.double()  # (r, q)
+            joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A]))
+            update = LowRank(joined.B.to(update.B.dtype), joined.A.to(update.A.dtype))
+            if not bool(update.A.isfinite().all()):
+                raise ValueError(f"refined updates of module {module.name!r} overflow {update.A.dtype}")
+        adapters.append(transpose(update) if module.transposed else update)
     return adapters
 
 

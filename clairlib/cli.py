@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,9 +86,7 @@ def align(
     keep_contaminated: Annotated[
         bool, typer.Option("--keep-contaminated", help="Copy contaminated clients' adapters unchanged.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Judge the clients' LoRA adapters, refine the benign ones and write them with a report."""
@@ -95,7 +94,7 @@ def align(
     from clairlib.folders import AdapterError
 
     try:
-        with _progress(quiet) as progress:
+        with _terminable(), _progress(quiet) as progress:
             alignment = run(
                 clients,
                 output,
@@ -184,9 +183,30 @@ def _save_overview(result: ClairResult, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     from clairlib.plots import overview
 
-    overview(result).savefig(path, dpi=150)
+    figure = overview(result)
+    try:
+        figure.savefig(path, dpi=150)
+    finally:
+        plt.close(figure)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM as an exception, so that what is half written is cleared away; a second one is not heard."""
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -113,14 +113,17 @@ def planted(
     """
     if contamination not in CONTAMINATION:
         raise ValueError(f"contamination must be one of {', '.join(CONTAMINATION)}; got {contamination!r}")
-    if r > p:
-        raise ValueError(f"a subspace of dimension r = {r} does not fit into p = {p} rows")
+    if not 0 <= share < 1:
+        raise ValueError(f"share must lie in [0, 1); got {share}")
+    if r > p or (r == p and heterogeneity > 0):
+        raise ValueError(f"a subspace of dimension r = {r} leaves no room in p = {p} rows")
     basis = random_frame(p, r, generator=generator)
     M = _common(p, q, common, generator)
     targets = M + basis @ _coefficients(K, r, q, generator)
     H = torch.randn(K, p, q, generator=generator, dtype=torch.float64)
-    H = H - basis @ (basis.T @ H)
-    targets = targets + H * (heterogeneity / torch.linalg.matrix_norm(H)[:, None, None])
+    if heterogeneity > 0:
+        H = H - basis @ (basis.T @ H)
+        targets = targets + H * (heterogeneity / torch.linalg.matrix_norm(H)[:, None, None])
     bad = torch.randperm(K, generator=generator)[: round(share * K)]
     if len(bad):
         targets[bad] = CONTAMINATION[contamination](targets[bad], r, common, generator)

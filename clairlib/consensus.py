@@ -22,6 +22,7 @@ from clairlib.subspace import project_out
 TUPLE_LIMIT = 300
 STARTS = 6  # tuples, without a common client, from which a set is grown
 START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
+OWN_RANK = 16  # directions of its own that an outlier is described with at most
 FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
 CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are scored
 
@@ -232,30 +233,28 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
 
     With dimensions p_e, q_e effective off the subspace, noise variance sigma^2 and x = off-subspace energy over its
     expectation: a member costs p_e q_e x for its residual and log p for each of its r q_e coefficients. An outlier has
-    a variance of its own, p_e q_e (1 + log x), with the coefficients or without the frame's subspace, whichever is
-    less. Bounded influence, so that outliers do not choose the frame.
+    a variance of its own, p_e q_e (1 + log x), after g directions of its own at p_e + q_e parameters each, with the
+    coefficients; or a variance of its own without the frame's subspace; whichever is least. Bounded influence, so that
+    outliers do not choose the frame, and no frame is cheaper for holding directions that only one client uses.
     """
     K, p, q = X.shape
-    fits = [(project_out(f.basis, X - f.mean), f) for f in candidates]
-    energies = [R.square().sum(dim=(1, 2)) * weights for R, _ in fits]
+    fits = [(project_out(f.basis, X - f.mean) * weights.sqrt()[:, None, None], f) for f in candidates]
+    energies = [R.square().sum(dim=(1, 2)) for R, _ in fits]
     noise = [float(e[f.members].sum()) / free_clients(f, q) for e, (_, f) in zip(energies, fits, strict=True)]
     reference = min(range(len(fits)), key=noise.__getitem__)
     p_eff, q_eff = effective_dimensions(fits[reference][0][candidates[reference].members])
     unit = max(noise[reference], floor_energy(X))  # energy of p_eff q_eff degrees of freedom
     price, dof = log(p), p_eff * q_eff
 
-    def outlier(x: Tensor, own: Tensor) -> Tensor:
-        # far off, the error of the members' mean is not the outlier's; close by, it is what being outside costs
-        return 1 + torch.where(x * own > FAR, x * own, x).clamp(min=1e-9).log()
-
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
-    for i, ((_, frame), energy) in enumerate(zip(fits, energies, strict=True)):
+    for i, ((R, frame), energy) in enumerate(zip(fits, energies, strict=True)):
         coefficients, full = price * frame.rank * q_eff, (p_eff + frame.rank) * q_eff
         total = weights[frame.members].sum()
         own = total / (total + weights)  # part of an outsider's energy that is its own
-        whole = (X - frame.mean).square().sum(dim=(1, 2)) * weights * dof / (unit * full)
-        inside = dof * outlier(energy / unit, own) + coefficients
-        alone = torch.minimum(inside, full * outlier(whole, own)) + price
+        off = dof * own_variance(tail_energies(R) / unit, own[:, None])  # (K, g + 1)
+        off = off + price * (p_eff + q_eff) * torch.arange(off.shape[1], device=X.device)
+        whole = full * own_variance((X - frame.mean).square().sum(dim=(1, 2)) * weights * dof / (unit * full), own)
+        alone = torch.minimum(off.min(dim=1).values + coefficients, whole) + price
         costs[i] = torch.where(frame.members, dof * energy / unit + coefficients, alone)
     overheads = [price * (f.rank * p_eff + p_eff * q_eff) for f in candidates]
     return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)
@@ -264,3 +263,18 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
 def free_clients(frame: Frame, q: int) -> float:
     """Members less what the fit used up of their off-subspace noise: one for the mean, r / q for the subspace."""
     return max(frame.size - 1 - frame.rank / q, 0.5)
+
+
+def own_variance(x: Tensor, own: Tensor) -> Tensor:
+    """1 + log x, the cost per degree of freedom of an outsider with a variance of its own, ``own`` part of x its own.
+
+    Far off, the error of the members' mean is not the outlier's; close by, it is what being outside costs.
+    """
+    return 1 + torch.where(x * own > FAR, x * own, x).clamp(min=1e-9).log()
+
+
+def tail_energies(R: Tensor) -> Tensor:
+    """Energy of each residual (K, p, q) beyond its g largest singular directions, (K, g + 1), g up to ``OWN_RANK``."""
+    gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
+    values = torch.linalg.eigvalsh(gram).clamp(min=0.0)  # ascending
+    return values.cumsum(dim=1).flip(1)[:, : OWN_RANK + 1]

@@ -16,11 +16,20 @@ from clairlib.dialects import Federation, make_federation, vocabulary_leverage
 from clairlib.experiments import Rows, mean_interval, sweep
 from clairlib.frames import fit_frame
 from clairlib.refinement import refined_core
-from clairlib.training import Recipe, adapted_module, adapter_update, evaluate_update, train_clients, updated_model
+from clairlib.training import (
+    Recipe,
+    adapted_module,
+    adapter_update,
+    evaluate_free_running,
+    evaluate_update,
+    train_clients,
+    updated_model,
+)
 
 RANK_KEPT = 24  # adapter rank at which hardly anything of a refined update is cut off
 METHODS = ["base", "local", "FedAvg", "FedAvg, factors", "FedAvg, benign only", "CLAIR", "CLAIR, rank kept"]
 METHODS += ["CLAIR, told S and r"]
+FREE_RUNNING = ("local", "FedAvg", "CLAIR")  # also judged copying from their own output, which takes longer
 
 
 def copying_cell(
@@ -74,7 +83,10 @@ def _accuracies(
         for method in METHODS:
             a = evaluate_update(base, updates[method], client, seed=seed)
             row = {"client": client.name, "method": method, "accuracy": a.overall}
-            rows.append({**row, "on_symbols": a.on_symbols, "off_symbols": a.off_symbols})
+            row |= {"on_symbols": a.on_symbols, "off_symbols": a.off_symbols}
+            if method in FREE_RUNNING:
+                row["free_running"] = evaluate_free_running(base, updates[method], client, seed=seed)
+            rows.append(row)
     return rows
 
 
@@ -131,24 +143,28 @@ def copying_study(
             "clients": clients,
             "contaminated": contaminated,
             "sequences": sequences,
-            "base_cache": str(cache),
         }
         for s in range(seeds)
         for level in label_noises
     ]
-    tables = sweep(copying_cell, cells, cache=cache, jobs=jobs)
-    return {name: table.drop(columns="base_cache") for name, table in tables.items()}
+    return sweep(copying_cell, cells, shared={"base_cache": str(cache)}, cache=cache, jobs=jobs)
 
 
 def summarise_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Mean and worst benign client by label noise and method: means over seeds, 95 % t interval of the mean."""
+    """Benign accuracy by label noise and method: mean over seeds with 95 % t interval, worst client, and its parts.
+
+    ``on_symbols``, ``off_symbols``: on the dialects' symbols and elsewhere; ``free_running``: copying from own output.
+    """
     rows = []
     for level, noise_rows in accuracy.groupby("label_noise"):
         for method in METHODS:
             each = noise_rows[noise_rows.method == method].groupby("seed").accuracy
             mean, low, high = mean_interval(each.mean())
             row = {"label_noise": level, "method": method, "accuracy": mean, "low": low, "high": high}
-            rows.append({**row, "worst_client": float(each.min().mean())})
+            row["worst_client"] = float(each.min().mean())
+            for part in ("on_symbols", "off_symbols", "free_running"):
+                row[part] = float(noise_rows[noise_rows.method == method][part].mean())
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

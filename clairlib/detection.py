@@ -55,6 +55,16 @@ def anybody(p_values: Tensor) -> bool:
     return float(p_values.min()) * len(p_values) <= FAMILY_ERROR  # Holm's first step; the others only name more
 
 
+def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: float) -> Tensor:
+    """Both decisions: the benign clients (K,) bool; everybody when nobody stands out.
+
+    ``p_values`` are those calibrated on ``members``; decision (ii) starts from the members they do not reject.
+    """
+    if not anybody(p_values):
+        return torch.ones_like(members)
+    return least_error_set(log_scores, members & (p_values * len(p_values) > FAMILY_ERROR), variance)
+
+
 def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds: int = 30) -> Tensor:
     """Decision (ii): the benign clients (K,) bool under a two-component model of the log scores.
 

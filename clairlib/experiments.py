@@ -19,6 +19,8 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 from tqdm import tqdm
 
+from clairlib import provenance
+
 Rows = list[dict[str, Any]]
 Cell = Callable[..., Mapping[str, Rows]]
 
@@ -29,7 +31,12 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def sweep(
-    cell: Cell, cells: Iterable[Mapping[str, Any]], *, cache: Path | str | None = None, jobs: int = 1
+    cell: Cell,
+    cells: Iterable[Mapping[str, Any]],
+    *,
+    shared: Mapping[str, Any] | None = None,
+    cache: Path | str | None = None,
+    jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
     """Run a cell function over parameter sets and join what it returns into one tidy table a name.
 
@@ -38,9 +45,10 @@ def sweep(
     cell : function of keyword arguments -> {table name: rows}
         Defined in a module, so that worker processes find it; a function of its arguments alone.
     cells : parameter sets, JSON values only; their items become columns of every table.
+    shared : further arguments of every cell that do not change what it computes, a folder to work in, say; no columns.
     cache : folder, optional
-        A finished cell is kept there under a hash of its parameters and of clairlib's code, and read back later. A
-        cell that failed or was interrupted leaves nothing.
+        A finished cell is kept there under a hash of its parameters, of clairlib's code and of the versions it runs on,
+        and read back later. A cell that failed or was interrupted leaves nothing.
     jobs : int
         Worker processes; they are spawned, one thread each.
     """
@@ -49,10 +57,10 @@ def sweep(
     if jobs > 1 and len(todo) > 1:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn) as pool:
-            results = pool.map(_run, itertools.repeat(cell), todo, itertools.repeat(folder))
+            results = pool.map(_run, *map(itertools.repeat, (cell, shared or {})), todo, itertools.repeat(folder))
             done = list(tqdm(results, total=len(todo), desc=cell.__name__, mininterval=1))
     else:
-        done = [_run(cell, c, folder) for c in tqdm(todo, desc=cell.__name__, mininterval=1)]
+        done = [_run(cell, shared or {}, c, folder) for c in tqdm(todo, desc=cell.__name__, mininterval=1)]
     tables: dict[str, Rows] = {}
     for parameters, result in zip(todo, done, strict=True):
         for name, rows in result.items():
@@ -60,16 +68,18 @@ def sweep(
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}
 
 
-def _run(cell: Cell, parameters: dict[str, Any], folder: Path | None) -> Mapping[str, Rows]:
+def _run(
+    cell: Cell, shared: Mapping[str, Any], parameters: dict[str, Any], folder: Path | None
+) -> Mapping[str, Rows]:
     """One cell, from the cache if it is there; under its name in the cache only once it is whole."""
     torch.set_num_threads(1)
     if folder is None:
-        return cell(**parameters)
+        return cell(**parameters, **shared)
     key = hashlib.sha256(json.dumps([parameters, library_digest()], sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"{key}.json"
     if path.exists():
         return json.loads(path.read_text())
-    result = cell(**parameters)
+    result = cell(**parameters, **shared)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{key}.{os.getpid()}.partial"
     partial.write_text(json.dumps(result))
@@ -78,8 +88,8 @@ def _run(cell: Cell, parameters: dict[str, Any], folder: Path | None) -> Mapping
 
 
 def library_digest() -> str:
-    """sha256 of clairlib's own code: a result is served from a cache only while the code that made it stands."""
-    digest = hashlib.sha256()
+    """sha256 of clairlib's code and of the versions under it: what a cached result must have been made with."""
+    digest = hashlib.sha256(json.dumps(provenance.versions(), sort_keys=True).encode())
     for path in sorted(Path(__file__).parent.iterdir()):
         if path.suffix in {".py", ".mplstyle"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

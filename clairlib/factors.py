@@ -45,7 +45,7 @@ class LowRank:
         return self.B.shape[1]
 
     def dense(self) -> Tensor:
-        """The p x q update itself. For tests and small models; the library never calls it."""
+        """The p x q update itself. For tests and dense input; never called for adapters."""
         return self.scale * (self.B @ self.A)
 
 
@@ -53,9 +53,9 @@ class LowRank:
 class Cores:
     """Updates in orthonormal coordinates: Theta_k = left @ core[k] @ right.T.
 
-    ``left`` (p, m) and ``right`` (q, n) have orthonormal columns, or are None where the coordinates are the
-    original ones. ``core`` is (K, m, n), float64. Left and right products with orthonormal columns are isometries,
-    so norms, inner products, projections and singular values of the cores are those of the updates.
+    ``left`` (p, m) and ``right`` (q, n) have orthonormal columns, or are None where the coordinates are the original
+    ones. ``core`` is (K, m, n), float64. Products with orthonormal columns are isometries, so norms, inner products,
+    projections and singular values of the cores are those of the updates.
     """
 
     core: Tensor
@@ -105,8 +105,11 @@ def _without_empty_directions(cores: Cores) -> Cores:
 
     The coordinates then have the dimensions of the updates' joint column and row space, whatever form they came in.
     """
-    rows = _used_directions(cores.core)
-    core = cores.core if rows is None else rows.T @ cores.core
+    core = cores.core
+    if not bool(core.isfinite().all()):
+        raise OverflowError("an update overflows float64")
+    rows = _used_directions(core)
+    core = core if rows is None else rows.T @ core
     columns = _used_directions(core.mT)
     core = core if columns is None else core @ columns
     left = cores.left if rows is None else cores.lift_rows(rows)
@@ -117,6 +120,7 @@ def _without_empty_directions(cores: Cores) -> Cores:
 def _used_directions(core: Tensor) -> Tensor | None:
     """Orthonormal basis (m, j) of the joint column space of the blocks (K, m, n); None where it is everything."""
     K, m, n = core.shape
+    core = core / core.abs().max().clamp(min=torch.finfo(core.dtype).tiny)  # or squares overflow, or vanish
     if K * n >= m:
         spectrum = torch.linalg.eigvalsh(torch.einsum("kmn,kln->ml", core, core))
         if spectrum[0] > SURE * spectrum[-1]:  # eigenvalues are squares: far above rounding, no need for the SVD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-REPORT = "report.json"
+REPORT, PICTURE = "report.json", "report.png"
 
 
 class AdapterError(ValueError):
@@ -44,7 +45,7 @@ def whole_folder(output: Path, *, overwrite: bool = False, inputs: Iterable[Path
     Raises
     ------
     AdapterError
-        ``output`` exists (without ``overwrite``), is not a folder that an earlier run wrote, overlaps one of
+        ``output`` exists (without ``overwrite``), holds anything that no earlier run wrote, overlaps one of
         ``inputs``, or cannot be written.
     """
     output = Path(os.path.abspath(output))
@@ -77,8 +78,19 @@ def _check_output(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None
         raise AdapterError(f"output {str(output)!r} exists; choose another place or pass --overwrite")
     if output.is_symlink() or not output.is_dir():
         raise AdapterError(f"output {str(output)!r} is not a folder; remove it first")
-    if any(output.iterdir()) and not (output / REPORT).is_file():
-        raise AdapterError(f"output {str(output)!r} has no {REPORT}: not written by clair, remove it first")
+    for child in sorted({path.name for path in output.iterdir()} - _written_names(output)):
+        raise AdapterError(f"output {str(output)!r} holds {child!r}, not written by clair; move it away first")
+
+
+def _written_names(output: Path) -> set[str]:
+    """Names of what an earlier run wrote into the folder, as its report says; none without such a report."""
+    try:
+        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        clients = {str(client["name"]) for client in report["clients"]}
+        complete = "modules" in report and "settings" in report
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    return {REPORT, PICTURE, *clients} if complete else set()
 
 
 def _swap(fresh: Path, output: Path, aside: Path) -> None:

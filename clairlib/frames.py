@@ -7,14 +7,15 @@ variance of client k is proportional to 1 / w_k.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clairlib.subspace import estimate_rank, project_out, rank_to_keep, resolved_rank
 
-ROUNDING = 1e-20  # energies below this part of the mean client's are rounding, not signal
+LEAST_STRUCTURE = 1e-3
+ROUNDING_ENERGY = 1e-20  # energies below this part of the mean client's are rounding, not signal
 FILTER = 2  # a contaminated client differs by r directions of its own and by its common part: 2 r directions are scored
 
 
@@ -83,15 +84,15 @@ def _gram(D: Tensor) -> Tensor:
 def _rank(D: Tensor, values: Tensor, choose: Callable[[Tensor, int], int]) -> int:
     """Rank of centred blocks D (n, p, q) with scatter eigenvalues ``values``.
 
-    Where the clients but the last span all that they span together, there is no noise and all of it is shared. The
-    noise of low-rank adapters is confined as well, to as many directions as their ranks add up to, but each brings its
-    own; then the gap is sought among the directions that are there.
+    Where every client lies in what the others span, there is no noise, and all of it is shared. The noise of low-rank
+    adapters is confined as well, to as many directions as their ranks add up to, but each brings its own, and so does
+    a client that shares nothing; then the gap is sought among the directions that are there.
     """
     n, p, q = D.shape
     resolved, limit = resolved_rank(values), rank_limit(n, p, q)
     if resolved <= limit and resolved < min(p, (n - 1) * q):
-        rest = torch.linalg.eigvalsh(_gram(D[:-1] - D[:-1].mean(dim=0)))
-        if resolved_rank(rest.flip(0)) == resolved:
+        others = [_gram(rest - rest.mean(dim=0)) for rest in (torch.cat([D[:k], D[k + 1 :]]) for k in range(n))]
+        if all(resolved_rank(values) == resolved for values in torch.linalg.eigvalsh(torch.stack(others)).flip(1)):
             return resolved
     return choose(values[:resolved], limit)
 
@@ -120,7 +121,7 @@ def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 
 def floor_energy(X: Tensor) -> float:
     """Energy below which a residual counts as exactly zero: rounding of the mean client's energy."""
-    return max(ROUNDING * float(X.square().sum(dim=(1, 2)).mean()), torch.finfo(torch.float64).tiny)
+    return max(ROUNDING_ENERGY * float(X.square().sum(dim=(1, 2)).mean()), torch.finfo(torch.float64).tiny)
 
 
 def filtered_energy(R: Tensor, rank: int) -> Tensor:
@@ -164,11 +165,15 @@ def effective_dimensions(R: Tensor) -> tuple[float, float]:
 def shared_structure(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     """How much of the members' variation the subspace predicts for a client it has not seen, beyond chance; in [0, 1].
 
-    1 - (energy of P_perp D left one out) / (energy of D) less r / p_eff, the part any r directions of the noise take.
+    1 - (energy of P_perp D left one out) / (energy of D left one out) less r / (p_eff + r), the part that any r
+    directions of the noise take. 0 where the members do not differ; elsewhere at least ``LEAST_STRUCTURE``, so that
+    modules without structure still count when there are no others.
     """
     R = leave_one_out(X, weights, frame)[frame.members]
-    D = leave_one_out(X, weights, replace(frame, basis=frame.basis[:, :0]))
-    total = D[frame.members].square().sum().clamp(min=floor_energy(X))
+    w, W = weights[frame.members], weights[frame.members].sum()
+    D = (X[frame.members] - frame.mean).square().sum(dim=(1, 2))
+    total = (D * w * W / (W - w)).sum()
+    if total <= floor_energy(X) * frame.size:
+        return total.new_zeros(())
     p_eff, _ = effective_dimensions(R)
-    captured = 1 - R.square().sum() / total
-    return (captured - frame.rank / (p_eff + frame.rank)).clamp(min=1e-3)
+    return (1 - R.square().sum() / total - frame.rank / (p_eff + frame.rank)).clamp(min=LEAST_STRUCTURE)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from clairlib.factors import LowRank
 from clairlib.folders import AdapterError, regular_file
-from clairlib.lora_config import CONFIG, config_for, read_config, scale_of
+from clairlib.lora_config import CONFIG, config_for, read_config, scales_of
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+LARGEST = 1e30  # norms beyond leave no room for squares in float64 or for a product in float32
 DTYPES = ("F64", "F32", "F16", "BF16")
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 
@@ -38,15 +39,13 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
         One line naming the file, option, module or tensor that cannot be used.
     """
     config = read_config(folder)
-    updates = {}
-    for module, factors in _read_factors(folder).items():
-        if len(factors) < 2:
-            raise AdapterError(f"module {module!r} has lora_{next(iter(factors))} but not the other factor")
-        B, A = factors["B"], factors["A"]
-        if B.shape[1] != A.shape[0]:
-            shapes = f"lora_B {tuple(B.shape)} and lora_A {tuple(A.shape)}"
-            raise AdapterError(f"module {module!r}: {shapes} cannot be multiplied")
-        updates[module] = LowRank(B, A, scale_of(config, module, A.shape[0]))
+    pairs = {module: _pair(module, factors) for module, factors in _read_factors(folder).items()}
+    scales = scales_of(config, {module: A.shape[0] for module, (_, A) in pairs.items()})
+    updates = {module: LowRank(B, A, scales[module]) for module, (B, A) in pairs.items()}
+    for module, update in updates.items():
+        b, a = (float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in (update.B, update.A))
+        if not max(b, a, abs(update.scale) * b * a) <= LARGEST:
+            raise AdapterError(f"module {module!r}: the update is too large, its factors have norms {b:.3g}, {a:.3g}")
     return config, updates
 
 
@@ -66,8 +65,19 @@ def write_lora(folder: Path, config: dict[str, Any], updates: dict[str, LowRank]
             tensors[f"base_model.model.{module}.lora_{factor}.weight"] = values.detach().cpu().contiguous()
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(config_for(config, updates), indent=2, sort_keys=True)
+    text = json.dumps(config_for(config, updates), indent=2, sort_keys=True, allow_nan=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _pair(module: str, factors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """B and A of one module."""
+    if len(factors) < 2:
+        raise AdapterError(f"module {module!r} has lora_{next(iter(factors))} but not the other factor")
+    B, A = factors["B"], factors["A"]
+    if B.shape[1] != A.shape[0]:
+        shapes = f"lora_B {tuple(B.shape)} and lora_A {tuple(A.shape)}"
+        raise AdapterError(f"module {module!r}: {shapes} cannot be multiplied")
+    return B, A
 
 
 def _read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:

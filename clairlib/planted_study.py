@@ -17,6 +17,7 @@ from clairlib.refinement import refined_core
 from clairlib.seeds import derive
 from clairlib.subspace import sin_theta
 
+COLUMNS = 10  # q
 SHARES = {
     "unstructured": (0.0, 0.2, 0.45, 0.6, 0.75),
     "dense": (0.0, 0.2, 0.45, 0.6, 0.75),
@@ -26,17 +27,17 @@ SHARES = {
 
 
 def recovery_cell(contamination: str, share: float, noise: float, seed: int) -> dict[str, Rows]:
-    """One draw of 24 planted clients (p = 50, q = 10, r = 3) with nothing told, against the oracle.
+    """One draw of planted clients, ``planted``'s defaults, with nothing told, against the oracle.
 
-    ``noise`` is per row of an update: the standard deviation of an entry is noise / sqrt(q).
+    ``noise`` is that of a row of an update: the standard deviation of an entry is noise / sqrt(q).
     """
     draw = derive(seed, "planted", contamination, str(share), str(noise))
-    truth = planted(contamination, share=share, noise=noise / 10**0.5, generator=draw)
+    truth = planted(contamination, share=share, noise=noise / COLUMNS**0.5, q=COLUMNS, generator=draw)
     result = CLAIR().fit(truth.updates)
     oracle = fit_frame(truth.updates, torch.ones(len(truth.updates), dtype=torch.float64), truth.benign, truth.rank)
     row = {
         "exact": bool(torch.equal(result.benign, truth.benign)),
-        "rank": result.rank,
+        "exact_rank": result.rank == truth.rank,
         "missed": int((result.benign & ~truth.benign).sum()),
         "false_alarms": int((~result.benign & truth.benign).sum()),
         "sin_theta": sin_theta(result.basis, truth.basis),
@@ -74,8 +75,8 @@ def summarise_recovery(draws: pd.DataFrame) -> pd.DataFrame:
     for (kind, share, noise), cell in draws.groupby(["contamination", "share", "noise"], sort=False):
         rate, low, high = rate_interval(int(cell.exact.sum()), len(cell))
         row: dict[str, Any] = {"contamination": kind, "share": share, "noise": noise, "draws": len(cell)}
-        row |= {"exact": rate, "low": low, "high": high, "exact_rank": float((cell["rank"] == 3).mean())}
-        row["exact_both"] = float((cell.exact & (cell["rank"] == 3)).mean())
+        row |= {"exact": rate, "low": low, "high": high, "exact_rank": float(cell.exact_rank.mean())}
+        row["exact_both"] = float((cell.exact & cell.exact_rank).mean())
         row["sin_theta_ratio"] = (cell.sin_theta / cell.oracle_sin_theta).median()
         row["error_ratio"] = (cell.error / cell.oracle_error).median()
         row["refined_over_local"] = (cell.error / cell.local_error).median()

@@ -25,7 +25,7 @@ COLOURS = {
     "CLAIR, told S and r": "#009e73",
 }
 SHOWN = 30  # singular values drawn
-MAX_HEAT = 60  # modules drawn in the heat map, those with the highest ranks of scores
+MAX_HEAT = 60  # modules drawn, the first of them
 
 
 def overview(result: ClairResult) -> Figure:

@@ -27,7 +27,7 @@ def collect(**extra: Any) -> dict[str, Any]:
         When ``extra`` names a field that is collected here.
     """
     facts: dict[str, Any] = {
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processors": os.cpu_count(),
@@ -63,7 +63,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on; those not installed are left out."""
     found = {}
     for package in PACKAGES:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Gain:
     off_subspace: float
     heterogeneity: float
     subspace_cost: float
+
+    def scaled(self, factor: float) -> Gain:
+        """The same gain for updates whose squared size is ``factor`` times as large."""
+        return Gain(*(factor * value for value in astuple(self)))
 
     @property
     def relative(self) -> float:

@@ -12,6 +12,8 @@ from clairlib.decompose import Certificate
 from clairlib.refinement import Gain
 from clairlib.updates import SINGLE
 
+LITTLE_STRUCTURE = 0.1  # benign clients that share nothing reach about 0; the subspace then predicts next to nothing
+
 
 @dataclass(frozen=True)
 class ModuleResult:
@@ -22,7 +24,8 @@ class ModuleResult:
     alone; ``refined`` in the form of the input, a contaminated client's own update in its place; ``gain`` the estimated
     share of the local squared error that refinement removes, ``gain_terms`` its parts; ``is_refined`` False where
     refinement was refused because the gain is not positive: then ``refined`` are the clients' own updates;
-    ``spectrum`` the singular values of the benign clients' centred stack, in which the rank shows as a drop;
+    ``shared_structure``, in [0, 1], how much of the benign clients' variation the subspace predicts for a client that
+    it has not seen, beyond chance; ``spectrum`` the singular values of the benign clients' centred stack, in which the rank shows as a drop;
     ``certificate`` of the convex program, None for the consensus solver.
     """
 
@@ -36,6 +39,7 @@ class ModuleResult:
     gain: float
     gain_terms: Gain
     is_refined: bool
+    shared_structure: float
     spectrum: np.ndarray
     certificate: Certificate | None
 
@@ -46,6 +50,8 @@ class ClairResult:
 
     ``benign`` (K,) bool; ``scores`` (K,) how far each client stands above the benign ones, in standard deviations of
     their log off-subspace energy, left one out; ``p_values`` (K,) chance that a benign client scores as high.
+    The family-wise error of the verdict, 1 % when nobody is contaminated, supposes that clients' noise variances are
+    proportional to 1 / weights: a client with noisier data and no weight to say so looks contaminated.
     ``rank``, ``basis``, ``common``, ``refined``, ``gain`` and ``certificate`` are those of the module, or dicts by
     module where the updates were given by module.
     """
@@ -95,10 +101,17 @@ class ClairResult:
         """Names of the contaminated clients."""
         return [name for name, ok in zip(self.names, self.benign.tolist(), strict=True) if not ok]
 
+    @property
+    def has_shared_subspace(self) -> bool:
+        """Does any module's subspace predict at least ``LITTLE_STRUCTURE`` of an unseen benign client's variation?"""
+        return max(module.shared_structure for module in self.modules.values()) >= LITTLE_STRUCTURE
+
     def summary(self) -> str:
         """Verdict and modules as plain text."""
         found = self.contaminated
         lines = [f"{len(found)} of {len(self.names)} clients contaminated" + (f": {', '.join(found)}" if found else "")]
+        if not self.has_shared_subspace:
+            lines.append("no shared subspace found: the updates do not predict one another, so the verdict says little")
         width = max(len(name) for name in self.names)
         lines.append(f"{'client':<{width}}  verdict       score  p-value")
         rows = zip(self.names, self.benign.tolist(), self.scores.tolist(), self.p_values.tolist(), strict=True)

@@ -83,6 +83,7 @@ def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
     stands out or the spectrum is too short to fit one: a low rank, as every direction too many lets a stranger pass
     for a member. At least 1 unless all eigenvalues are zero or ``limit`` is.
     """
+    limit = min(limit, len(eigenvalues))
     rank = gap_rank(eigenvalues, limit)
     values = np.append(eigenvalues.clamp(min=0.0).cpu().numpy(), 0.0)
     if rank or limit < 1 or values[0] == 0:
@@ -98,6 +99,7 @@ def rank_to_keep(eigenvalues: Tensor, limit: int) -> int:
     most by which the largest eigenvalue of isotropic noise can exceed its mean (Marchenko and Pastur 1967): a direction
     too many costs its noise, a direction too few the signal in it.
     """
+    limit = min(limit, len(eigenvalues))
     rank = gap_rank(eigenvalues, limit)
     values = np.append(eigenvalues.clamp(min=0.0).cpu().numpy(), 0.0)
     if rank or limit < 1 or values[0] == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,10 @@ class Module:
 
     def cores(self) -> Cores:
         """The updates in orthonormal coordinates, float64."""
-        return cores_of_dense(self.updates) if isinstance(self.updates, Tensor) else cores_of_factors(self.updates)
+        try:
+            return cores_of_dense(self.updates) if isinstance(self.updates, Tensor) else cores_of_factors(self.updates)
+        except OverflowError as error:
+            raise ValueError(f"updates{_where(self.name)} are too large: {error}") from None
 
     def out(self, tensor: Tensor) -> Any:
         """A result tensor in the input's dtype, numpy where the input was."""
@@ -50,8 +54,7 @@ class Module:
 
     def out_update(self, update: LowRank) -> Any:
         """A p x q result: factored where the input was, dense where it was dense; in the input's orientation."""
-        if self.transposed:
-            update = transpose(update)
+        update = transpose(update) if self.transposed else update
         if isinstance(self.updates, Tensor):
             return self.out(update.dense())
         return LowRank(self.out(update.B), self.out(update.A), update.scale)
@@ -78,6 +81,12 @@ def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list
     groups = updates if by_module else {SINGLE: updates}
     if not groups:
         raise ValueError("no modules given: updates is an empty dict")
+    for module, group in groups.items():
+        if not isinstance(module, str):
+            raise TypeError(f"module names must be text; got {module!r}")
+        if not isinstance(group, Sequence | Tensor | np.ndarray) or getattr(group, "ndim", 1) == 0:
+            what = f"a (K, p, q) array or a sequence of LowRank; got {type(group).__name__}"
+            raise TypeError(f"updates{_where(module)} must be {what}")
     counts = {module: len(group) for module, group in groups.items()}
     K = next(iter(counts.values()))
     for module, count in counts.items():
@@ -92,43 +101,68 @@ def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list
     if len(set(clients)) != K:
         twice = next(name for name in clients if clients.count(name) > 1)
         raise ValueError(f"client names must differ; {twice!r} is given twice")
-    modules = [_read_module(str(name), group, clients, side == "input") for name, group in groups.items()]
+    modules = [_read_module(name, group, clients, side == "input") for name, group in groups.items()]
+    devices = {module.reference.device: module.name for module in modules}
+    if len(devices) > 1:
+        places = ", ".join(f"{module!r} on {device}" for device, module in devices.items())
+        raise ValueError(f"all modules must be on one device; got {places}")
     return modules, clients, by_module
 
 
+def _where(module: str) -> str:
+    return "" if module == SINGLE else f" in module {module!r}"
+
+
 def _read_module(name: str, group: Any, clients: list[str], transposed: bool) -> Module:
-    where = "" if name == SINGLE else f" in module {name!r}"
+    where = _where(name)
     if isinstance(group, Sequence) and any(isinstance(update, LowRank) for update in group):
-        return _read_factors(name, group, clients, transposed, where)
-    numpy = not isinstance(group, Tensor)
+        return Module(name, _read_factors(group, clients, transposed, where), transposed, False)
+    numpy = not isinstance(group, Tensor) and not all(isinstance(update, Tensor) for update in group)
     try:
-        stack = torch.as_tensor(np.asarray(group)) if numpy else group
-    except (TypeError, ValueError) as error:
+        if numpy:
+            stack = torch.as_tensor(np.asarray(group))
+        else:
+            stack = group if isinstance(group, Tensor) else torch.stack(list(group))
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"updates{where} must be a (K, p, q) array or a sequence of LowRank: {error}") from None
+    _check_tensor(stack, f"updates{where}")
     if stack.ndim != 3:
         raise ValueError(f"updates{where} must have shape (K, p, q); got {tuple(stack.shape)}")
-    if not stack.is_floating_point():
-        raise TypeError(f"updates{where} must be floating point; got {stack.dtype}")
-    if 0 in stack.shape:
-        raise ValueError(f"updates{where} are empty: shape {tuple(stack.shape)}")
     finite = stack.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         raise ValueError(f"client {clients[int((~finite).nonzero()[0])]!r} has NaN or Inf{where}")
+    stack = stack.detach()
     return Module(name, stack.mT if transposed else stack, transposed, numpy)
 
 
-def _read_factors(name: str, group: Sequence[Any], clients: list[str], transposed: bool, where: str) -> Module:
-    expected = next(update.shape for update in group if isinstance(update, LowRank))
+def _check_tensor(tensor: Any, what: str) -> None:
+    """A dense floating-point tensor with entries."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} must be a tensor; got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise TypeError(f"{what} must be a dense tensor with data; got {tensor.layout} on {tensor.device}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{what} must be floating point; got {tensor.dtype}")
+    if 0 in tensor.shape:
+        raise ValueError(f"{what} are empty: shape {tuple(tensor.shape)}")
+
+
+def _read_factors(group: Sequence[Any], clients: list[str], transposed: bool, where: str) -> list[LowRank]:
+    read: list[LowRank] = []
     for client, update in zip(clients, group, strict=True):
         if not isinstance(update, LowRank):
             raise TypeError(f"client {client!r} has {type(update).__name__}{where}, expected LowRank like the others")
+        for factor in (update.B, update.A):
+            _check_tensor(factor, f"the factors of client {client!r}{where}")
         if update.B.ndim != 2 or update.A.ndim != 2 or update.B.shape[1] != update.A.shape[0]:
             raise ValueError(f"client {client!r} has factors {tuple(update.B.shape)}, {tuple(update.A.shape)}{where}")
-        if update.shape != expected:
+        if read and update.shape != read[0].shape:
             raise ValueError(
-                f"updates must share (p, q); client {client!r} has {update.shape}{where}, expected {expected}"
+                f"updates must share (p, q); client {client!r} has {update.shape}{where}, expected {read[0].shape}"
             )
-        factors_finite = bool(update.B.isfinite().all() and update.A.isfinite().all())
-        if not (factors_finite and np.isfinite(update.scale)):
+        if not isinstance(update.scale, int | float):
+            raise TypeError(f"client {client!r} has scale {update.scale!r}{where}, expected a number")
+        if not (bool(update.B.isfinite().all() and update.A.isfinite().all()) and isfinite(update.scale)):
             raise ValueError(f"client {client!r} has NaN or Inf{where}")
-    return Module(name, [transpose(u) for u in group] if transposed else list(group), transposed, False)
+        read.append(LowRank(update.B.detach(), update.A.detach(), float(update.scale)))
+    return [transpose(update) for update in read] if transposed else read

@@ -1,9 +1,13 @@
 """Real PEFT adapters on a tiny Llama with a planted shared subspace, for tests of adapters and command."""
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -14,6 +18,8 @@ RHO, RANK = 4, 2
 TARGETS = ["o_proj", "down_proj"]
 BENIGN = ["ada", "bob", "cleo", "dan", "eve", "finn", "gus", "hal"]
 BAD = ["bad_1", "bad_2"]
+O_PROJ = "model.layers.1.self_attn.o_proj"
+KEY = f"base_model.model.{O_PROJ}.lora_%s.weight"
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -71,3 +77,40 @@ def clair(*arguments: object) -> Result:
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder: path -> content, None for folders."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def refused(work: Path, *culprits: str, arguments: tuple = ("clients", "--output", "out")) -> None:
+    """The command ends with code 2 and one line naming the culprits, and the folder is as it was."""
+    before, here = snapshot(work), Path.cwd()
+    os.chdir(work)
+    try:
+        result = clair("align", *arguments)
+    finally:
+        os.chdir(here)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
+    for culprit in culprits:
+        assert culprit in result.stderr
+    assert snapshot(work) == before
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def put(**tensors: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda old: old.update(tensors)
+
+
+def scaled(size: float, dtype: torch.dtype = torch.float64) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({key: size * own.to(dtype) for key, own in tensors.items()})
+
+
+def truncate_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from adapter_clients import BAD, BENIGN, RHO, lora_layers, plant, tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clairlib import alignment, folders
+from clairlib import alignment
 from clairlib.adapters import load_adapters
 from clairlib.alignment import align
 from clairlib.factors import LowRank, truncate
-from clairlib.folders import AdapterError, whole_folder
 from clairlib.lora import read_lora, write_lora
 
 PATTERNS = {
@@ -39,9 +37,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8))
 
 
-def random_adapter(
-    base: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options
-) -> peft.PeftModel:
+def random_adapter(base: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options) -> peft.PeftModel:
     torch.manual_seed(3)
     model = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, **options))
     for layer in lora_layers(model).values():
@@ -215,69 +211,8 @@ def test_clients_may_differ_in_rank(clients: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "clients" / "ada")
     write_lora(tmp_path / "clients" / "ada", config, wide)
     align([tmp_path / "clients"], tmp_path / "out")
-    ranks = {
-        name: {u.rank for u in read_lora(tmp_path / "out" / name)[1].values()} for name in ("ada", "bob")
-    }
+    ranks = {name: {u.rank for u in read_lora(tmp_path / "out" / name)[1].values()} for name in ("ada", "bob")}
     assert ranks == {"ada": {RHO + 2}, "bob": {RHO}}
-
-
-def test_output_is_whole_or_absent(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
-    with whole_folder(tmp_path / "out") as folder:
-        assert not (tmp_path / "out").exists()
-        (folder / "report.json").write_text("first")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(AdapterError, match="exists"), whole_folder(tmp_path / "out"):
-        raise AssertionError("the block must not run")
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Path:
-    with whole_folder(tmp_path / "out") as folder:
-        (folder / "report.json").write_text("first")
-    return tmp_path / "out"
-
-
-def test_overwriting_replaces_the_folder_only_at_the_end(written: Path) -> None:
-    with pytest.raises(RuntimeError), whole_folder(written, overwrite=True):
-        raise RuntimeError
-    assert (written / "report.json").read_text() == "first"
-    with whole_folder(written, overwrite=True) as folder:
-        (folder / "other").write_text("second")
-        assert (written / "report.json").read_text() == "first"
-    assert [p.name for p in written.iterdir()] == ["other"]
-    assert [p.name for p in written.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("failure", [OSError("full"), KeyboardInterrupt()])
-def test_old_output_comes_back_when_the_swap_fails(
-    written: Path, monkeypatch, failure: BaseException
-) -> None:
-    rename = os.rename
-
-    def failing(source: Path, target: Path) -> None:
-        if Path(source).name == "new":
-            raise failure
-        rename(source, target)
-
-    monkeypatch.setattr(folders.os, "rename", failing)
-    expected = AdapterError if isinstance(failure, OSError) else KeyboardInterrupt
-    with pytest.raises(expected), whole_folder(written, overwrite=True):
-        pass
-    assert (written / "report.json").read_text() == "first"
-    assert [p.name for p in written.parent.iterdir()] == ["out"]
-
-
-def test_overwriting_refuses_a_folder_that_clair_did_not_write(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(AdapterError, match="not written by clair"):
-        with whole_folder(tmp_path / "thesis", overwrite=True):
-            pass
-    assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
 def test_report_is_strict_json_in_the_agreed_shape(clients: Path, tmp_path: Path) -> None:

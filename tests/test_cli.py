@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,38 @@ def test_reproduce_reports_failures_and_refusals(tmp_path: Path, monkeypatch: py
 def test_bench_prints_the_median_ratio() -> None:
     result = clair("bench", "convex", "--instances", 1)
     assert result.exit_code == 0 and "median speed ratio" in result.stdout
+
+
+def test_picture_is_closed_when_saved(work: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    for options in ((), ("--overwrite",)):
+        assert clair("align", work / "clients", "--output", work / "out", "--quiet", *options).exit_code == 0
+    assert plt.get_fignums() == before
+
+
+def test_sigterm_leaves_nothing(work: Path) -> None:
+    wait = """
+import sys, time
+import clairlib.alignment
+from clairlib.cli import app
+
+def fit(*_):
+    print("fitting", flush=True)
+    time.sleep(60)
+
+clairlib.alignment._fit = fit
+app()
+"""
+    before = snapshot(work)
+    command = [sys.executable, "-c", wait, "align", "clients", "--output", "out"]
+    with subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "fitting\n"
+        assert any(path.name.endswith(".partial") for path in work.iterdir())
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 128 + signal.SIGTERM and snapshot(work) == before
 
 
 def test_failure_while_drawing_leaves_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from adapter_clients import CONFIG, PICKLE, WEIGHTS, clair, plant, snapshot
-from safetensors.torch import load_file, save_file
-
-O_PROJ = "model.layers.1.self_attn.o_proj"
-KEY = f"base_model.model.{O_PROJ}.lora_%s.weight"
+from adapter_clients import (
+    CONFIG,
+    KEY,
+    O_PROJ,
+    PICKLE,
+    WEIGHTS,
+    clair,
+    edit_tensors,
+    plant,
+    put,
+    refused,
+    scaled,
+    truncate_file,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,140 +40,6 @@ def work(planted: Path, tmp_path: Path) -> Path:
     """A folder of its own with a copy of the clients in it."""
     shutil.copytree(planted, tmp_path / "clients")
     return tmp_path
-
-
-def refused(work: Path, *culprits: str, arguments: tuple = ("clients", "--output", "out")) -> None:
-    """The command ends with code 2 and one line naming the culprits, and the folder is as it was."""
-    before, here = snapshot(work), Path.cwd()
-    os.chdir(work)
-    try:
-        result = clair("align", *arguments)
-    finally:
-        os.chdir(here)
-    assert result.exit_code == 2, result.output
-    assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
-    for culprit in culprits:
-        assert culprit in result.stderr
-    assert snapshot(work) == before
-
-
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-def put(**tensors: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda old: old.update(tensors)
-
-
-def nan_at(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[key][1, 2] = value
-
-    return change
-
-
-def drop(text: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        for key in [key for key in tensors if text in key]:
-            del tensors[key]
-
-    return change
-
-
-def truncate_file(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "config-missing": (lambda c: (c / CONFIG).unlink(), [CONFIG, "missing"]),
-    "weights-missing": (lambda c: (c / WEIGHTS).unlink(), [WEIGHTS, "missing"]),
-    "weights-truncated": (lambda c: truncate_file(c / WEIGHTS), [WEIGHTS, "truncated"]),
-    "weights-empty": (lambda c: (c / WEIGHTS).write_bytes(b""), [WEIGHTS]),
-    "not-safetensors": (lambda c: (c / WEIGHTS).write_text("no tensors here " * 9), [WEIGHTS, "safetensors"]),
-    "weights-a-folder": (
-        lambda c: ((c / WEIGHTS).unlink(), (c / WEIGHTS).mkdir()),
-        [WEIGHTS, "not a regular file"],
-    ),
-    "config-truncated": (lambda c: truncate_file(c / CONFIG), [CONFIG, "JSON"]),
-    "config-a-list": (lambda c: (c / CONFIG).write_text("[]"), [CONFIG, "object"]),
-    "config-nested": (lambda c: (c / CONFIG).write_text("[" * 100_000), [CONFIG, "JSON"]),
-    "config-huge": (lambda c: (c / CONFIG).write_text(" " * 2_000_000 + "{}"), [CONFIG, "larger"]),
-    "nan": (lambda c: edit_tensors(c / WEIGHTS, nan_at(KEY % "B", float("nan"))), [KEY % "B", "NaN"]),
-    "inf": (lambda c: edit_tensors(c / WEIGHTS, nan_at(KEY % "A", float("inf"))), [KEY % "A", "infinite"]),
-    "module-missing": (lambda c: edit_tensors(c / WEIGHTS, drop(O_PROJ)), [O_PROJ, "lacks"]),
-    "module-extra": (
-        lambda c: edit_tensors(
-            c / WEIGHTS,
-            put(
-                **{
-                    "base_model.model.x.lora_A.weight": torch.ones(4, 5),
-                    "base_model.model.x.lora_B.weight": torch.ones(6, 4),
-                }
-            ),
-        ),
-        ["'x'", "has module"],
-    ),
-    "factor-missing": (lambda c: edit_tensors(c / WEIGHTS, drop(KEY % "B")), [O_PROJ, "lora_A"]),
-    "factors-do-not-fit": (
-        lambda c: edit_tensors(c / WEIGHTS, put(**{KEY % "B": torch.ones(32, 3)})),
-        [O_PROJ, "(32, 3)", "(4, 32)"],
-    ),
-    "shape-differs": (
-        lambda c: edit_tensors(c / WEIGHTS, put(**{KEY % "B": torch.ones(30, 4)})),
-        [O_PROJ, "(30, 32)", "(32, 32)"],
-    ),
-    "rank-not-as-stated": (lambda c: edit(c / CONFIG, r=8), ["rank 4", "says 8"]),
-    "rank-no-number": (lambda c: edit(c / CONFIG, r="4"), [CONFIG, "'r'"]),
-    "alpha-missing": (lambda c: edit(c / CONFIG, lora_alpha=None), [CONFIG, "lora_alpha"]),
-    "alpha-infinite": (lambda c: edit(c / CONFIG, lora_alpha=float("inf")), [CONFIG, "lora_alpha"]),
-    "rslora-no-bool": (lambda c: edit(c / CONFIG, use_rslora="no"), [CONFIG, "use_rslora"]),
-    "pattern-no-object": (lambda c: edit(c / CONFIG, rank_pattern=[1]), [CONFIG, "rank_pattern"]),
-    "pattern-invalid": (lambda c: edit(c / CONFIG, alpha_pattern={"o_proj(": 3}), [CONFIG, "o_proj("]),
-    "pattern-endless": (
-        lambda c: edit(c / CONFIG, alpha_pattern={r"(?:(?:\w|\.)+?)+?\d\d": 3}),
-        [CONFIG, "too long"],
-    ),
-    "other-base": (lambda c: edit(c / CONFIG, base_model_name_or_path="other"), ["'other'", "'tiny-llama'"]),
-    "other-revision": (lambda c: edit(c / CONFIG, revision="v2"), ["'v2'", "'tiny-llama'"]),
-    "dora": (lambda c: edit(c / CONFIG, use_dora=True), ["DoRA", "use_dora"]),
-    "bias": (lambda c: edit(c / CONFIG, bias="all"), ["bias", "'all'"]),
-    "lora-bias": (lambda c: edit(c / CONFIG, lora_bias=True), ["lora_bias"]),
-    "modules-to-save": (lambda c: edit(c / CONFIG, modules_to_save=["lm_head"]), ["modules_to_save"]),
-    "changed-base": (lambda c: edit(c / CONFIG, init_lora_weights="pissa_niter_4"), ["pissa_niter_4"]),
-    "peft-type": (lambda c: edit(c / CONFIG, peft_type="LOHA"), ["LOHA"]),
-    "embedding": (
-        lambda c: edit_tensors(
-            c / WEIGHTS, put(**{"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 9)})
-        ),
-        ["embed_tokens", "embedding"],
-    ),
-    "convolution": (
-        lambda c: edit_tensors(c / WEIGHTS, put(**{KEY % "A": torch.ones(4, 3, 3, 3)})),
-        [KEY % "A", "convolution"],
-    ),
-    "unknown-tensor": (
-        lambda c: edit_tensors(c / WEIGHTS, put(**{"base_model.model.lm_head.weight": torch.ones(3)})),
-        ["base_model.model.lm_head.weight"],
-    ),
-    "integers": (
-        lambda c: edit_tensors(c / WEIGHTS, put(**{KEY % "B": torch.ones(32, 4, dtype=torch.int8)})),
-        [KEY % "B", "I8"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-@pytest.mark.parametrize("client", ["ada", "finn"])  # the first client must not become everybody's yardstick
-def test_bad_file_is_refused(work: Path, client: str, name: str) -> None:
-    spoil, culprits = BAD_FILES[name]
-    spoil(work / "clients" / client)
-    refused(work, f"client '{client}'", *culprits)
 
 
 class Bomb:
@@ -187,9 +63,7 @@ def test_link_out_of_the_folder_is_refused(work: Path, file: str) -> None:
 
 
 def test_header_that_declares_more_than_the_file_holds_is_refused(work: Path) -> None:
-    header = json.dumps(
-        {KEY % "A": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}
-    ).encode()
+    header = json.dumps({KEY % "A": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}).encode()
     (work / "clients/bob" / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
     refused(work, "client 'bob'", WEIGHTS)
 
@@ -223,17 +97,31 @@ def test_subfolder_without_an_adapter_is_not_skipped(work: Path) -> None:
     refused(work, "client 'logs'", CONFIG)
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "report.json"])
+def test_names_that_differ_in_case_only_are_refused(work: Path) -> None:
+    shutil.copytree(work / "clients/ada", work / "more/STRASSE")
+    shutil.copytree(work / "clients/ada", work / "clients/straße")
+    folders = ("clients/bob", "clients/cleo", "clients/straße", "more/STRASSE")
+    refused(work, "two clients", "case aside", "'STRASSE'", "straße'", arguments=(*folders, "--output", "out"))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "report.json", "Report.JSON", "REPORT.png"])
 def test_client_name_unfit_for_the_output_is_refused(work: Path, name: str) -> None:
     (work / "clients/ada").rename(work / "clients" / name)
     refused(work, "cannot be a client's name")
 
 
-@pytest.mark.parametrize("option", ["rank", "adapter-rank"])
-@pytest.mark.parametrize(("value", "culprit"), [(25, "down_proj"), (0, "at least 1"), (-1, "at least 1")])
-def test_rank_beyond_the_update_is_refused(work: Path, option: str, value: int, culprit: str) -> None:
-    arguments = ("clients", "--output", "out", f"--{option}", value)
-    refused(work, option.replace("-", " "), str(value), culprit, arguments=arguments)
+@pytest.mark.parametrize(
+    ("option", "value", "culprits"),
+    [
+        ("adapter-rank", 25, ["adapter rank 25", "down_proj", "at most 24"]),
+        ("adapter-rank", 0, ["adapter rank", "at least 1", "got 0"]),
+        ("adapter-rank", -1, ["adapter rank", "at least 1", "got -1"]),
+        ("rank", 33, ["rank 33", "module 'model.layers.", "allow, 32"]),
+        ("rank", -1, ["clair: rank", "-1"]),
+    ],
+)
+def test_rank_beyond_the_update_is_refused(work: Path, option: str, value: int, culprits: list[str]) -> None:
+    refused(work, *culprits, arguments=("clients", "--output", "out", f"--{option}", value))
 
 
 def test_unwritable_output_is_refused(work: Path) -> None:
@@ -253,12 +141,52 @@ def test_missing_device_is_refused(work: Path) -> None:
     refused(work, "cuda", arguments=("clients", "--output", "out", "--device", "cuda"))
 
 
-def test_refusal_of_the_fit_is_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(*_: object, **__: object) -> None:
-        raise ValueError("module 'm' has\nno shared\x1b subspace")
+FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"  # order of the files
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError(f"module {O_PROJ!r} has\nno shared\x1b subspace"), f"module {O_PROJ!r} has no shared subspace"),
+        (ValueError("client 'bob' is odd"), "client 'bob' is odd"),
+        (ValueError("nu must be finite"), f"module {SECOND!r}: nu must be finite"),
+        (torch.linalg.LinAlgError("eigh did not\nconverge"), f"module {SECOND!r}: eigh did not converge"),
+        (torch.OutOfMemoryError("tried to allocate\n9 GiB"), f"module {SECOND!r}: out of memory on device cpu"),
+    ],
+)
+def test_refusal_of_the_fit_is_one_line(
+    work: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def fit(*_: object, progress: Callable[[str], None], **__: object) -> None:
+        progress(FIRST)
+        raise error
 
     monkeypatch.setattr("clairlib.alignment.CLAIR.fit", fit)
-    refused(work, "module 'm' has no shared subspace\n")
+    refused(work, f"clair: {line}\n")
+
+
+def test_adapters_that_all_overflow_are_refused(work: Path) -> None:
+    for client in (work / "clients").iterdir():
+        edit_tensors(client / WEIGHTS, scaled(1e100))
+    refused(work, "client 'ada'", "module", "too large")
+
+
+def test_file_that_changes_after_the_check_is_not_copied(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clairlib import alignment
+
+    fit, bad = alignment._fit, work / "clients/bad_1"
+
+    def swap_and_fit(*arguments: Any) -> Any:
+        (bad / CONFIG).unlink()
+        (bad / CONFIG).symlink_to("/etc/passwd")
+        return fit(*arguments)
+
+    monkeypatch.setattr(alignment, "_fit", swap_and_fit)
+    arguments = ("align", work / "clients", "--output", work / "out", "--keep-contaminated")
+    result = clair(*arguments)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert "client 'bad_1'" in result.stderr and "leads outside" in result.stderr
+    assert [path.name for path in work.iterdir()] == ["clients"]
 
 
 def test_bad_input_in_a_process_of_its_own_prints_one_line(work: Path) -> None:

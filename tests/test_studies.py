@@ -39,20 +39,21 @@ def accuracy_table() -> pd.DataFrame:
                 lift = 0.02 if method == "CLAIR" else 0.01 * (m == METHODS.index("local"))
                 value = 0.8 + lift + 0.001 * seed * (method == "CLAIR")
                 rows.append({"label_noise": 0.1, "seed": seed, "client": client, "method": method, "accuracy": value})
+                rows[-1] |= {"on_symbols": value, "off_symbols": value, "free_running": value}
     return pd.DataFrame(rows)
 
 
 def test_recovery_cell_reports_the_verdict_against_the_truth():
     row = recovery_cell("coalition", 0.4, 0.1, seed=3)["recovery"][0]
-    assert row["exact"] and row["rank"] == 3 and row["missed"] == row["false_alarms"] == 0
+    assert row["exact"] and row["exact_rank"] and row["missed"] == row["false_alarms"] == 0
     assert row["error"] < row["local_error"] / 3
     assert row["sin_theta"] == pytest.approx(row["oracle_sin_theta"], rel=1e-6)
 
 
 def test_summary_counts_a_wrong_rank_and_a_wrong_set():
-    good = {"contamination": "dense", "share": 0.2, "noise": 0.1, "exact": True, "rank": 3, "sin_theta": 0.2}
+    good = {"contamination": "dense", "share": 0.2, "noise": 0.1, "exact": True, "exact_rank": True, "sin_theta": 0.2}
     good |= {"oracle_sin_theta": 0.1, "error": 3.0, "oracle_error": 2.0, "local_error": 30.0}
-    draws = pd.DataFrame([good, good, good | {"rank": 4}, good | {"exact": False}])
+    draws = pd.DataFrame([good, good, good | {"exact_rank": False}, good | {"exact": False}])
     row = summarise_recovery(draws).iloc[0]
     assert (row.exact, row.exact_rank, row.exact_both) == (0.75, 0.75, 0.5)
     assert (row.sin_theta_ratio, row.error_ratio, row.refined_over_local) == (2.0, 1.5, 0.1)
