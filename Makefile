@@ -1,4 +1,5 @@
 # make test        set up .venv if needed, then lint, types, floors and the test suite (every notebook at smoke profile)
+# make strip       clear the outputs of notebooks that were run and saved
 # make reproduce   set up .venv if needed, then run every notebook and write figures, tables and an HTML report
 PYTHON ?= python3
 PROFILE ?= smoke
@@ -11,7 +12,9 @@ export OMP_NUM_THREADS := 1
 # Nothing is downloaded: models are built from configs and trained here.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup test reproduce
+STRIP := --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
+
+.PHONY: setup test reproduce strip
 
 setup: $(READY)
 
@@ -25,8 +28,12 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
 	$(BIN)/mypy clairlib
-	$(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(BIN)/nbstripout --verify $(STRIP) notebooks/*.ipynb \
+	  || { echo "A notebook was saved with outputs. Clear them: make strip"; exit 1; }
 	$(BIN)/python -m pytest -n $(JOBS)
 
 reproduce: setup
 	$(BIN)/clair reproduce --profile $(PROFILE) --jobs $(JOBS)
+
+strip: setup
+	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb

@@ -113,6 +113,8 @@ def align(
         _stop(error)
     if not quiet:
         _print_alignment(alignment.report, output)
+        if not alignment.result.has_shared_subspace:
+            typer.echo("No shared subspace found: the updates do not predict one another, the verdict says little.")
 
 
 @app.command()

@@ -233,9 +233,10 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
 
     With dimensions p_e, q_e effective off the subspace, noise variance sigma^2 and x = off-subspace energy over its
     expectation: a member costs p_e q_e x for its residual and log p for each of its r q_e coefficients. An outlier has
-    a variance of its own, p_e q_e (1 + log x), after g directions of its own at p_e + q_e parameters each, with the
-    coefficients; or a variance of its own without the frame's subspace; whichever is least. Bounded influence, so that
-    outliers do not choose the frame, and no frame is cheaper for holding directions that only one client uses.
+    a variance of its own, 1 + log x a degree of freedom, after g directions of its own at g (p_e + q_e - g)
+    parameters, with the coefficients; or a variance of its own without the frame's subspace; whichever is least.
+    Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding directions that
+    only one client uses.
     """
     K, p, q = X.shape
     fits = [(project_out(f.basis, X - f.mean) * weights.sqrt()[:, None, None], f) for f in candidates]
@@ -251,8 +252,11 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
         coefficients, full = price * frame.rank * q_eff, (p_eff + frame.rank) * q_eff
         total = weights[frame.members].sum()
         own = total / (total + weights)  # part of an outsider's energy that is its own
-        off = dof * own_variance(tail_energies(R) / unit, own[:, None])  # (K, g + 1)
-        off = off + price * (p_eff + q_eff) * torch.arange(off.shape[1], device=X.device)
+        tails = tail_energies(R, int(min(p_eff, q_eff, OWN_RANK)))  # (K, g + 1)
+        g = torch.arange(tails.shape[1], device=X.device)
+        free = (p_eff - g) * (q_eff - g)  # degrees of freedom left to noise
+        off = free * own_variance(tails / unit * dof / free.clamp(min=1e-9), own[:, None])
+        off = off + price * g * (p_eff + q_eff - g)
         whole = full * own_variance((X - frame.mean).square().sum(dim=(1, 2)) * weights * dof / (unit * full), own)
         alone = torch.minimum(off.min(dim=1).values + coefficients, whole) + price
         costs[i] = torch.where(frame.members, dof * energy / unit + coefficients, alone)
@@ -273,8 +277,8 @@ def own_variance(x: Tensor, own: Tensor) -> Tensor:
     return 1 + torch.where(x * own > FAR, x * own, x).clamp(min=1e-9).log()
 
 
-def tail_energies(R: Tensor) -> Tensor:
-    """Energy of each residual (K, p, q) beyond its g largest singular directions, (K, g + 1), g up to ``OWN_RANK``."""
+def tail_energies(R: Tensor, largest: int) -> Tensor:
+    """Energy of each residual (K, p, q) beyond its g top singular directions, (K, largest + 1), g = 0 .. largest."""
     gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
     values = torch.linalg.eigvalsh(gram).clamp(min=0.0)  # ascending
-    return values.cumsum(dim=1).flip(1)[:, : OWN_RANK + 1]
+    return torch.nn.functional.pad(values.cumsum(dim=1).flip(1), (0, 1))[:, : largest + 1]

@@ -168,7 +168,7 @@ def accuracies(table: pd.DataFrame) -> Figure:
             rows = table[table.label_noise == level]
             _bars(axes, rows, "accuracy")
             axes.set(title=f"label noise {level:.0%}", xlabel="benign clients' copying accuracy")
-            axes.set_xlim(max(0.0, rows.accuracy.min() - 0.1), 1.0)
+            axes.set_xlim(0.0, 1.0)
     return figure
 
 

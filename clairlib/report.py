@@ -16,7 +16,7 @@ from clairlib import provenance
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h2 { border-top: 1px solid #ccc; padding-top: 1rem } .failed { color: #b00 } .dim { color: #666 }
-img { height: 14rem; margin: .3rem; border: 1px solid #ddd } table { border-collapse: collapse }
+img { max-height: 14rem; max-width: 100%; margin: .3rem; border: 1px solid #ddd } table { border-collapse: collapse }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
 pre { background: #f5f5f5; padding: 1rem }
 """

@@ -25,8 +25,8 @@ class ModuleResult:
     share of the local squared error that refinement removes, ``gain_terms`` its parts; ``is_refined`` False where
     refinement was refused because the gain is not positive: then ``refined`` are the clients' own updates;
     ``shared_structure``, in [0, 1], how much of the benign clients' variation the subspace predicts for a client that
-    it has not seen, beyond chance; ``spectrum`` the singular values of the benign clients' centred stack, in which the rank shows as a drop;
-    ``certificate`` of the convex program, None for the consensus solver.
+    it has not seen, beyond chance; ``spectrum`` the singular values of the benign clients' centred stack, in which the
+    rank shows as a drop; ``certificate`` of the convex program, None for the consensus solver.
     """
 
     name: str

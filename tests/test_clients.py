@@ -139,5 +139,5 @@ def test_contaminated_clients_stand_at_random_places():
 def test_unknown_kind_and_impossible_rank_are_refused():
     with pytest.raises(ValueError, match="coalition, sign_flip; got 'other'"):
         draw("other")
-    with pytest.raises(ValueError, match="r = 5 does not fit into p = 4"):
+    with pytest.raises(ValueError, match="r = 5 leaves no room in p = 4"):
         draw(p=4, r=5)

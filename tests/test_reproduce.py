@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -23,6 +24,7 @@ from clairlib.reproduce import NotebookRun, ReproduceError, reproduce
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = 'profile = "smoke"\nseed = 0\noutput = "out"\nsize = 3'
 RESULT = """\
+from functools import partial
 from pathlib import Path
 rows = [seed * 10 + i for i in range(size)]
 Path(output, "rows.csv").write_text("\\n".join(map(str, rows)))"""
@@ -197,7 +199,10 @@ def start_reproduce(tmp_path: Path, runs: str) -> subprocess.Popen:
         "reproduce(source=Path(sys.argv[1]), output=Path(sys.argv[2]), jobs=2)"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "nb"), str(tmp_path / runs)]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # a shell that starts the tests in the background has them ignore Ctrl-C
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, preexec_fn=listen, **pipes)
 
 
 def wait_for(condition, seconds: float = 60) -> None:

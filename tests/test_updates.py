@@ -159,7 +159,7 @@ def test_weights_of_another_length_are_refused():
     [
         (dict(solver="magic"), "solver must be 'consensus' or 'convex'; got 'magic'"),
         (dict(side="left"), "side must be 'output' or 'input'; got 'left'"),
-        (dict(rank=-1), "rank must not be negative; got -1"),
+        (dict(rank=-1), "rank must be a whole number, not negative; got -1"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(options, message):
@@ -172,7 +172,7 @@ def test_options_that_do_not_exist_are_refused(options, message):
     [
         ({"w": X}, 15, "rank 15 is larger than the updates of module 'w' allow, 14"),
         ([LowRank(x[:, :1], torch.ones(1, 5).double()) for x in X], 9, "module 'update' allow, 8"),
-        (X[:3, :, :2], 5, "module 'update' allow, 4"),
+        (X[:3, :, :2], 3, "module 'update' allow, 2"),
     ],
     ids=["rows", "adapter ranks", "differences"],
 )
