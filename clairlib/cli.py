@@ -114,7 +114,7 @@ def align(
     if not quiet:
         _print_alignment(alignment.report, output)
         if not alignment.result.has_shared_subspace:
-            typer.echo("No shared subspace found: the updates do not predict one another, the verdict says little.")
+            typer.echo("No shared subspace found: the updates do not predict one another. The verdict says little.")
 
 
 @app.command()

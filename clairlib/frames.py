@@ -136,30 +136,57 @@ def filtered_energy(R: Tensor, rank: int) -> Tensor:
 def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]:
     """Log of every client's filtered leave-one-out energy (K,), and the variance its log has under pure noise.
 
-    The variance is 2 / dof with Satterthwaite's degrees of freedom of the members' residuals,
-    dof = (tr R)^2 / tr R^2 * (tr C)^2 / tr C^2 for row and column covariances R, C: (p - r) q for isotropic noise.
-    It is a scale for small sets, not the law of the score.
+    The variance is 2 / dof with the ``degrees_of_freedom`` of the members' residuals. It is a scale for small sets, not
+    the law of the score.
     """
     R = leave_one_out(X, weights, frame)
-    p_eff, q_eff = effective_dimensions(R[frame.members])
     energy = filtered_energy(R, frame.rank).clamp(min=floor_energy(X))
-    return energy.log(), 2.0 / max(p_eff * q_eff, 1.0)
+    return energy.log(), 2.0 / max(degrees_of_freedom(R[frame.members]), 1.0)
 
 
 def effective_dimensions(R: Tensor) -> tuple[float, float]:
-    """Effective rows and columns of residuals (n, p, q): (tr C)^2 / tr C^2 of the row and column covariances C.
+    """Effective rows and columns of residuals (n, p, q) of all clients together.
 
-    A covariance seen through N samples has tr C^2 too large by (tr C)^2 / N; the rows are seen through n times the
-    effective columns, the columns through n times the effective rows, and both are corrected for it.
+    A covariance C has (tr C)^2 / tr C^2 effective dimensions. Seen through N samples, tr C^2 is too large by
+    (tr C)^2 / N; the rows are seen through n times the effective columns, the columns through n times the effective
+    rows, and both are corrected for it.
     """
     n, p, q = R.shape
-    sides = (torch.einsum("kpq,krq->pr", R, R), torch.einsum("kpq,kpr->qr", R, R))
-    rows, columns = (max(1.0, float(C.trace() ** 2 / C.square().sum().clamp(min=1e-300))) for C in sides)
-    p_eff, q_eff = rows, columns
+    across_rows, across_columns = _concentration(R), _concentration(R.mT)
+    rows, columns = float(p), float(q)
     for _ in range(20):
-        p_eff = min(p, 1 / max(1 / rows - 1 / (n * q_eff), 1 / p))
-        q_eff = min(q, 1 / max(1 / columns - 1 / (n * p_eff), 1 / q))
-    return p_eff, q_eff
+        columns = min(q, 1 / max(across_columns - 1 / (n * rows), 1 / q))
+        rows = min(p, 1 / max(across_rows - 1 / (n * columns), 1 / p))
+    return rows, columns
+
+
+def degrees_of_freedom(R: Tensor) -> float:
+    """Satterthwaite's degrees of freedom of one client's residual energy: effective rows times effective columns.
+
+    One side is taken over all clients together, the other within each client, whichever way gives fewer: the noise of a
+    low-rank adapter is confined to few directions, other ones than its neighbours'. Corrected for sampling as in
+    ``effective_dimensions``; (p - r) q for isotropic noise.
+    """
+    return min(_freedom(R), _freedom(R.mT))
+
+
+def _freedom(R: Tensor) -> float:
+    """Effective rows over all clients times effective columns within a client."""
+    n, p, q = R.shape
+    within = R.mT @ R  # (n, q, q)
+    trace = within.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=torch.finfo(R.dtype).tiny)
+    inside, across = float((within.square().sum(dim=(1, 2)) / trace.square()).mean()), _concentration(R)
+    rows, columns = float(p), float(q)
+    for _ in range(20):
+        columns = min(q, 1 / max(inside - 1 / rows, 1 / q))
+        rows = min(p, 1 / max(across - 1 / (n * columns), 1 / p))
+    return rows * columns
+
+
+def _concentration(R: Tensor) -> float:
+    """tr C^2 / (tr C)^2 of the row covariance C of residuals (n, p, q)."""
+    C = torch.einsum("kpq,krq->pr", R, R)
+    return float(C.square().sum() / C.trace().square().clamp(min=torch.finfo(R.dtype).tiny))
 
 
 def shared_structure(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:

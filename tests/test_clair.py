@@ -1,5 +1,7 @@
 """CLAIR end to end: the numbered statements on planted clients, against the oracle that knows set and rank."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -255,3 +257,54 @@ def test_several_modules_give_one_verdict():
         assert sin_theta(result.basis[name], c.basis) < 0.15
         kept = result.modules[name].refined[bad]
         assert torch.equal(kept, c.updates[bad])  # whoever is contaminated keeps all its own updates
+
+
+def adapters(K, strangers, seed=0, p=64, q=64, rho=8, r=3, noise=0.02):
+    """LoRA clients that share an r-dimensional output subspace, strangers with a subspace each of their own."""
+    g = derive(seed, "adapters", K, strangers)
+    normal = partial(torch.randn, generator=g, dtype=torch.float64)
+    shared = torch.linalg.qr(normal(p, r))[0]
+    frames = [torch.linalg.qr(normal(p, r))[0] if k < strangers else shared for k in range(K)]
+    return [LowRank(U @ normal(r, rho) + noise * normal(p, rho), normal(rho, q) / q**0.5, 2.0) for U in frames]
+
+
+@pytest.mark.parametrize("K, strangers", [(12, 0), (12, 3), (12, 6), (24, 18)])
+def test_strangers_among_low_rank_adapters_are_not_absorbed(K, strangers):
+    """A frame that holds every stranger's own directions fits everybody; it must not win."""
+    result = CLAIR().fit(adapters(K, strangers))
+    assert (~result.benign).nonzero()[:, 0].tolist() == list(range(strangers))
+    assert result.rank == 3 and result.has_shared_subspace
+
+
+def test_clients_that_share_nothing_are_said_to():
+    result = CLAIR().fit(adapters(12, 12))
+    assert not result.has_shared_subspace and "no shared subspace" in result.summary()
+
+
+def test_a_module_without_updates_does_not_hide_the_others():
+    c = small(noise=0.02)
+    result = CLAIR().fit({"real": c.updates, "untrained": torch.zeros_like(c.updates)})
+    assert torch.equal(result.benign, c.benign)
+
+
+def test_what_no_module_shows_alone_the_pooled_verdict_does():
+    """A small deviation in each of twelve modules: nobody is outside any module's first set."""
+    flagged = []
+    for seed in range(3):
+        modules = {}
+        for m in range(12):
+            c = draw(share=0.0, seed=100 * seed + m, K=12, p=20, q=6, r=2, noise=0.1)
+            g = derive(seed, "push", m)
+            push = torch.outer(*(torch.randn(n, generator=g, dtype=torch.float64) for n in (20, 6)))
+            c.updates[4] += 0.35 * push / torch.linalg.matrix_norm(push)
+            modules[f"m{m}"] = c.updates
+        flagged.append(CLAIR().fit(modules).contaminated)
+    assert flagged == [["client_4"]] * 3
+
+
+@pytest.mark.parametrize("size", [1e160, 1e-160])
+def test_size_does_not_matter_however_extreme(size):
+    c = small(noise=0.02)
+    result = CLAIR().fit(size * c.updates)
+    assert torch.equal(result.benign, c.benign) and result.rank == c.rank
+    torch.testing.assert_close(result.refined / size, CLAIR().fit(c.updates).refined, rtol=1e-6, atol=1e-9)

@@ -81,3 +81,10 @@ def test_data_folder_lists_every_file_it_holds():
     sources = (ROOT / "data/SOURCES.md").read_text()
     held = [path for path in (ROOT / "data").rglob("*") if path.is_file() and path.name != "SOURCES.md"]
     assert all(path.name in sources for path in held)
+
+
+def test_local_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    local = [link for link in links if not link.startswith("http")]
+    assert len(local) > 5
+    assert [link for link in local if not (ROOT / link).exists()] == []
