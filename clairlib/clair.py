@@ -208,7 +208,7 @@ class CLAIR:
             scores=z.cpu().numpy() if module.numpy else z,
             refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
             gain=gain.relative,
-            gain_terms=gain.scaled(solved.size**2),
+            gain_terms=gain.scaled(solved.size * solved.size),
             is_refined=is_refined,
             shared_structure=float(shared_structure(solved.X, weights, solved.frame)),
             spectrum=solved.size * frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),

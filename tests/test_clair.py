@@ -289,17 +289,19 @@ def test_a_module_without_updates_does_not_hide_the_others():
 
 def test_what_no_module_shows_alone_the_pooled_verdict_does():
     """A small deviation in each of twelve modules: nobody is outside any module's first set."""
-    flagged = []
+    flagged, alone = [], 0
     for seed in range(3):
         modules = {}
         for m in range(12):
             c = draw(share=0.0, seed=100 * seed + m, K=12, p=20, q=6, r=2, noise=0.1)
             g = derive(seed, "push", m)
             push = torch.outer(*(torch.randn(n, generator=g, dtype=torch.float64) for n in (20, 6)))
-            c.updates[4] += 0.35 * push / torch.linalg.matrix_norm(push)
+            c.updates[4] += 0.8 * push / torch.linalg.matrix_norm(push)
             modules[f"m{m}"] = c.updates
         flagged.append(CLAIR().fit(modules).contaminated)
+        alone += sum("client_4" in CLAIR().fit(updates).contaminated for updates in list(modules.values())[:4])
     assert flagged == [["client_4"]] * 3
+    assert alone < 6  # of 12 modules looked at by themselves
 
 
 @pytest.mark.parametrize("size", [1e160, 1e-160])
