@@ -179,7 +179,7 @@ def _bars(axes: Axes, table: pd.DataFrame, value: str) -> None:
     axes.barh(places, centre, color=[COLOURS.get(m, NEUTRAL) for m in table.method], height=0.7)
     axes.errorbar(centre, places, xerr=spread, fmt="none", color="black", capsize=2, linewidth=1)
     axes.set_yticks(places, list(table.method))
-    axes.invert_yaxis()
+    axes.set_ylim(len(table) - 0.4, -0.6)  # first row on top, also where panels share the axis
 
 
 def client_scores(table: pd.DataFrame, by: str) -> Figure:
