@@ -14,8 +14,8 @@ from clairlib.factors import LowRank
 from clairlib.folders import PICTURE, REPORT, AdapterError
 from clairlib.lora import PICKLE, WEIGHTS, read_lora
 from clairlib.lora_config import CONFIG
+from clairlib.updates import MINIMUM_CLIENTS
 
-FEWEST_CLIENTS = 3  # with two nobody can say which of them differs
 RESERVED = {REPORT, PICTURE}
 
 
@@ -66,9 +66,9 @@ def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
         if (twin := taken.setdefault(name.casefold(), folder)) is not folder:  # on some file systems one folder
             raise AdapterError(f"two clients have the name {name!r}, case aside: {str(twin)!r} and {str(folder)!r}")
         clients[name] = folder
-    if len(clients) < FEWEST_CLIENTS:
+    if len(clients) < MINIMUM_CLIENTS:
         found = f"{len(clients)} ({', '.join(clients)})" if clients else "none"
-        raise AdapterError(f"at least {FEWEST_CLIENTS} clients are needed, got {found}")
+        raise AdapterError(f"at least {MINIMUM_CLIENTS} clients are needed, got {found}")
     return clients
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from clairlib.factors import Cores, LowRank, cores_of_dense, cores_of_factors
 
 SINGLE = "update"  # name of the module when updates are not given by module
-MINIMUM_CLIENTS = 3
+MINIMUM_CLIENTS = 3  # with two nobody can say which of them differs
 
 
 @dataclass(frozen=True)
