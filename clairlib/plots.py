@@ -117,14 +117,6 @@ def _short(name: str, length: int = 22) -> str:
     return plain if len(plain) <= length else "…" + plain[-length + 1 :]
 
 
-def spectrum(result: ClairResult, module: str | None = None) -> Figure:
-    """Singular values of the benign clients' centred stack; those of the shared subspace coloured."""
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 3.4))
-        _spectrum(axes, result.modules[module] if module else next(iter(result.modules.values())))
-    return figure
-
-
 def recovery_rates(table: pd.DataFrame) -> Figure:
     """Share of seeds with the exact set against the contaminated share; a panel per kind, a line per noise level.
 

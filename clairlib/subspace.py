@@ -30,19 +30,6 @@ def sin_theta(first: Tensor, second: Tensor) -> float:
     return min(1.0, float(torch.linalg.matrix_norm(project_out(second, first), ord=2)))
 
 
-def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Principal angles in radians between two subspaces given by orthonormal bases (p, r), (p, r'); ascending.
-
-    Angles below pi/4 come from the sines (residual), the others from the cosines: each where it is well conditioned
-    (Bjorck and Golub, 1973).
-    """
-    if first.shape[1] > second.shape[1]:
-        first, second = second, first
-    cosines = torch.linalg.svdvals(second.T @ first).clamp(max=1.0)
-    sines = torch.linalg.svdvals(project_out(second, first)).clamp(max=1.0).flip(0)
-    return torch.where(cosines**2 > 0.5, sines.arcsin(), cosines.arccos())
-
-
 def gap_rank(eigenvalues: Tensor, limit: int) -> int:
     """Number of directions that stand apart from the noise, from the gap in a scatter's spectrum; 0 where none does.
 

@@ -1,26 +1,11 @@
 """A bad file of any client is refused by ``clair align`` in one line that names client and culprit."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_clients import CONFIG, KEY, O_PROJ, WEIGHTS, edit, edit_tensors, plant, put, refused, scaled, truncate_file
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "clients"
-    plant(folder)
-    return folder
-
-
-@pytest.fixture
-def work(planted: Path, tmp_path: Path) -> Path:
-    """A folder of its own with a copy of the clients in it."""
-    shutil.copytree(planted, tmp_path / "clients")
-    return tmp_path
+from adapter_clients import CONFIG, KEY, O_PROJ, WEIGHTS, edit, edit_tensors, put, refused, scaled, truncate_file
 
 
 def nan_at(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:

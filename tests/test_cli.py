@@ -1,28 +1,13 @@
 """The clair command: what it writes, prints and returns. Its refusals are in test_refusals.py."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from adapter_clients import BAD, BENIGN, CONFIG, WEIGHTS, clair, plant, snapshot
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "clients"
-    plant(folder)
-    return folder
-
-
-@pytest.fixture
-def work(planted: Path, tmp_path: Path) -> Path:
-    """A folder of its own with a copy of the clients in it."""
-    shutil.copytree(planted, tmp_path / "clients")
-    return tmp_path
+from adapter_clients import BAD, BENIGN, CONFIG, WEIGHTS, clair, snapshot
 
 
 def test_align_writes_folders_report_and_picture_and_says_the_same(work: Path) -> None:

@@ -20,26 +20,11 @@ from adapter_clients import (
     WEIGHTS,
     clair,
     edit_tensors,
-    plant,
     put,
     refused,
     scaled,
     truncate_file,
 )
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "clients"
-    plant(folder)
-    return folder
-
-
-@pytest.fixture
-def work(planted: Path, tmp_path: Path) -> Path:
-    """A folder of its own with a copy of the clients in it."""
-    shutil.copytree(planted, tmp_path / "clients")
-    return tmp_path
 
 
 class Bomb:

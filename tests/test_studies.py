@@ -117,7 +117,6 @@ def test_figures_draw_from_their_tables():
         plots.accuracies(summarise_accuracy(accuracy_table())),
         plots.client_scores(scores, by="seed"),
         plots.vocabulary_leverage(leverage),
-        plots.spectrum(CLAIR().fit(truth.updates)),
     ]
     for figure in figures:
         figure.canvas.draw()
