@@ -108,8 +108,8 @@ class CLAIR:
         names : list of str, optional
             Client names; ``client_0`` .. where None.
         weights : array (K,), optional
-            Positive; the noise variance of client k is proportional to 1 / weights[k] (its sample size, say). The convex
-            program takes every client alike; weights enter with the frames fitted to its benign clients.
+            Positive; the noise variance of client k is proportional to 1 / weights[k] (its sample size, say). The
+            convex program takes every client alike; weights enter with the frames fitted to its benign clients.
         progress : callable, optional
             Called with each module's name when its subspace is found.
 
