@@ -150,6 +150,19 @@ def reproduce(
         raise typer.Exit(1)
 
 
+@app.command()
+def report() -> None:
+    """Write figures/claims.json and the claims table of README.md from what the notebooks measured."""
+    from clairlib.ledger import LedgerError, write_report
+
+    try:
+        entries = write_report(Path("."))
+    except (LedgerError, OSError) as error:
+        _stop(error)
+    holding = sum(entry["holds"] for entry in entries)
+    typer.echo(f"{holding} of {len(entries)} claims hold; written to figures/claims.json and README.md")
+
+
 @bench.command()
 def convex(
     instances: Annotated[int, typer.Option(min=1, help="Number of small planted instances.")] = 20,

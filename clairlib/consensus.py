@@ -44,9 +44,10 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
     tuples = candidate_tuples(*X.shape, generator=generator)
     order, distances = score_tuples(X, tuples)
     candidates: list[Frame] = []
+    judge = Judge(X, weights, rank)
 
     def add(start: Tensor) -> None:
-        for frame in grow_twice(X, weights, start, rank):
+        for frame in grow_twice(judge, start):
             if not any(torch.equal(frame.members, known.members) for known in candidates):
                 candidates.append(frame)
 
@@ -158,15 +159,33 @@ def robust_half(X: Tensor, weights: Tensor, rank: int | None, rounds: int = 15) 
     return _closest(distance, max(min(4, K), K // 2))
 
 
-def grow_twice(X: Tensor, weights: Tensor, start: Tensor, rank: int | None) -> list[Frame]:
+class Judge:
+    """Frame of a set of clients, and how every client stands to it: ``log_scores`` with their variance.
+
+    Remembers every set it was asked about: growing from different starts runs through the same sets again and again.
+    """
+
+    def __init__(self, X: Tensor, weights: Tensor, rank: int | None) -> None:
+        self.X, self.weights, self.rank = X, weights, rank
+        self._known: dict[bytes, tuple[Frame, Tensor, float]] = {}
+
+    def __call__(self, members: Tensor) -> tuple[Frame, Tensor, float]:
+        key = members.cpu().numpy().tobytes()
+        if key not in self._known:
+            frame = fit_frame(self.X, self.weights, members, self.rank)
+            self._known[key] = (frame, *log_scores(self.X, self.weights, frame))
+        return self._known[key]
+
+
+def grow_twice(judge: Judge, start: Tensor) -> list[Frame]:
     """Sets grown from a start: one that stops early, and one that goes on from there.
 
     The first leaves out whoever is unusual at level ``FAMILY_ERROR`` by itself, so that a small benign set does not
     slide into its surroundings; the second only whoever is unusual among all K, so that nobody is lost by chance.
     """
     frames = []
-    for level in (FAMILY_ERROR, FAMILY_ERROR / len(X)):
-        frame = grow(X, weights, start, rank, level)
+    for level in (FAMILY_ERROR, FAMILY_ERROR / len(start)):
+        frame = grow(judge, start, level)
         if frame is None:
             break
         frames.append(frame)
@@ -176,7 +195,7 @@ def grow_twice(X: Tensor, weights: Tensor, start: Tensor, rank: int | None) -> l
     return frames
 
 
-def grow(X: Tensor, weights: Tensor, members: Tensor, rank: int | None, level: float) -> Frame | None:
+def grow(judge: Judge, members: Tensor, level: float) -> Frame | None:
     """Grow a set of clients by a quarter a round, refitting, until the same set returns.
 
     A round scores every client against the frame left one out and keeps the closest that fit, that is whose p-value
@@ -184,8 +203,7 @@ def grow(X: Tensor, weights: Tensor, members: Tensor, rank: int | None, level: f
     """
     seen: list[Tensor] = []
     while int(members.sum()) >= 3:
-        frame = fit_frame(X, weights, members, rank)
-        x, variance = log_scores(X, weights, frame)
+        frame, x, variance = judge(members)
         fits = calibrate(x, members, variance).p_values > level
         target = max(frame.size + 1, ceil(1.25 * frame.size))
         order = x.argsort()[:target]

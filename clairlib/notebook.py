@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from clairlib import plots, provenance
+from clairlib import ledger, plots, provenance
 
 
 class ClaimFailed(AssertionError):
@@ -29,6 +30,7 @@ class Notebook:
     profile: str
     seed: int
     output: Path
+    claims: Mapping[str, ledger.Claim] = field(repr=False)
     _log: dict[str, Any] = field(repr=False)
 
     @property
@@ -65,39 +67,59 @@ class Notebook:
         self._log["records"][key] = {"value": value, **extra}
         self._keep_log()
 
-    def check(self, claim_id: str, holds: bool, statement: str, value: Any, threshold: Any) -> None:
-        """Keep a claim's outcome in claims.json and say it; ``threshold`` bounds the measured ``value``.
+    def check(self, claim_id: str, value: float, interval: Sequence[float] | None = None) -> None:
+        """Measure a claim of the ledger: keep its outcome in claims.json and say it.
+
+        ``value`` and ``interval`` (low, high) go to the claim's check at this profile; see `clairlib.ledger.Claim`.
 
         Raises
         ------
         ClaimFailed
             When the claim does not hold. It is in claims.json all the same.
+        LedgerError
+            When claims.toml has no such claim.
         """
-        outcome = {"holds": bool(holds), "statement": statement, "value": value, "threshold": threshold}
+        if claim_id not in self.claims:
+            raise ledger.LedgerError(f"claims.toml has no claim {claim_id!r}; add it, with the check that decides it")
+        claim = self.claims[claim_id]
+        value, ends = float(value), None if interval is None else [float(end) for end in interval]
+        check = claim.check_at(self.profile)
+        outcome = {
+            "holds": ledger.holds(check, value, ends),
+            "statement": claim.statement,
+            "value": value,
+            "interval": ends if ends is not None and all(map(math.isfinite, ends)) else None,
+            "threshold": check,
+        }
         self._log["claims"][claim_id] = outcome
         self._keep_log()
-        measured = f"{statement} (measured {_short(value)}, threshold {_short(threshold)})"
+        said = f"{claim.statement} (measured {ledger.measured(outcome)}, check {check})"
         if not outcome["holds"]:
-            raise ClaimFailed(f"{claim_id} does not hold: {measured}")
-        print(f"{claim_id} holds: {measured}")
+            raise ClaimFailed(f"{claim_id} does not hold: {said}")
+        print(f"{claim_id} holds: {said}")
 
     def _keep_log(self) -> None:
         text = json.dumps(self._log, indent=1, default=_plain)
         _write(self.output / "claims.json", lambda path: path.write_text(text + "\n"))
 
 
-def start(*, profile: str, seed: int, output: str | Path) -> Notebook:
+def start(
+    *, profile: str, seed: int, output: str | Path, claims: str | Path = "claims.toml"
+) -> Notebook:
     """Begin a run: make the folder, forget earlier claims, set the plot style, print a provenance line.
+
+    ``claims`` is the ledger of `clairlib.ledger`, beside the notebooks, in whose folder they run.
 
     Returns
     -------
     Notebook
         With ``output`` as an absolute path.
     """
+    known = ledger.read_claims(Path(claims))
     folder = Path(output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     facts = provenance.collect(profile=profile, seed=seed)
-    notebook = Notebook(profile, seed, folder, {"provenance": facts, "claims": {}, "records": {}})
+    notebook = Notebook(profile, seed, folder, known, {"provenance": facts, "claims": {}, "records": {}})
     notebook._keep_log()
     plt.style.use(plots.STYLE)
     print(_line(facts))
@@ -129,7 +151,3 @@ def _plain(value: Any) -> Any:
     """Tensors, arrays and their scalars as lists and numbers, paths as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
-
-def _short(value: Any) -> str:
-    value = _plain(value) if hasattr(value, "tolist") else value
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

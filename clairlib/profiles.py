@@ -7,13 +7,14 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
 from clairlib.experiments import library_digest
+from clairlib.ledger import Claim, LedgerError, read_claims
 
 REQUIRED = ("profile", "seed", "output")  # every notebook has these parameters
 DEFAULT_PROFILE = "smoke"  # a notebook's own defaults; every other profile is spelled out in profiles.toml
@@ -50,8 +51,15 @@ def plan(notebooks: Iterable[str] | None, profile: str, source: Path, folder: Pa
     if unknown := [name for name in names if name not in available]:
         raise ReproduceError(f"no notebook {unknown[0]!r} in {source}; there are {', '.join(available)}")
     tables = _read_profiles(source / "profiles.toml", profile, available)
-    library = library_digest()
-    return [_inspect(available[name], profile, tables.get(name), folder, library) for name in names]
+    claims, library = _read_claims(source / "claims.toml"), library_digest()
+    return [_inspect(available[name], profile, tables.get(name), folder, claims, library) for name in names]
+
+
+def _read_claims(path: Path) -> dict[str, Claim]:
+    try:
+        return read_claims(path) if path.exists() else {}
+    except LedgerError as error:
+        raise ReproduceError(str(error)) from error
 
 
 def _read_profiles(path: Path, profile: str, available: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -69,7 +77,14 @@ def _read_profiles(path: Path, profile: str, available: Iterable[str]) -> dict[s
     return profiles.get(profile, {})
 
 
-def _inspect(path: Path, profile: str, table: dict[str, Any] | None, folder: Path, library: str) -> Job:
+def _inspect(
+    path: Path,
+    profile: str,
+    table: dict[str, Any] | None,
+    folder: Path,
+    claims: dict[str, Claim],
+    library: str,
+) -> Job:
     """Refuse what papermill would let pass: a mistyped or missing parameter, no ``parameters`` tag."""
     where = f"{profile}.{path.stem}"
     cells = nbformat.read(path, as_version=4).cells
@@ -92,11 +107,15 @@ def _inspect(path: Path, profile: str, table: dict[str, Any] | None, folder: Pat
     parameters = {**table, "profile": profile}
     content = [[cell.cell_type, cell.source] for cell in cells]
     try:
-        keyed = json.dumps([content, parameters, library], sort_keys=True)
+        keyed = json.dumps([content, parameters, _own(claims, path.stem), library], sort_keys=True)
     except TypeError as error:  # a date: papermill would pass it as text
         raise ReproduceError(f"[{where}]: {error}; use numbers, text, true/false, lists") from error
     stamp = hashlib.sha256(keyed.encode()).hexdigest()
     return Job(path.stem, path, folder, {**parameters, "output": str(folder / path.stem)}, stamp)
+
+
+def _own(claims: dict[str, Claim], notebook: str) -> list[dict[str, Any]]:
+    return [asdict(claim) for claim in claims.values() if claim.notebook == notebook]
 
 
 def _assigned_names(code: str) -> set[str]:

@@ -12,6 +12,7 @@ import nbformat
 from nbconvert import HTMLExporter
 
 from clairlib import provenance
+from clairlib.ledger import measured
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -79,10 +80,10 @@ def _claims(results: Path) -> str:
     rows = [
         f"<tr{'' if claim['holds'] else ' class=failed'}><td>{escape(key)}</td>"
         f"<td>{'holds' if claim['holds'] else 'does not hold'}</td><td>{escape(claim['statement'])}</td>"
-        f"<td>{_value(claim['value'])}</td><td>{_value(claim['threshold'])}</td></tr>"
+        f"<td>{escape(measured(claim))}</td><td>{escape(claim['threshold'])}</td></tr>"
         for key, claim in log.get("claims", {}).items()
     ]
-    head = "<tr><th>claim</th><th></th><th>statement</th><th>measured</th><th>threshold</th></tr>"
+    head = "<tr><th>claim</th><th></th><th>statement</th><th>measured</th><th>check</th></tr>"
     records = [f"{escape(key)} = {_value(item['value'])}" for key, item in log.get("records", {}).items()]
     table = f"<table>{head}{''.join(rows)}</table>" if rows else ""
     return table + (f"<p>Recorded: {'; '.join(records)}</p>" if records else "")

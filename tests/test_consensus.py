@@ -137,7 +137,7 @@ def test_robust_half_is_benign(kind, share):
 @pytest.mark.parametrize("level", [0.01, 0.001])
 def test_a_set_grows_to_all_benign_clients_and_stops(kind, level):
     c = draw(kind)
-    frame = consensus.grow(c.updates, ones(c), members(c, 4), None, level)
+    frame = consensus.grow(consensus.Judge(c.updates, ones(c), None), members(c, 4), level)
     assert frame is not None and frame.rank == 2
     assert not bool((frame.members & ~c.benign).any())
     assert frame.size >= int(c.benign.sum()) - (level > 0.005)  # one of nine may be unusual at the higher level
@@ -146,7 +146,7 @@ def test_a_set_grows_to_all_benign_clients_and_stops(kind, level):
 
 def test_two_clients_are_no_set():
     c = draw()
-    assert consensus.grow(c.updates, ones(c), members(c, 2), None, 0.01) is None
+    assert consensus.grow(consensus.Judge(c.updates, ones(c), None), members(c, 2), 0.01) is None
 
 
 def test_shortest_description_takes_the_true_frame():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -14,11 +15,23 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from clairlib.ledger import LedgerError  # noqa: E402
 from clairlib.notebook import ClaimFailed, Notebook, start  # noqa: E402
+
+CLAIM = """[[claim]]
+id = "C1.a"
+statement = "error < bound"
+source = "ours"
+notebook = "out"
+check = "value < 0.2 and low > 0"
+smoke = "value < 0.2"
+"""
 
 
 @pytest.fixture
-def notebook(tmp_path) -> Notebook:
+def notebook(tmp_path, monkeypatch) -> Notebook:
+    (tmp_path / "claims.toml").write_text(CLAIM)
+    monkeypatch.chdir(tmp_path)
     return start(profile="smoke", seed=3, output=tmp_path / "new/out")
 
 
@@ -34,6 +47,7 @@ def line() -> plt.Figure:
 
 def test_start_says_and_keeps_provenance(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "claims.toml").write_text(CLAIM)
     notebook = start(profile="paper", seed=3, output="out")
     assert notebook.output == tmp_path / "out"
     said = capsys.readouterr().out
@@ -42,7 +56,7 @@ def test_start_says_and_keeps_provenance(tmp_path, capsys, monkeypatch):
 
 
 def test_start_forgets_the_claims_of_an_earlier_run(notebook):
-    notebook.check("C1.a", True, "error < bound", 0.1, 0.2)
+    notebook.check("C1.a", 0.1)
     again = start(profile="smoke", seed=3, output=notebook.output)
     assert log(again)["claims"] == {}
 
@@ -89,16 +103,32 @@ def test_nothing_to_show_or_a_name_with_folders_is_refused(notebook, name, optio
 def test_records_and_claims_take_tensors_and_arrays(notebook, capsys):
     notebook.record("gain", torch.tensor(0.5), unit="share")
     notebook.record("scores", np.arange(3.0))
-    notebook.check("C1.a", torch.tensor(True), "error < bound", np.float64(0.125), torch.tensor(0.25))
+    notebook.check("C1.a", np.float64(0.125), (torch.tensor(-1.0), np.float64(0.5)))
     assert log(notebook)["records"]["gain"] == {"value": 0.5, "unit": "share"}
     assert log(notebook)["records"]["scores"] == {"value": [0.0, 1.0, 2.0]}
-    expected = {"holds": True, "statement": "error < bound", "value": 0.125, "threshold": 0.25}
-    assert log(notebook)["claims"] == {"C1.a": expected}
-    assert "C1.a holds: error < bound (measured 0.125, threshold 0.25)" in capsys.readouterr().out
+    expected = {"holds": True, "statement": "error < bound", "value": 0.125, "interval": [-1.0, 0.5]}
+    assert log(notebook)["claims"] == {"C1.a": {**expected, "threshold": "value < 0.2"}}
+    said = capsys.readouterr().out
+    assert "C1.a holds: error < bound (measured 0.125 [-1, 0.5], check value < 0.2)" in said
+
+
+def test_an_interval_without_ends_is_none(notebook):
+    notebook.check("C1.a", 0.1, (float("nan"), float("nan")))
+    assert log(notebook)["claims"]["C1.a"]["interval"] is None
 
 
 def test_a_claim_that_does_not_hold_raises_one_line_and_is_kept(notebook):
     with pytest.raises(ClaimFailed) as caught:
-        notebook.check("C4.b", False, "CLAIR beats local", -0.01, 0.0)
-    assert str(caught.value) == "C4.b does not hold: CLAIR beats local (measured -0.01, threshold 0)"
-    assert log(notebook)["claims"]["C4.b"]["holds"] is False
+        notebook.check("C1.a", 0.3)
+    assert str(caught.value) == "C1.a does not hold: error < bound (measured 0.3, check value < 0.2)"
+    assert log(notebook)["claims"]["C1.a"]["holds"] is False
+
+
+def test_the_full_check_decides_at_other_profiles(notebook):
+    with pytest.raises(ClaimFailed, match="low > 0"):
+        replace(notebook, profile="paper").check("C1.a", 0.1, (-0.1, 0.3))
+
+
+def test_a_claim_that_is_not_in_the_ledger_is_refused(notebook):
+    with pytest.raises(LedgerError, match="C9.z"):
+        notebook.check("C9.z", 1.0)
