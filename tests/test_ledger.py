@@ -107,14 +107,14 @@ def test_a_claim_without_a_result_or_changed_since_is_refused(tmp_path):
 def test_report_writes_the_list_and_the_table(tmp_path):
     write_claims(tmp_path / "notebooks")
     write_outcome(tmp_path / "figures", holds=False)
-    readme = f"before\n{ledger.BEGIN}\nold\n{ledger.END}\nafter\n"
+    readme = f"before\n{ledger.BEGIN}\nstale\n{ledger.END}\nafter\n"
     (tmp_path / "README.md").write_text(readme)
     [entry] = ledger.write_report(tmp_path)
     keys = "id statement source notebook value interval threshold holds profile provenance"
     assert list(entry) == keys.split()
     assert json.loads((tmp_path / "figures/claims.json").read_text()) == [entry]
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "| C1.a: s | ours | 0.5 [0.25, 0.75] | `value < 1` **does not hold** | [01](notebooks/01_x.ipynb) |" in text
 
 
