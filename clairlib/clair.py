@@ -20,6 +20,7 @@ from clairlib.frames import (
     keep_directions,
     leave_one_out,
     log_scores,
+    rank_limit,
     shared_structure,
 )
 from clairlib.refinement import estimate_gain
@@ -182,6 +183,8 @@ class CLAIR:
             pooled = calibrate(x, benign, variance)
             tried.append(benign)
             decided = benign_set(x, benign, pooled.p_values, variance)
+            if self.rank is None and not bool(decided.all()):
+                decided |= self._benign_at_wider_rank(solved, weights, structure)
             if int(decided.sum()) < MINIMUM_CLIENTS or any(torch.equal(decided, known) for known in tried):
                 return benign, solved, pooled
             benign = decided
@@ -190,6 +193,17 @@ class CLAIR:
         if torch.equal(solved.frame.members, benign):
             return solved
         return replace(solved, frame=fit_frame(solved.X, weights, benign, self.rank))
+
+    def _benign_at_wider_rank(self, solved: list[_Solved], weights: Tensor, structure: Tensor) -> Tensor:
+        """Who is benign where the subspace has more directions: one more, and as many as all clients together show.
+
+        A few clients may show fewer directions than they share, and whoever uses the others looks foreign to them. A
+        direction too many is one of the noise, and takes next to nothing from the score of a contaminated client.
+        """
+        wider = [replace(s, frame=_wider(s.X, weights, s.frame)) for s in solved]
+        x, variance = _pool(wider, weights, structure)
+        members = solved[0].frame.members
+        return benign_set(x, members, calibrate(x, members, variance).p_values, variance)
 
     def _module_result(self, solved: _Solved, weights: Tensor, benign: Tensor) -> ModuleResult:
         module, cores, frame = solved.module, solved.cores, solved.frame
@@ -215,6 +229,13 @@ class CLAIR:
             spectrum=solved.size * frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
             certificate=solved.certificate,
         )
+
+
+def _wider(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
+    """The frame with one more direction, or the rank estimated from all clients, as far as its members support it."""
+    everybody = fit_frame(X, weights, torch.ones_like(frame.members))
+    largest = max(frame.rank, rank_limit(frame.size, *X.shape[1:]))
+    return fit_frame(X, weights, frame.members, min(max(frame.rank + 1, everybody.rank), largest))
 
 
 def _read_weights(weights: Any, clients: list[str]) -> Tensor:

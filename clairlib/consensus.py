@@ -14,16 +14,18 @@ from scipy import stats
 from torch import Generator, Tensor
 
 from clairlib.detection import FAMILY_ERROR, calibrate
-from clairlib.frames import Frame, effective_dimensions, fit_frame, floor_energy, log_scores
+from clairlib.frames import Frame, effective_dimensions, fit_frame, floor_energy, log_scores, rank_limit
 from clairlib.subspace import project_out
 
 # At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
 # benign a quarter of the pairs is, and even at 90 % contamination 300 pairs hold three benign ones on average.
 TUPLE_LIMIT = 300
-STARTS = 6  # tuples, without a common client, from which a set is grown
+SHORTLIST = 100  # tuples, the best, made into start sets
+STARTS = 6  # start sets, without a common client, from which a set is grown
 START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
 OWN_RANK = 16  # directions of its own that an outlier is described with at most
 FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
+LEAST_SPREAD = 1e-12  # energies below this part of the mean client's do not tell tuples apart
 CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are scored
 
 
@@ -52,15 +54,27 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
                 candidates.append(frame)
 
     add(robust_half(X, weights, rank))
-    for start in disjoint_starts(tuples, order, distances):
+    everybody = torch.ones(len(X), dtype=torch.bool, device=X.device)
+    for start in disjoint_starts(start_sets(X, tuples, order, distances, everybody)):
         add(start)
     for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
-        rest = first_start(tuples, order, distances, ~frame.members)
-        if rest is not None:
-            add(rest)
+        for start in start_sets(X, tuples, order, distances, ~frame.members)[:1]:
+            add(start)
     if not candidates:
-        return fit_frame(X, weights, torch.ones(len(X), dtype=torch.bool, device=X.device), rank)
-    return shortest_description(X, weights, candidates)
+        return fit_frame(X, weights, everybody, rank)
+    best = shortest_description(X, weights, at_every_rank(X, weights, candidates))
+    return next(frame for frame in candidates if torch.equal(frame.members, best.members))
+
+
+def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[Frame]:
+    """The candidates, and their sets with the ranks of the others: sets are compared, not the ranks found for them."""
+    _, p, q = X.shape
+    frames = list(candidates)
+    for frame in candidates:
+        largest = rank_limit(frame.size, p, q)
+        others = {other.rank for other in candidates if other.rank <= largest} - {frame.rank}
+        frames += [fit_frame(X, weights, frame.members, rank) for rank in sorted(others)]
+    return frames
 
 
 def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
@@ -95,7 +109,7 @@ def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
     step = max(1, CHUNK_ENTRIES // (width * K * q + t * p * q))
     stacked = X.permute(1, 0, 2).reshape(p, K * q)
     gram = X.flatten(1) @ X.flatten(1).T
-    floor = 1e-12 * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny
+    floor = LEAST_SPREAD * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny
     distances = []
     for part in tuples.split(step):
         group = X[part]  # (T, t, p, q)
@@ -111,28 +125,53 @@ def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
     return total.argsort().tolist(), result.scatter(1, tuples.to(X.device), 0.0)
 
 
-def disjoint_starts(tuples: Tensor, order: list[int], distances: Tensor) -> list[Tensor]:
-    """The best tuples without a common client, each with the two clients closest to its frame: start sets (K,) bool."""
-    starts: list[Tensor] = []
-    used: set[int] = set()
-    for i in order:
-        if used.isdisjoint(tuples[i].tolist()):
-            used.update(tuples[i].tolist())
-            starts.append(_closest(distances[i], tuples.shape[1] + 2))
+def start_sets(X: Tensor, tuples: Tensor, order: list[int], distances: Tensor, allowed: Tensor) -> list[Tensor]:
+    """Start sets (K,) bool among the allowed clients, most concentrated first.
+
+    The best ``SHORTLIST`` tuples, each with the two clients closest to its frame; ordered by the determinant of the
+    set's centred scatter, as in the minimum covariance determinant (Rousseeuw 1984): one client too many adds
+    directions of its own, and what the score of a pair misses, the spectrum of four clients shows.
+    """
+    size = tuples.shape[1] + 2
+    if int(allowed.sum()) < size:
+        return []
+    kept = bool(allowed.all())
+    chosen = [i for i in order if kept or bool(allowed[tuples[i]].all())][:SHORTLIST]
+    if not chosen:
+        return []
+    reach = distances[chosen].masked_fill(~allowed, torch.inf)
+    sets = reach.argsort(dim=1)[:, :size].sort(dim=1).values.unique(dim=0)
+    members = torch.zeros(len(sets), len(X), dtype=torch.bool, device=X.device).scatter(1, sets, True)
+    return list(members[log_determinants(X, sets).argsort()])
+
+
+def log_determinants(X: Tensor, sets: Tensor) -> Tensor:
+    """Log determinant (T,) of the centred scatter of each set of clients (T, n), up to a common constant.
+
+    A floor of rounding size on the diagonal stands in for the directions that n clients cannot span.
+    """
+    _, p, q = X.shape
+    floor = LEAST_SPREAD * float(X.square().sum(dim=(1, 2)).mean()) + torch.finfo(X.dtype).tiny
+    step = max(1, CHUNK_ENTRIES // (sets.shape[1] * p * q + p * p))
+    result = []
+    for part in sets.split(step):
+        D = X[part] - X[part].mean(dim=1, keepdim=True)
+        D = D.permute(0, 2, 1, 3).flatten(2)  # (T, p, n q)
+        gram = D @ D.mT if p <= D.shape[2] else D.mT @ D
+        gram.diagonal(dim1=1, dim2=2).add_(floor)
+        result.append(torch.linalg.slogdet(gram).logabsdet)
+    return torch.cat(result)
+
+
+def disjoint_starts(sets: list[Tensor]) -> list[Tensor]:
+    """The first three sets, then those without a client in common with any before, ``STARTS`` in all."""
+    starts = sets[:3]
+    for members in sets:
+        if not any(bool((members & start).any()) for start in starts):
+            starts.append(members)
         if len(starts) == STARTS:
             break
     return starts
-
-
-def first_start(tuples: Tensor, order: list[int], distances: Tensor, allowed: Tensor) -> Tensor | None:
-    """The best start set within the allowed clients, None where they are too few."""
-    size = tuples.shape[1] + 2
-    if int(allowed.sum()) < size:
-        return None
-    for i in order:
-        if bool(allowed[tuples[i]].all()):
-            return _closest(distances[i].masked_fill(~allowed, torch.inf), size)
-    return None
 
 
 def _closest(distances: Tensor, count: int) -> Tensor:
@@ -261,25 +300,30 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     energies = [R.square().sum(dim=(1, 2)) for R, _ in fits]
     noise = [float(e[f.members].sum()) / free_clients(f, q) for e, (_, f) in zip(energies, fits, strict=True)]
     reference = min(range(len(fits)), key=noise.__getitem__)
-    p_eff, q_eff = effective_dimensions(fits[reference][0][candidates[reference].members])
-    unit = max(noise[reference], floor_energy(X))  # energy of p_eff q_eff degrees of freedom
-    price, dof = log(p), p_eff * q_eff
+    R, base = fits[reference]
+    p_eff, q_eff = effective_dimensions(R[base.members], free_clients(base, q))
+    unit = max(noise[reference], floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
+    rows, price = p_eff + base.rank, log(p)
 
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
     for i, ((R, frame), energy) in enumerate(zip(fits, energies, strict=True)):
-        coefficients, full = price * frame.rank * q_eff, (p_eff + frame.rank) * q_eff
+        coefficients, D = price * frame.rank * q_eff, (X - frame.mean) * weights.sqrt()[:, None, None]
         total = weights[frame.members].sum()
         own = total / (total + weights)  # part of an outsider's energy that is its own
-        tails = tail_energies(R, int(min(p_eff, q_eff, OWN_RANK)))  # (K, g + 1)
-        g = torch.arange(tails.shape[1], device=X.device)
-        free = (p_eff - g) * (q_eff - g)  # degrees of freedom left to noise
-        off = free * own_variance(tails / unit * dof / free.clamp(min=1e-9), own[:, None])
-        off = off + price * g * (p_eff + q_eff - g)
-        whole = full * own_variance((X - frame.mean).square().sum(dim=(1, 2)) * weights * dof / (unit * full), own)
-        alone = torch.minimum(off.min(dim=1).values + coefficients, whole) + price
-        costs[i] = torch.where(frame.members, dof * energy / unit + coefficients, alone)
-    overheads = [price * (f.rank * p_eff + p_eff * q_eff) for f in candidates]
+        in_frame = _own_description(R / unit**0.5, rows - frame.rank, q_eff, own, price) + coefficients
+        alone = _own_description(D / unit**0.5, rows, q_eff, own, price)
+        costs[i] = torch.where(frame.members, energy / unit + coefficients, torch.minimum(in_frame, alone) + price)
+    overheads = [price * (rows - f.rank) * (f.rank + q_eff) for f in candidates]
     return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)
+
+
+def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price: float) -> Tensor:
+    """Cheapest description (K,) of residuals in units of the noise: g directions of their own, then a variance."""
+    tails = tail_energies(R, int(min(rows, columns, OWN_RANK)))  # (K, g + 1)
+    g = torch.arange(tails.shape[1], device=R.device)
+    free = (rows - g) * (columns - g)  # degrees of freedom left to noise
+    off = free * own_variance(tails / free.clamp(min=1e-9), own[:, None])
+    return (off + price * g * (rows + columns - g)).min(dim=1).values
 
 
 def free_clients(frame: Frame, q: int) -> float:

@@ -51,8 +51,15 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
 
 
 def anybody(p_values: Tensor) -> bool:
-    """Decision (i): does Holm's procedure reject for at least one client at family-wise error ``FAMILY_ERROR``?"""
-    return float(p_values.min()) * len(p_values) <= FAMILY_ERROR  # Holm's first step; the others only name more
+    """Decision (i): does Simes' test reject that all clients are benign?
+
+    min_i K p_(i) / i over the sorted p-values (Simes 1986): as strict as Bonferroni on one extreme client, with power
+    where many stand out a little. Half of ``FAMILY_ERROR`` is spent here, the other half is left to the search that
+    chose the members.
+    """
+    ordered = p_values.sort().values
+    places = torch.arange(1, len(ordered) + 1, dtype=ordered.dtype, device=ordered.device)
+    return float((len(ordered) * ordered / places).min()) <= FAMILY_ERROR / 2
 
 
 def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: float) -> Tensor:

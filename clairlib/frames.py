@@ -144,14 +144,15 @@ def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]
     return energy.log(), 2.0 / max(degrees_of_freedom(R[frame.members]), 1.0)
 
 
-def effective_dimensions(R: Tensor) -> tuple[float, float]:
+def effective_dimensions(R: Tensor, clients: float | None = None) -> tuple[float, float]:
     """Effective rows and columns of residuals (n, p, q) of all clients together.
 
     A covariance C has (tr C)^2 / tr C^2 effective dimensions. Seen through N samples, tr C^2 is too large by
     (tr C)^2 / N; the rows are seen through n times the effective columns, the columns through n times the effective
-    rows, and both are corrected for it.
+    rows, and both are corrected for it. ``clients`` takes the place of n where a fit to these clients has used some up.
     """
-    n, p, q = R.shape
+    (n, p, q), n_free = R.shape, clients
+    n = n if n_free is None else n_free
     across_rows, across_columns = _concentration(R), _concentration(R.mT)
     rows, columns = float(p), float(q)
     for _ in range(20):

@@ -2,6 +2,7 @@
 
 from math import comb
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,25 +106,59 @@ def test_scores_do_not_depend_on_the_chunk(monkeypatch):
     assert chunked_order == order and torch.allclose(chunked, distances, rtol=1e-9)
 
 
-def test_starts_come_from_disjoint_tuples_best_first():
-    c = draw()
+def sets_of(c, allowed=None):
     tuples = tuples_of(c)
     order, distances = consensus.score_tuples(c.updates, tuples)
-    starts = consensus.disjoint_starts(tuples, order, distances)
-    assert 1 < len(starts) <= consensus.STARTS
-    assert all(int(s.sum()) == tuples.shape[1] + 2 for s in starts)
-    assert bool(starts[0][tuples[order[0]]].all())
-    assert len({tuple(s.tolist()) for s in starts}) == len(starts)
+    allowed = torch.ones_like(c.benign) if allowed is None else allowed
+    return consensus.start_sets(c.updates, tuples, order, distances, allowed)
 
 
-def test_a_start_can_be_kept_within_a_group():
+def test_log_determinants_are_those_of_the_scatter():
+    """Against numpy on a set that spans every direction, where the floor does not count."""
+    c = draw(q=8)
+    sets = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    expected = []
+    for clients in sets:
+        D = c.updates[clients] - c.updates[clients].mean(dim=0)
+        expected.append(np.linalg.slogdet(torch.einsum("kpq,krq->pr", D, D).numpy()).logabsdet)
+    assert consensus.log_determinants(c.updates, sets).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, share", [("unstructured", 0.7), ("dense", 0.7), ("sign_flip", 0.4)])
+def test_the_most_concentrated_start_set_is_benign(kind, share):
+    c = draw(kind, share=share, K=20)
+    best = sets_of(c)[0]
+    assert not bool((best & ~c.benign).any())
+
+
+def test_starts_are_the_first_three_then_disjoint_ones():
+    pairs = [(0, 1), (0, 2), (0, 3), (2, 4), (4, 5), (5, 6), (6, 7), (8, 9), (10, 11), (12, 13)]
+    sets = [torch.tensor([k in pair for k in range(14)]) for pair in pairs]
+    chosen = [tuple(start.nonzero().flatten().tolist()) for start in consensus.disjoint_starts(sets)]
+    assert chosen == [(0, 1), (0, 2), (0, 3), (4, 5), (6, 7), (8, 9)] and consensus.STARTS == 6
+
+
+def test_start_sets_stay_within_the_allowed_clients():
     c = draw()
-    tuples = tuples_of(c)
-    order, distances = consensus.score_tuples(c.updates, tuples)
-    start = consensus.first_start(tuples, order, distances, ~c.benign)
-    assert start is not None and not bool((start & c.benign).any()) and int(start.sum()) == tuples.shape[1] + 2
-    three = members(c, 3)
-    assert consensus.first_start(tuples, order, distances, three) is None
+    allowed = ~c.benign
+    assert sets_of(c, allowed) and not any(bool((start & c.benign).any()) for start in sets_of(c, allowed))
+    assert sets_of(c, members(c, 3)) == []
+
+
+def test_sets_are_compared_at_every_rank():
+    c = draw()
+    frames = [fit_frame(c.updates, ones(c), members(c, n), r) for n, r in ((8, 2), (6, 1))]
+    compared = consensus.at_every_rank(c.updates, ones(c), frames)
+    assert sorted((f.size, f.rank) for f in compared) == [(6, 1), (6, 2), (8, 1), (8, 2)]
+
+
+def test_a_judge_answers_the_same_and_fits_once(monkeypatch):
+    c = draw()
+    judge = consensus.Judge(c.updates, ones(c), None)
+    frame, x, variance = judge(c.benign)
+    monkeypatch.setattr(consensus, "fit_frame", None)  # a second fit would fail
+    again, y, same = judge(c.benign.clone())
+    assert again is frame and torch.equal(x, y) and variance == same
 
 
 @pytest.mark.parametrize("kind, share", [("unstructured", 0.4), ("dense", 0.4), ("sign_flip", 0.3)])
