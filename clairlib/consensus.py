@@ -7,14 +7,14 @@ of the clients into frames and outliers with the shortest description decides be
 from __future__ import annotations
 
 from itertools import combinations
-from math import ceil, comb, log
+from math import ceil, comb
 
 import torch
-from scipy import stats
 from torch import Generator, Tensor
 
+from clairlib.description import best_set
 from clairlib.detection import FAMILY_ERROR, calibrate
-from clairlib.frames import Frame, effective_dimensions, fit_frame, floor_energy, log_scores, rank_limit
+from clairlib.frames import Frame, fit_frame, floor_energy, log_scores
 from clairlib.subspace import project_out
 
 # At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
@@ -23,8 +23,8 @@ TUPLE_LIMIT = 300
 SHORTLIST = 100  # tuples, the best, made into start sets
 STARTS = 6  # start sets, without a common client, from which a set is grown
 START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
-OWN_RANK = 16  # directions of its own that an outlier is described with at most
-FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
+MOST = 0.75  # part of the clients from which on a set is checked for a smaller group in it
+SPLITS = 10  # times in a row, at most, that a set is replaced by the closer part of the clients
 LEAST_SPREAD = 1e-12  # energies below this part of the mean client's do not tell tuples apart
 CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are scored
 
@@ -53,8 +53,9 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
             if not any(torch.equal(frame.members, known.members) for known in candidates):
                 candidates.append(frame)
 
-    add(robust_half(X, weights, rank))
     everybody = torch.ones(len(X), dtype=torch.bool, device=X.device)
+    half = robust_half(X, weights, rank)
+    add(half)
     for start in disjoint_starts(start_sets(X, tuples, order, distances, everybody)):
         add(start)
     for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
@@ -62,19 +63,11 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
             add(start)
     if not candidates:
         return fit_frame(X, weights, everybody, rank)
-    best = shortest_description(X, weights, at_every_rank(X, weights, candidates))
-    return next(frame for frame in candidates if torch.equal(frame.members, best.members))
-
-
-def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[Frame]:
-    """The candidates, and their sets with the ranks of the others: sets are compared, not the ranks found for them."""
-    _, p, q = X.shape
-    frames = list(candidates)
-    for frame in candidates:
-        largest = rank_limit(frame.size, p, q)
-        others = {other.rank for other in candidates if other.rank <= largest} - {frame.rank}
-        frames += [fit_frame(X, weights, frame.members, rank) for rank in sorted(others)]
-    return frames
+    best = best_set(X, weights, candidates)
+    if best.size >= MOST * len(X):  # everybody agrees, or a group in much noise grew on into its surroundings
+        parts = [split_repeatedly(judge, start) for start in (everybody, half)]
+        best = best_set(X, weights, [best, *(judge(part)[0] for part in parts if not torch.equal(part, best.members))])
+    return best
 
 
 def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
@@ -216,6 +209,32 @@ class Judge:
         return self._known[key]
 
 
+def split_repeatedly(judge: Judge, members: Tensor) -> Tensor:
+    """The set (K,) bool reached by taking the closer part of the clients, and of those as close to it, again and again.
+
+    Growing takes in whoever cannot be told from a member, one by one, which loses a small group in noise; cutting all
+    scores in two where they differ most does not.
+    """
+    for _ in range(SPLITS):
+        part = closer_part(judge(members)[1])
+        if int(part.sum()) < 3 or torch.equal(part, members):
+            break
+        members = part
+    return members
+
+
+def closer_part(x: Tensor) -> Tensor:
+    """The lower (K,) bool of two groups of scores: the cut with the largest variance between them (Otsu 1979)."""
+    ordered, order = x.sort()
+    K = len(x)
+    n = torch.arange(1, K, dtype=x.dtype, device=x.device)
+    low = ordered.cumsum(0)[:-1] / n
+    high = (ordered.sum() - n * low) / (K - n)
+    lower = torch.zeros(K, dtype=torch.bool, device=x.device)
+    lower[order[: int((n * (K - n) * (high - low).square()).argmax()) + 1]] = True
+    return lower
+
+
 def grow_twice(judge: Judge, start: Tensor) -> list[Frame]:
     """Sets grown from a start: one that stops early, and one that goes on from there.
 
@@ -253,94 +272,3 @@ def grow(judge: Judge, members: Tensor, level: float) -> Frame | None:
         seen.append(members)
         members = grown
     return None
-
-
-def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
-    """The largest frame of the cheapest description of the clients as candidate frames and outliers.
-
-    The length of a partition, in twice natural units, is the sum over clients of the cheapest way to describe each,
-    plus log p for every parameter of the frames in use, plus the price of claiming contamination at all.
-    """
-    K = len(X)
-    costs, overheads = description_lengths(X, weights, candidates)
-    price = stats.norm.isf(FAMILY_ERROR / K) ** 2  # claiming an outlier must beat the luckiest of K benign clients
-    best: tuple[float, list[int]] | None = None
-    for first in range(len(candidates)):
-        chosen, cost, length = [first], costs[first], float(costs[first].sum() + overheads[first])
-        while len(chosen) < len(candidates):
-            used = float(overheads[chosen].sum())
-            options = [
-                (float(torch.minimum(cost, costs[c]).sum() + used + overheads[c]), c)
-                for c in range(len(candidates))
-                if c not in chosen
-            ]
-            if min(options)[0] >= length:
-                break
-            length, c = min(options)
-            chosen, cost = [*chosen, c], torch.minimum(cost, costs[c])
-        length += 0.0 if all(bool(candidates[c].members.all()) for c in chosen) else price
-        if best is None or length < best[0]:
-            best = (length, chosen)
-    assert best is not None
-    return max((candidates[c] for c in best[1]), key=lambda frame: frame.size)
-
-
-def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> tuple[Tensor, Tensor]:
-    """Cost (F, K) of describing each client through each frame, and of describing each frame (F,).
-
-    With dimensions p_e, q_e effective off the subspace, noise variance sigma^2 and x = off-subspace energy over its
-    expectation: a member costs p_e q_e x for its residual and log p for each of its r q_e coefficients. An outlier has
-    a variance of its own, 1 + log x a degree of freedom, after g directions of its own at g (p_e + q_e - g)
-    parameters, with the coefficients; or a variance of its own without the frame's subspace; whichever is least.
-    Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding directions that
-    only one client uses.
-    """
-    K, p, q = X.shape
-    fits = [(project_out(f.basis, X - f.mean) * weights.sqrt()[:, None, None], f) for f in candidates]
-    energies = [R.square().sum(dim=(1, 2)) for R, _ in fits]
-    noise = [float(e[f.members].sum()) / free_clients(f, q) for e, (_, f) in zip(energies, fits, strict=True)]
-    reference = min(range(len(fits)), key=noise.__getitem__)
-    R, base = fits[reference]
-    p_eff, q_eff = effective_dimensions(R[base.members], free_clients(base, q))
-    unit = max(noise[reference], floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
-    rows, price = p_eff + base.rank, log(p)
-
-    costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
-    for i, ((R, frame), energy) in enumerate(zip(fits, energies, strict=True)):
-        coefficients, D = price * frame.rank * q_eff, (X - frame.mean) * weights.sqrt()[:, None, None]
-        total = weights[frame.members].sum()
-        own = total / (total + weights)  # part of an outsider's energy that is its own
-        in_frame = _own_description(R / unit**0.5, rows - frame.rank, q_eff, own, price) + coefficients
-        alone = _own_description(D / unit**0.5, rows, q_eff, own, price)
-        costs[i] = torch.where(frame.members, energy / unit + coefficients, torch.minimum(in_frame, alone) + price)
-    overheads = [price * (rows - f.rank) * (f.rank + q_eff) for f in candidates]
-    return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)
-
-
-def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price: float) -> Tensor:
-    """Cheapest description (K,) of residuals in units of the noise: g directions of their own, then a variance."""
-    tails = tail_energies(R, int(min(rows, columns, OWN_RANK)))  # (K, g + 1)
-    g = torch.arange(tails.shape[1], device=R.device)
-    free = (rows - g) * (columns - g)  # degrees of freedom left to noise
-    off = free * own_variance(tails / free.clamp(min=1e-9), own[:, None])
-    return (off + price * g * (rows + columns - g)).min(dim=1).values
-
-
-def free_clients(frame: Frame, q: int) -> float:
-    """Members less what the fit used up of their off-subspace noise: one for the mean, r / q for the subspace."""
-    return max(frame.size - 1 - frame.rank / q, 0.5)
-
-
-def own_variance(x: Tensor, own: Tensor) -> Tensor:
-    """1 + log x, the cost per degree of freedom of an outsider with a variance of its own, ``own`` part of x its own.
-
-    Far off, the error of the members' mean is not the outlier's; close by, it is what being outside costs.
-    """
-    return 1 + torch.where(x * own > FAR, x * own, x).clamp(min=1e-9).log()
-
-
-def tail_energies(R: Tensor, largest: int) -> Tensor:
-    """Energy of each residual (K, p, q) beyond its g top singular directions, (K, largest + 1), g = 0 .. largest."""
-    gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
-    values = torch.linalg.eigvalsh(gram).clamp(min=0.0)  # ascending
-    return torch.nn.functional.pad(values.cumsum(dim=1).flip(1), (0, 1))[:, : largest + 1]

@@ -151,8 +151,8 @@ def effective_dimensions(R: Tensor, clients: float | None = None) -> tuple[float
     (tr C)^2 / N; the rows are seen through n times the effective columns, the columns through n times the effective
     rows, and both are corrected for it. ``clients`` takes the place of n where a fit to these clients has used some up.
     """
-    (n, p, q), n_free = R.shape, clients
-    n = n if n_free is None else n_free
+    K, p, q = R.shape
+    n = float(K if clients is None else clients)
     across_rows, across_columns = _concentration(R), _concentration(R.mT)
     rows, columns = float(p), float(q)
     for _ in range(20):

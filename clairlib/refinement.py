@@ -45,37 +45,70 @@ def refined_core(X: Tensor, frame: Frame) -> Tensor:
 def estimate_gain(X: Tensor, weights: Tensor, frame: Frame) -> Gain:
     """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
 
-    With s members, off-subspace energy V per member, effective dimensions p_e, q_e and structured heterogeneity h^2:
-    noise N = V - h^2, local error N (1 + r / p_e), refined error N r / p_e + N / s + h^2 (1 - 1/s) + r N / (q_e s), the
-    last being the first-order cost of the estimated subspace.
+    With s members, off-subspace noise N per member, effective dimensions p_e, q_e and structured heterogeneity h^2:
+    local error N (1 + r / p_e), refined error N r / p_e + N / s + h^2 (1 - 1/s) + r (N - h^2) / (q_e s), the last being
+    the first-order cost of the estimated subspace: the tilted subspace keeps a part of the heterogeneity.
 
-    V comes from residuals left one out. h^2 is the part of it that stands above the noise in the client's own spectrum
-    (gap of its residual's squared singular values); 0 for adapters of rank below 8. Not guaranteed: differences
-    between benign clients that look like noise, spread over all directions, cannot be told from noise by any method
-    that sees one update a client.
+    The energy V of residuals left one out is (N + h^2) (1 + r / (q_e (s - 1))): the subspace fitted without a member
+    loses that much of it. h^2 is what stands above the noise in the members' own spectra (gap of the mean squared
+    singular values), less the noise in it; 0 for adapters of rank below 8. Not guaranteed: differences between benign
+    clients that look like noise, spread over all directions, cannot be told from noise by any method that sees one
+    update a client.
     """
     R = leave_one_out(X, weights, frame)[frame.members]
     s, r = frame.size, frame.rank
-    energies = R.square().sum(dim=(1, 2))
-    V = float(energies.mean())
+    V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:
         return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
-    structured = torch.stack([_above_noise(r_k, x_k) for r_k, x_k in zip(R, X[frame.members], strict=True)])
-    h2 = min(float(structured.mean()), V)
-    noise = V - h2
-    p_eff, q_eff = effective_dimensions(R)
+    squares, rest = _structure(R, X[frame.members])
+    p_eff, q_eff = effective_dimensions(rest)
+    V /= 1 + r / (q_eff * (s - 1))
+    noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
+    h2 = _kept_out(X, frame, p_eff, q_eff)
     inside = noise * r / p_eff
-    return Gain(noise + inside, inside, noise / s, h2 * (1 - 1 / s), r * noise / (q_eff * s))
+    return Gain(noise + inside, inside, noise / s, h2 * (1 - 1 / s), r * (noise - h2) / (q_eff * s))
 
 
-def _above_noise(residual: Tensor, update: Tensor) -> Tensor:
-    """Energy of a residual (p, q) in singular directions that stand apart from its own noise, above that noise.
+def _kept_out(X: Tensor, frame: Frame, rows: float, columns: float) -> float:
+    """h^2 of the structure that the subspace, fitted with everybody in it, leaves outside: what averaging wipes out.
 
-    Only as many directions as the update has rank are looked at: an adapter of rank rho confines its noise to rho
-    directions, and where those are few nothing can be told.
+    Where the subspace has grown to hold each client's own differences, they stand out in the residuals left one out,
+    and yet refinement keeps them.
     """
-    own = torch.linalg.svdvals(update)
-    rank = int((own > own[0] * 1e-10).sum())
-    values = torch.linalg.svdvals(residual).square()[:rank]
-    g = gap_rank(values, rank // 2)
-    return (values[:g] - values[g]).sum() if g else values.new_zeros(())
+    own, s = X[frame.members], frame.size
+    residuals = project_out(frame.basis, own - frame.mean)  # H_k enters times 1 - 1/s
+    energy = float(residuals.square().sum(dim=(1, 2)).mean())
+    squares, _ = _structure(residuals, own)
+    return _energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2
+
+
+def _structure(R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values (s, g) of the residuals that stand apart from the noise, and the residuals without them.
+
+    g is one number for all clients, from the gap of their mean spectrum: one client's own is too rough to show it. Only
+    as many directions as an update has rank are looked at: an adapter of rank rho confines its noise to rho directions,
+    and where those are few nothing can be told.
+    """
+    own = torch.linalg.svdvals(X)
+    rank = int((own > own[:, :1] * 1e-10).sum(dim=1).min())
+    U, S, Vh = torch.linalg.svd(R, full_matrices=False)
+    g = gap_rank(S.square().mean(dim=0)[:rank], rank // 2)
+    return S[:, :g].square(), (U[:, :, g:] * S[:, None, g:]) @ Vh[:, g:]
+
+
+def _energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -> float:
+    """Energy of the signal behind singular values that noise has raised, mean over clients.
+
+    y^2 = (x^2 + a) (x^2 + b) / x^2 for a signal x in noise of a = sigma^2 rows, b = sigma^2 columns (Benaych-Georges
+    and Nadakuditi 2012), solved for x^2; sigma^2 is what remains of V over rows x columns, repeated until it stays.
+    """
+    noise, energy = V, 0.0
+    for _ in range(100):
+        a, b = noise / columns, noise / rows
+        middle = squares - a - b
+        signal = (middle + (middle.square() - 4 * a * b).clamp(min=0.0).sqrt()) / 2
+        energy = float(signal.clamp(min=0.0).sum(dim=1).mean())
+        if abs(V - energy - noise) <= 1e-9 * V:
+            break
+        noise = max(V - energy, 0.0)
+    return energy

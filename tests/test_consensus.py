@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clairlib import CLAIR, consensus
+from clairlib import CLAIR, consensus, description
 from clairlib.clients import planted
 from clairlib.frames import fit_frame
 from clairlib.seeds import derive
@@ -148,7 +148,7 @@ def test_start_sets_stay_within_the_allowed_clients():
 def test_sets_are_compared_at_every_rank():
     c = draw()
     frames = [fit_frame(c.updates, ones(c), members(c, n), r) for n, r in ((8, 2), (6, 1))]
-    compared = consensus.at_every_rank(c.updates, ones(c), frames)
+    compared = description.at_every_rank(c.updates, ones(c), frames)
     assert sorted((f.size, f.rank) for f in compared) == [(6, 1), (6, 2), (8, 1), (8, 2)]
 
 
@@ -191,7 +191,7 @@ def test_shortest_description_takes_the_true_frame():
     frames = [fit_frame(c.updates, ones(c), S, r) for S, r in ((c.benign, 2), (everyone, None), (~c.benign, 2))]
     assert frames[1].rank > 2
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
-        best = consensus.shortest_description(c.updates, ones(c), [frames[i] for i in order])
+        best = description.shortest_description(c.updates, ones(c), [frames[i] for i in order])
         assert torch.equal(best.members, c.benign)
 
 
@@ -199,7 +199,7 @@ def test_shortest_description_keeps_everybody_when_everybody_agrees():
     c = draw(share=0.0)
     everyone = torch.ones_like(c.benign)
     frames = [fit_frame(c.updates, ones(c), S, 2) for S in (members(c, 10), everyone, members(c, 13))]
-    assert bool(consensus.shortest_description(c.updates, ones(c), frames).members.all())
+    assert bool(description.shortest_description(c.updates, ones(c), frames).members.all())
 
 
 @pytest.mark.parametrize("kind", ["unstructured", "dense", "coalition", "sign_flip"])
@@ -229,3 +229,28 @@ def test_identical_clients_are_one_set_without_a_subspace():
     X = torch.ones(5, 4, 3, dtype=torch.float64)
     frame = consensus.consensus(X, torch.ones(5, dtype=torch.float64), generator=derive(0, "tuples"))
     assert bool(frame.members.all()) and torch.allclose(frame.mean, X[0])
+
+
+def test_the_closer_part_is_the_lower_group():
+    x = torch.tensor([1.0, 5.0, 1.2, 5.5, 0.9, 4.8], dtype=torch.float64)
+    assert consensus.closer_part(x).tolist() == [True, False, True, False, True, False]
+    assert int(consensus.closer_part(torch.arange(8.0)).sum()) == 4  # even scores are cut in the middle
+
+
+def test_splitting_finds_the_benign_clients_where_growing_does_not():
+    """In much noise a set grows on into its surroundings; the closer part of everybody holds most benign clients."""
+    c = planted(share=0.5, K=60, noise=0.6 / 10**0.5, generator=derive(0, "splitting"))
+    judge = consensus.Judge(c.updates, torch.ones(60, dtype=torch.float64), None)
+    everybody = torch.ones(60, dtype=torch.bool)
+    part = consensus.split_repeatedly(judge, everybody)
+    frame = consensus.consensus(c.updates, judge.weights, generator=derive(0, "tuples"))
+    for found in (part, frame.members):
+        assert float(c.benign[found].float().mean()) > 0.8 and float(found[c.benign].float().mean()) > 0.8
+    grown = consensus.grow(judge, everybody, 0.01)
+    assert grown is not None and grown.size > 50
+
+
+def test_noiseless_clients_with_few_benign_ones_are_described():
+    """A frame of higher rank than the one with the least noise leaves an outlier no room off its subspace."""
+    c = planted(share=1 - 4 / 24, K=24, noise=0.0, generator=derive(0, "few", 4, "0.0", 1))
+    assert len(CLAIR().fit(c.updates).names) == 24

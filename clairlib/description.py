@@ -1,0 +1,128 @@
+"""Description length: which candidate frame is the one of the benign clients.
+
+The clients are described as members of frames and as outliers; the partition with the shortest description decides.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from clairlib.detection import FAMILY_ERROR
+from clairlib.frames import Frame, effective_dimensions, fit_frame, floor_energy, rank_limit
+from clairlib.subspace import project_out
+
+OWN_RANK = 16  # directions of its own that an outlier is described with at most
+FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
+
+
+def best_set(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
+    """The candidate of the shortest description, each candidate's set being tried at the others' ranks too."""
+    best = shortest_description(X, weights, at_every_rank(X, weights, candidates))
+    return next(frame for frame in candidates if torch.equal(frame.members, best.members))
+
+
+def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[Frame]:
+    """The candidates, and their sets with the ranks of the others: sets are compared, not the ranks found for them."""
+    _, p, q = X.shape
+    frames = list(candidates)
+    for frame in candidates:
+        largest = rank_limit(frame.size, p, q)
+        others = {other.rank for other in candidates if other.rank <= largest} - {frame.rank}
+        frames += [fit_frame(X, weights, frame.members, rank) for rank in sorted(others)]
+    return frames
+
+
+def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
+    """The largest frame of the cheapest description of the clients as candidate frames and outliers.
+
+    The length of a partition, in twice natural units, is the sum over clients of the cheapest way to describe each,
+    plus log p for every parameter of the frames in use, plus the price of claiming contamination at all.
+    """
+    K = len(X)
+    costs, overheads = description_lengths(X, weights, candidates)
+    price = stats.norm.isf(FAMILY_ERROR / K) ** 2  # claiming an outlier must beat the luckiest of K benign clients
+    best: tuple[float, list[int]] | None = None
+    for first in range(len(candidates)):
+        chosen, cost, length = [first], costs[first], float(costs[first].sum() + overheads[first])
+        while len(chosen) < len(candidates):
+            used = float(overheads[chosen].sum())
+            options = [
+                (float(torch.minimum(cost, costs[c]).sum() + used + overheads[c]), c)
+                for c in range(len(candidates))
+                if c not in chosen
+            ]
+            if min(options)[0] >= length:
+                break
+            length, c = min(options)
+            chosen, cost = [*chosen, c], torch.minimum(cost, costs[c])
+        length += 0.0 if all(bool(candidates[c].members.all()) for c in chosen) else price
+        if best is None or length < best[0]:
+            best = (length, chosen)
+    assert best is not None
+    return max((candidates[c] for c in best[1]), key=lambda frame: frame.size)
+
+
+def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> tuple[Tensor, Tensor]:
+    """Cost (F, K) of describing each client through each frame, and of describing each frame (F,).
+
+    In units of the noise of one degree of freedom, taken from the frame with the least noise, and with its effective
+    dimensions (rows, columns): a member costs the energy of its residual and log p for each of its coefficients. An
+    outlier has g directions of its own, at rows + columns - g parameters each, and a variance of its own for the rest,
+    1 + log x a degree of freedom; on top of the frame's subspace and its coefficients, or without it; whichever is
+    least. Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding directions
+    that only one client uses. A frame costs log p for each parameter of its subspace and its common part.
+    """
+    K, p, q = X.shape
+    fits = [(project_out(f.basis, X - f.mean) * weights.sqrt()[:, None, None], f) for f in candidates]
+    energies = [R.square().sum(dim=(1, 2)) for R, _ in fits]
+    noise = [float(e[f.members].sum()) / free_clients(f, q) for e, (_, f) in zip(energies, fits, strict=True)]
+    reference = min(range(len(fits)), key=noise.__getitem__)
+    R, base = fits[reference]
+    p_eff, q_eff = effective_dimensions(R[base.members], free_clients(base, q))
+    unit = max(noise[reference], floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
+    rows, price = p_eff + base.rank, log(p)
+
+    costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
+    for i, ((R, frame), energy) in enumerate(zip(fits, energies, strict=True)):
+        coefficients, D = price * frame.rank * q_eff, (X - frame.mean) * weights.sqrt()[:, None, None]
+        total = weights[frame.members].sum()
+        own = total / (total + weights)  # part of an outsider's energy that is its own
+        off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the reference may leave next to no room
+        in_frame = _own_description(R / unit**0.5, off, q_eff, own, price) + coefficients
+        alone = _own_description(D / unit**0.5, rows, q_eff, own, price)
+        costs[i] = torch.where(frame.members, energy / unit + coefficients, torch.minimum(in_frame, alone) + price)
+    overheads = [price * max(rows - f.rank, 1.0) * (f.rank + q_eff) for f in candidates]
+    return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)
+
+
+def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price: float) -> Tensor:
+    """Cheapest description (K,) of residuals in units of the noise: g directions of their own, then a variance."""
+    tails = tail_energies(R, int(min(rows, columns, OWN_RANK)))  # (K, g + 1)
+    g = torch.arange(tails.shape[1], device=R.device)
+    free = (rows - g) * (columns - g)  # degrees of freedom left to noise
+    off = free * own_variance(tails / free.clamp(min=1e-9), own[:, None])
+    return (off + price * g * (rows + columns - g)).min(dim=1).values
+
+
+def free_clients(frame: Frame, q: int) -> float:
+    """Members less what the fit used up of their off-subspace noise: one for the mean, r / q for the subspace."""
+    return max(frame.size - 1 - frame.rank / q, 0.5)
+
+
+def own_variance(x: Tensor, own: Tensor) -> Tensor:
+    """1 + log x, the cost per degree of freedom of an outsider with a variance of its own, ``own`` part of x its own.
+
+    Far off, the error of the members' mean is not the outlier's; close by, it is what being outside costs.
+    """
+    return 1 + torch.where(x * own > FAR, x * own, x).clamp(min=1e-9).log()
+
+
+def tail_energies(R: Tensor, largest: int) -> Tensor:
+    """Energy of each residual (K, p, q) beyond its g top singular directions, (K, largest + 1), g = 0 .. largest."""
+    gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
+    values = torch.linalg.eigvalsh(gram).clamp(min=0.0)  # ascending
+    return torch.nn.functional.pad(values.cumsum(dim=1).flip(1), (0, 1))[:, : largest + 1]
