@@ -224,8 +224,13 @@ def split_repeatedly(judge: Judge, members: Tensor) -> Tensor:
 
 
 def closer_part(x: Tensor) -> Tensor:
-    """The lower (K,) bool of two groups of scores: the cut with the largest variance between them (Otsu 1979)."""
+    """The lower (K,) bool of two groups of scores: the cut with the largest variance between them (Otsu 1979).
+
+    Everybody where all scores are the same.
+    """
     ordered, order = x.sort()
+    if ordered[0] == ordered[-1]:
+        return torch.ones_like(x, dtype=torch.bool)
     K = len(x)
     n = torch.arange(1, K, dtype=x.dtype, device=x.device)
     low = ordered.cumsum(0)[:-1] / n

@@ -37,7 +37,7 @@ def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[F
 
 
 def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
-    """The largest frame of the cheapest description of the clients as candidate frames and outliers.
+    """The frame that describes most members in the cheapest description of the clients as frames and outliers.
 
     The length of a partition, in twice natural units, is the sum over clients of the cheapest way to describe each,
     plus log p for every parameter of the frames in use, plus the price of claiming contamination at all.
@@ -63,7 +63,9 @@ def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) ->
         if best is None or length < best[0]:
             best = (length, chosen)
     assert best is not None
-    return max((candidates[c] for c in best[1]), key=lambda frame: frame.size)
+    cheapest = costs[best[1]].argmin(dim=0)  # where each client is described, in the order of best[1]
+    described = [int((candidates[c].members & (cheapest == i)).sum()) for i, c in enumerate(best[1])]
+    return candidates[best[1][described.index(max(described))]]
 
 
 def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> tuple[Tensor, Tensor]:

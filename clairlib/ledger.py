@@ -124,7 +124,7 @@ def readme_table(entries: list[dict[str, Any]]) -> str:
 def measured(entry: dict[str, Any]) -> str:
     """A value with its interval, as text."""
     text = f"{entry['value']:.4g}"
-    return text if entry["interval"] is None else f"{text} [{entry['interval'][0]:.4g}, {entry['interval'][1]:.4g}]"
+    return text if entry.get("interval") is None else f"{text} [{entry['interval'][0]:.4g}, {entry['interval'][1]:.4g}]"
 
 
 def insert_table(readme: str, table: str) -> str:

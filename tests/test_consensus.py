@@ -195,6 +195,13 @@ def test_shortest_description_takes_the_true_frame():
         assert torch.equal(best.members, c.benign)
 
 
+def test_a_frame_that_only_describes_the_others_is_not_taken():
+    """Without noise a wide frame of everybody is a cheap second frame for a coalition, and no frame of its members."""
+    c = planted("coalition", share=0.2, K=20, p=20, q=10, r=2, noise=0.0, generator=derive(0, "second frame"))
+    frames = [fit_frame(c.updates, ones(c), S, r) for S, r in ((c.benign, 2), (torch.ones_like(c.benign), 14))]
+    assert torch.equal(description.shortest_description(c.updates, ones(c), frames).members, c.benign)
+
+
 def test_shortest_description_keeps_everybody_when_everybody_agrees():
     c = draw(share=0.0)
     everyone = torch.ones_like(c.benign)
@@ -235,6 +242,7 @@ def test_the_closer_part_is_the_lower_group():
     x = torch.tensor([1.0, 5.0, 1.2, 5.5, 0.9, 4.8], dtype=torch.float64)
     assert consensus.closer_part(x).tolist() == [True, False, True, False, True, False]
     assert int(consensus.closer_part(torch.arange(8.0)).sum()) == 4  # even scores are cut in the middle
+    assert bool(consensus.closer_part(torch.zeros(8)).all())
 
 
 def test_splitting_finds_the_benign_clients_where_growing_does_not():
