@@ -1,4 +1,7 @@
-"""Other ways to judge clients: by distances of whole updates, and told the frame and the noise."""
+"""Other ways to judge clients: by distances of whole updates, and told the frame and the noise.
+
+Statement 3 is this project's reconstruction (notebook 04), not the paper's (arXiv:2605.21217).
+"""
 
 from __future__ import annotations
 

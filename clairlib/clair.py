@@ -26,7 +26,7 @@ from clairlib.frames import (
 from clairlib.refinement import estimate_gain
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
-from clairlib.subspace import project_out
+from clairlib.subspace import project_out, resolved_rank
 from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, transpose
 
 MAX_WEIGHT_RATIO = 1e9  # beyond, a sum over clients in float64 no longer sees the smallest weight
@@ -52,8 +52,9 @@ class CLAIR:
     """Collaborative low-rank alignment and identifiable recovery, with nothing known in advance.
 
     Benign clients follow Theta_k = M + U A_k + H_k: a shared subspace span(U) in which each differs, a common part
-    outside it, small heterogeneity H_k. Contaminated clients are arbitrary. The problem and the convex program are the
-    paper's as far as its abstract says (arXiv:2605.21217); equations and algorithms are this project's reconstruction.
+    outside it, small heterogeneity H_k. Contaminated clients are arbitrary. The problem and the idea of a structured
+    low-rank plus block-sparse decomposition are from the paper's abstract (arXiv:2605.21217); the program's form,
+    equations and algorithms are this project's reconstruction.
 
     Parameters
     ----------
@@ -234,7 +235,8 @@ class CLAIR:
 def _wider(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     """The frame with one more direction, or the rank estimated from all clients, as far as its members support it."""
     everybody = fit_frame(X, weights, torch.ones_like(frame.members))
-    largest = max(frame.rank, rank_limit(frame.size, *X.shape[1:]))
+    seen = min(rank_limit(frame.size, *X.shape[1:]), resolved_rank(frame.eigenvalues))  # beyond, arbitrary directions
+    largest = max(frame.rank, seen)
     return fit_frame(X, weights, frame.members, min(max(frame.rank + 1, everybody.rank), largest))
 
 

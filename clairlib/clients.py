@@ -139,12 +139,14 @@ def planted(
     Raises
     ------
     ValueError
-        For an unknown kind, r > p, or a share or row_correlation out of range.
+        For an unknown kind, r > p, or a share, heterogeneity_rank or row_correlation out of range.
     """
     if contamination not in CONTAMINATION:
         raise ValueError(f"contamination must be one of {', '.join(CONTAMINATION)}; got {contamination!r}")
     if not 0 <= share < 1:
         raise ValueError(f"share must lie in [0, 1); got {share}")
+    if heterogeneity_rank is not None and not 1 <= heterogeneity_rank <= q:
+        raise ValueError(f"heterogeneity_rank must lie in 1 .. q = {q}; got {heterogeneity_rank}")
     if not -1 < row_correlation < 1:
         raise ValueError(f"row_correlation must lie in (-1, 1); got {row_correlation}")
     if r > p or (r == p and heterogeneity > 0):

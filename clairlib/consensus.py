@@ -21,7 +21,8 @@ from clairlib.subspace import project_out
 # benign a quarter of the pairs is, and even at 90 % contamination 300 pairs hold three benign ones on average.
 TUPLE_LIMIT = 300
 SHORTLIST = 100  # tuples, the best, made into start sets
-STARTS = 6  # start sets, without a common client, from which a set is grown
+SHORTLIST_OF_REST = 20  # the same among the clients that a set left out, of which one start is taken
+STARTS = 6  # start sets from which a set is grown: the first three, then disjoint ones
 START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
 MOST = 0.75  # part of the clients from which on a set is checked for a smaller group in it
 SPLITS = 10  # times in a row, at most, that a set is replaced by the closer part of the clients
@@ -30,7 +31,7 @@ CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are score
 
 
 def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator: Generator) -> Frame:
-    """Frame of the largest group in the shortest description of the clients.
+    """The frame that describes most members in the shortest description of the clients.
 
     Parameters
     ----------
@@ -56,17 +57,18 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
     everybody = torch.ones(len(X), dtype=torch.bool, device=X.device)
     half = robust_half(X, weights, rank)
     add(half)
-    for start in disjoint_starts(start_sets(X, tuples, order, distances, everybody)):
+    for start in spread_starts(start_sets(X, tuples, order, distances, everybody)):
         add(start)
     for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
-        for start in start_sets(X, tuples, order, distances, ~frame.members)[:1]:
+        for start in start_sets(X, tuples, order, distances, ~frame.members, SHORTLIST_OF_REST)[:1]:
             add(start)
     if not candidates:
         return fit_frame(X, weights, everybody, rank)
     best = best_set(X, weights, candidates)
     if best.size >= MOST * len(X):  # everybody agrees, or a group in much noise grew on into its surroundings
-        parts = [split_repeatedly(judge, start) for start in (everybody, half)]
-        best = best_set(X, weights, [best, *(judge(part)[0] for part in parts if not torch.equal(part, best.members))])
+        parts = [judge(split_repeatedly(judge, start))[0] for start in (everybody, half)]
+        others = [f for f in parts if f.size >= judge.least and not torch.equal(f.members, best.members)]
+        best = best_set(X, weights, [best, *others]) if others else best
     return best
 
 
@@ -118,10 +120,12 @@ def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
     return total.argsort().tolist(), result.scatter(1, tuples.to(X.device), 0.0)
 
 
-def start_sets(X: Tensor, tuples: Tensor, order: list[int], distances: Tensor, allowed: Tensor) -> list[Tensor]:
+def start_sets(
+    X: Tensor, tuples: Tensor, order: list[int], distances: Tensor, allowed: Tensor, shortlist: int = SHORTLIST
+) -> list[Tensor]:
     """Start sets (K,) bool among the allowed clients, most concentrated first.
 
-    The best ``SHORTLIST`` tuples, each with the two clients closest to its frame; ordered by the determinant of the
+    The best ``shortlist`` tuples, each with the two clients closest to its frame; ordered by the determinant of the
     set's centred scatter, as in the minimum covariance determinant (Rousseeuw 1984): one client too many adds
     directions of its own, and what the score of a pair misses, the spectrum of four clients shows.
     """
@@ -129,7 +133,7 @@ def start_sets(X: Tensor, tuples: Tensor, order: list[int], distances: Tensor, a
     if int(allowed.sum()) < size:
         return []
     kept = bool(allowed.all())
-    chosen = [i for i in order if kept or bool(allowed[tuples[i]].all())][:SHORTLIST]
+    chosen = [i for i in order if kept or bool(allowed[tuples[i]].all())][:shortlist]
     if not chosen:
         return []
     reach = distances[chosen].masked_fill(~allowed, torch.inf)
@@ -156,7 +160,7 @@ def log_determinants(X: Tensor, sets: Tensor) -> Tensor:
     return torch.cat(result)
 
 
-def disjoint_starts(sets: list[Tensor]) -> list[Tensor]:
+def spread_starts(sets: list[Tensor]) -> list[Tensor]:
     """The first three sets, then those without a client in common with any before, ``STARTS`` in all."""
     starts = sets[:3]
     for members in sets:
@@ -199,6 +203,8 @@ class Judge:
 
     def __init__(self, X: Tensor, weights: Tensor, rank: int | None) -> None:
         self.X, self.weights, self.rank = X, weights, rank
+        # fewer clients span a given rank with nothing left over when one is left out
+        self.least = 3 if rank is None else max(3, ceil(rank / X.shape[2]) + 2)
         self._known: dict[bytes, tuple[Frame, Tensor, float]] = {}
 
     def __call__(self, members: Tensor) -> tuple[Frame, Tensor, float]:
@@ -217,7 +223,7 @@ def split_repeatedly(judge: Judge, members: Tensor) -> Tensor:
     """
     for _ in range(SPLITS):
         part = closer_part(judge(members)[1])
-        if int(part.sum()) < 3 or torch.equal(part, members):
+        if int(part.sum()) < judge.least or torch.equal(part, members):
             break
         members = part
     return members
@@ -273,7 +279,7 @@ def grow(judge: Judge, members: Tensor, level: float) -> Frame | None:
         grown = torch.zeros_like(members)
         grown[order[fits[order]]] = True
         if any(torch.equal(grown, known) for known in [*seen, members]):
-            return frame
+            return frame if frame.size >= judge.least else None
         seen.append(members)
         members = grown
     return None

@@ -5,6 +5,7 @@ The clients are described as members of frames and as outliers; the partition wi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 
 import torch
@@ -12,8 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 from clairlib.detection import FAMILY_ERROR
-from clairlib.frames import Frame, effective_dimensions, fit_frame, floor_energy, rank_limit
-from clairlib.subspace import project_out
+from clairlib.frames import Frame, effective_dimensions, floor_energy, leave_one_out, rank_limit
+from clairlib.subspace import project_out, resolved_rank
 
 OWN_RANK = 16  # directions of its own that an outlier is described with at most
 FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
@@ -30,9 +31,10 @@ def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[F
     _, p, q = X.shape
     frames = list(candidates)
     for frame in candidates:
-        largest = rank_limit(frame.size, p, q)
+        largest = min(rank_limit(frame.size, p, q), resolved_rank(frame.eigenvalues))
         others = {other.rank for other in candidates if other.rank <= largest} - {frame.rank}
-        frames += [fit_frame(X, weights, frame.members, rank) for rank in sorted(others)]
+        vectors = torch.linalg.eigh(frame.scatter)[1].flip(1) if others else frame.basis
+        frames += [replace(frame, basis=vectors[:, :rank]) for rank in sorted(others)]
     return frames
 
 
@@ -71,32 +73,36 @@ def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) ->
 def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> tuple[Tensor, Tensor]:
     """Cost (F, K) of describing each client through each frame, and of describing each frame (F,).
 
-    In units of the noise of one degree of freedom, taken from the frame with the least noise, and with its effective
-    dimensions (rows, columns): a member costs the energy of its residual and log p for each of its coefficients. An
-    outlier has g directions of its own, at rows + columns - g parameters each, and a variance of its own for the rest,
-    1 + log x a degree of freedom; on top of the frame's subspace and its coefficients, or without it; whichever is
-    least. Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding directions
-    that only one client uses. A frame costs log p for each parameter of its subspace and its common part.
+    In units of the noise of one degree of freedom, taken left one out from the frame with the least noise, and with its
+    effective dimensions (rows, columns): a member costs the energy of its residual and log p for each of its
+    coefficients. An outlier has g directions of its own, at rows + columns - g parameters each, and a variance of its
+    own for the rest, 1 + log x a degree of freedom; on top of the frame's subspace and its coefficients, or without it;
+    whichever is least. Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding
+    directions that only one client uses. A frame costs log p for each parameter of its subspace and its common part.
     """
     K, p, q = X.shape
-    fits = [(project_out(f.basis, X - f.mean) * weights.sqrt()[:, None, None], f) for f in candidates]
-    energies = [R.square().sum(dim=(1, 2)) for R, _ in fits]
-    noise = [float(e[f.members].sum()) / free_clients(f, q) for e, (_, f) in zip(energies, fits, strict=True)]
-    reference = min(range(len(fits)), key=noise.__getitem__)
-    R, base = fits[reference]
+    noise = [left_out_noise(X, weights, f) for f in candidates]
+    base = candidates[min(range(len(candidates)), key=noise.__getitem__)]
+    R = _residuals(X, weights, base)
     p_eff, q_eff = effective_dimensions(R[base.members], free_clients(base, q))
-    unit = max(noise[reference], floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
+    unit = max(min(noise), floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
     rows, price = p_eff + base.rank, log(p)
 
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
-    for i, ((R, frame), energy) in enumerate(zip(fits, energies, strict=True)):
+    without_subspace: dict[bytes, Tensor] = {}  # an outlier's description: the same at every rank of a set
+    for i, frame in enumerate(candidates):
+        R = _residuals(X, weights, frame)
         coefficients, D = price * frame.rank * q_eff, (X - frame.mean) * weights.sqrt()[:, None, None]
         total = weights[frame.members].sum()
         own = total / (total + weights)  # part of an outsider's energy that is its own
         off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the reference may leave next to no room
         in_frame = _own_description(R / unit**0.5, off, q_eff, own, price) + coefficients
-        alone = _own_description(D / unit**0.5, rows, q_eff, own, price)
-        costs[i] = torch.where(frame.members, energy / unit + coefficients, torch.minimum(in_frame, alone) + price)
+        key = frame.members.cpu().numpy().tobytes()
+        if key not in without_subspace:
+            without_subspace[key] = _own_description(D / unit**0.5, rows, q_eff, own, price)
+        energy = R.square().sum(dim=(1, 2))
+        outlier = torch.minimum(in_frame, without_subspace[key]) + price
+        costs[i] = torch.where(frame.members, energy / unit + coefficients, outlier)
     overheads = [price * max(rows - f.rank, 1.0) * (f.rank + q_eff) for f in candidates]
     return costs, torch.tensor(overheads, dtype=X.dtype, device=X.device)
 
@@ -108,6 +114,20 @@ def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price:
     free = (rows - g) * (columns - g)  # degrees of freedom left to noise
     off = free * own_variance(tails / free.clamp(min=1e-9), own[:, None])
     return (off + price * g * (rows + columns - g)).min(dim=1).values
+
+
+def _residuals(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    return project_out(frame.basis, X - frame.mean) * weights.sqrt()[:, None, None]
+
+
+def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:
+    """Off-subspace noise energy of a member: its residual left one out, less what the subspace without it lost.
+
+    In-sample residuals would be far too small where a few clients are fitted with many directions, the largest of
+    their noise.
+    """
+    energy = leave_one_out(X, weights, frame)[frame.members].square().sum(dim=(1, 2)).mean()
+    return float(energy) / (1 + frame.rank / (X.shape[2] * max(frame.size - 1, 1)))
 
 
 def free_clients(frame: Frame, q: int) -> float:

@@ -1,6 +1,6 @@
 """Who is contaminated: calibration of log scores on a set of benign clients, and the two decisions.
 
-(i) Is anybody contaminated? Family-wise error at most ``FAMILY_ERROR`` when nobody is.
+(i) Is anybody contaminated? At a nominal family-wise error of ``FAMILY_ERROR`` when nobody is; measured, not proved.
 (ii) If so, who? The cut that errs least: where a two-component model of the log scores gives posterior one half.
 """
 
@@ -54,12 +54,19 @@ def anybody(p_values: Tensor) -> bool:
     """Decision (i): does Simes' test reject that all clients are benign?
 
     min_i K p_(i) / i over the sorted p-values (Simes 1986): as strict as Bonferroni on one extreme client, with power
-    where many stand out a little. Half of ``FAMILY_ERROR`` is spent here, the other half is left to the search that
-    chose the members.
+    where many stand out a little. Its level is a theorem for independent p-values; those of clients compared with one
+    another are slightly dependent, so here it is nominal. Half of ``FAMILY_ERROR`` is spent here, the other half is
+    left to the search that chose the members.
     """
+    return simes_cut(p_values) >= 0
+
+
+def simes_cut(p_values: Tensor) -> float:
+    """The largest p-value p_(i) with K p_(i) / i <= ``FAMILY_ERROR`` / 2, -1 where there is none."""
     ordered = p_values.sort().values
     places = torch.arange(1, len(ordered) + 1, dtype=ordered.dtype, device=ordered.device)
-    return float((len(ordered) * ordered / places).min()) <= FAMILY_ERROR / 2
+    rejected = ordered[len(ordered) * ordered / places <= FAMILY_ERROR / 2]
+    return float(rejected.max()) if len(rejected) else -1.0
 
 
 def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: float) -> Tensor:
@@ -69,7 +76,7 @@ def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: 
     """
     if not anybody(p_values):
         return torch.ones_like(members)
-    return least_error_set(log_scores, members & (p_values * len(p_values) > FAMILY_ERROR), variance)
+    return least_error_set(log_scores, members & (p_values > simes_cut(p_values)), variance)
 
 
 def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds: int = 30) -> Tensor:

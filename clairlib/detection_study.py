@@ -1,4 +1,7 @@
-"""Statement 3: recovery of the collaborative set, beside detectors that are told more, and calibration."""
+"""Statement 3: recovery of the collaborative set, beside detectors that are told more, and calibration.
+
+Statement 3 is this project's reconstruction (notebook 04), not the paper's (arXiv:2605.21217).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Refinement gain (Statement 4): measured errors against the closed forms, the boundary, and what the rule decides.
 
 ``noise`` is that of a row of an update: the standard deviation of an entry is noise / sqrt(q). ``ratio`` is the benign
-heterogeneity h over sigma sqrt((p - r) q), the h at which refinement stops paying to first order.
+heterogeneity h over sigma sqrt((p - r) q), the h at which refinement stops paying to first order. Statement 4 is this
+project's reconstruction (notebook 05), not the paper's (arXiv:2605.21217).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 An r-frame is a pair (P, C) of a rank-r projector and an off-subspace matrix C = P_perp C; its consensus set is
 {k: P_perp Theta_k = C}. Clients come as a float64 stack Theta (K, p, q). Noiseless algebra, nothing is estimated; and,
-at the end, planted clients at the border of what can be told apart.
+at the end, planted clients at the border of what can be told apart. Statement 1 is this project's
+reconstruction (notebook 01), not the paper's (arXiv:2605.21217).
 """
 
 from __future__ import annotations

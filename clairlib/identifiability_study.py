@@ -1,4 +1,7 @@
-"""Statement 1 on planted clients: what exact algebra determines, and what CLAIR finds of it."""
+"""Statement 1 on planted clients: what exact algebra determines, and what CLAIR finds of it.
+
+Statement 1 is this project's reconstruction (notebook 01), not the paper's (arXiv:2605.21217).
+"""
 
 from __future__ import annotations
 

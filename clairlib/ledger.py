@@ -18,7 +18,7 @@ from typing import Any
 
 SOURCES = ("abstract", "ours")
 RELATIONS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
-CLAUSE = re.compile(r"(value|low|high) (<=|<|>=|>|==) (-?[0-9.]+)")
+CLAUSE = re.compile(r"(value|low|high) (<=|<|>=|>|==) (-?\d+(?:\.\d+)?(?:e-?\d+)?)")
 BEGIN, END = "<!-- claims: written by clair report -->", "<!-- end of claims -->"
 
 
@@ -63,7 +63,7 @@ def read_claims(path: Path) -> dict[str, Claim]:
             raise LedgerError(f"{path} has claim {claim.id!r} twice")
         if claim.source not in SOURCES:
             raise LedgerError(f"{path}: claim {claim.id!r} has source {claim.source!r}, not {' or '.join(SOURCES)}")
-        for check in (claim.check, claim.smoke or claim.check):
+        for check in (claim.check, *([] if claim.smoke is None else [claim.smoke])):
             if not all(CLAUSE.fullmatch(clause) for clause in check.split(" and ")):
                 raise LedgerError(f"{path}: claim {claim.id!r} has check {check!r}, not 'value >= 0.95' or like it")
         claims[claim.id] = claim
@@ -91,6 +91,8 @@ def collect(claims: dict[str, Claim], figures: Path) -> list[dict[str, Any]]:
         if outcome is None:
             raise LedgerError(f"claim {claim.id} has no result in {path}; {again}")
         profile = log["provenance"]["profile"]
+        if profile != "paper":
+            raise LedgerError(f"{path} is of profile {profile!r}; {again}")
         if (outcome["statement"], outcome["threshold"]) != (claim.statement, claim.check_at(profile)):
             raise LedgerError(f"claim {claim.id} was changed since {path} was written; {again}")
         entries.append(

@@ -150,4 +150,3 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 def _plain(value: Any) -> Any:
     """Tensors, arrays and their scalars as lists and numbers, paths as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
-

@@ -85,7 +85,11 @@ def tilt_energy(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: 
 
 
 def gain(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0, order: int = 2) -> float:
-    """Local error less refined error; to first order (sigma^2 - tau^2) (p - r) (n - r) / s with n = (s - 1) q."""
+    """Local error less refined error; to first order (sigma^2 - tau^2) (p - r) (n - r) / s with n = (s - 1) q.
+
+    Needs n > r to first order, n > r + 1 to second. For n <= r refined is local and the gain zero, which the closed
+    form does not give.
+    """
     terms = estimated_terms(noise=noise, p=p, q=q, r=r, s=s, heterogeneity=heterogeneity, order=order)
     return local_error(noise, p, q) - terms.total
 

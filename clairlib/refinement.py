@@ -17,7 +17,7 @@ class Gain:
 
     ``local`` = noise outside and inside the subspace; ``off_subspace`` what remains of the outside noise after
     averaging, ``heterogeneity`` what averaging wipes out of benign differences, ``subspace_cost`` the signal lost
-    because the subspace is itself estimated.
+    because the subspace is itself estimated, less the benign differences that its tilt keeps: it may be negative.
     """
 
     local: float
@@ -86,13 +86,16 @@ def _structure(R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     """Squared singular values (s, g) of the residuals that stand apart from the noise, and the residuals without them.
 
     g is one number for all clients, from the gap of their mean spectrum: one client's own is too rough to show it. Only
-    as many directions as an update has rank are looked at: an adapter of rank rho confines its noise to rho directions,
-    and where those are few nothing can be told.
+    as many directions as the median update has rank are looked at: an adapter of rank rho confines its noise to rho
+    directions, and where those are few nothing can be told.
     """
     own = torch.linalg.svdvals(X)
-    rank = int((own > own[:, :1] * 1e-10).sum(dim=1).min())
-    U, S, Vh = torch.linalg.svd(R, full_matrices=False)
+    rank = int((own > own[:, :1] * 1e-10).sum(dim=1).median())
+    S = torch.linalg.svdvals(R)
     g = gap_rank(S.square().mean(dim=0)[:rank], rank // 2)
+    if not g:
+        return S[:, :0], R
+    U, S, Vh = torch.linalg.svd(R, full_matrices=False)
     return S[:, :g].square(), (U[:, :, g:] * S[:, None, g:]) @ Vh[:, g:]
 
 

@@ -80,7 +80,7 @@ def _claims(results: Path) -> str:
     rows = [
         f"<tr{'' if claim['holds'] else ' class=failed'}><td>{escape(key)}</td>"
         f"<td>{'holds' if claim['holds'] else 'does not hold'}</td><td>{escape(claim['statement'])}</td>"
-        f"<td>{escape(measured(claim))}</td><td>{escape(claim['threshold'])}</td></tr>"
+        f"<td>{escape(measured(claim))}</td><td>{escape(str(claim['threshold']))}</td></tr>"
         for key, claim in log.get("claims", {}).items()
     ]
     head = "<tr><th>claim</th><th></th><th>statement</th><th>measured</th><th>check</th></tr>"

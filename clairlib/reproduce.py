@@ -58,7 +58,7 @@ def reproduce(
     """Run notebooks (all of ``source`` by default) at a profile, ``jobs`` at a time, and write index.html.
 
     Parameters of a profile come from ``source/profiles.toml``, table [PROFILE.NAME]. A notebook is skipped
-    when its stamp holds: sha256 of its cells, its parameters and the library's source; ``force`` runs it
+    when its stamp holds: sha256 of its cells, its parameters, its claims and the library's source; ``force`` runs it
     anyway. Its folder ``output/profile/NAME`` is emptied before it starts. With ``figures``, what it leaves
     there (pdf, png, csv, json) is copied to ``figures/NAME``. Ctrl-C stops the kernels; running again
     continues with the notebooks not finished.

@@ -1,4 +1,4 @@
-"""How the error of the recovered subspace grows with preliminary estimation error: Statement 2b on planted clients."""
+"""How the subspace error grows with preliminary estimation error (Statement 2b, this project's; see notebook 03)."""
 
 from __future__ import annotations
 

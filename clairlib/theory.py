@@ -1,4 +1,8 @@
-"""Closed forms: what the mathematics promises before anything is solved."""
+"""Closed forms: what the mathematics promises before anything is solved.
+
+This project's own derivations for its reconstruction of the program (Statement 2a), not the paper's
+(arXiv:2605.21217); proofs in notebook 02.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +77,8 @@ def balanced_window(low_rank: Tensor, contamination: Tensor) -> tuple[float, flo
     Derivation. sum_k Y_k = 0 asks the benign clients to carry -lam G between them. Y_k = U V_k' - lam G / s does for
     k in S, and with U'C_k = 0 it satisfies every optimality condition when low < lam < high: ||Y_k||_F^2 = ||V_k||_F^2
     + lam^2 ||G||_F^2 / s^2, and P_perp Y P_perp Y' = lam^2 (sum_k c_k c_k' + G G' / s), other than which no choice
-    is smaller (Jensen). Contamination that leans to one side (large G) closes the window; (0, inf) does not occur.
+    is smaller (Jensen). Contamination that leans to one side (large G) closes the window. With nobody
+    contaminated or nobody benign the ends are those of ``lambda_window``.
 
     Parameters
     ----------

@@ -137,3 +137,9 @@ def test_failure_while_drawing_leaves_nothing(work: Path, monkeypatch: pytest.Mo
     before = snapshot(work)
     result = clair("align", work / "clients", "--output", work / "out")
     assert isinstance(result.exception, RuntimeError) and snapshot(work) == before
+
+
+def test_report_without_claims_ends_with_one_line(tmp_path):
+    result = subprocess.run([sys.executable, "-m", "clairlib", "report"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert "claims.toml" in result.stderr and len(result.stderr.splitlines()) == 1

@@ -50,7 +50,7 @@ def test_number_of_tuples_is_bounded(K, q):
     assert set(tuples.flatten().tolist()) <= set(range(K))
     again = consensus.candidate_tuples(K, 50, q, generator=derive(0, "tuples"))
     assert torch.equal(tuples, again)
-    assert not torch.equal(tuples[: len(again)], consensus.candidate_tuples(K, 50, q, generator=derive(1, "t"))[:1])
+    assert not torch.equal(tuples, consensus.candidate_tuples(K, 50, q, generator=derive(1, "tuples")))
 
 
 @pytest.mark.parametrize("q, p", [(1, 30), (2, 30), (3, 30), (10, 30), (1, 2)])
@@ -134,7 +134,7 @@ def test_the_most_concentrated_start_set_is_benign(kind, share):
 def test_starts_are_the_first_three_then_disjoint_ones():
     pairs = [(0, 1), (0, 2), (0, 3), (2, 4), (4, 5), (5, 6), (6, 7), (8, 9), (10, 11), (12, 13)]
     sets = [torch.tensor([k in pair for k in range(14)]) for pair in pairs]
-    chosen = [tuple(start.nonzero().flatten().tolist()) for start in consensus.disjoint_starts(sets)]
+    chosen = [tuple(start.nonzero().flatten().tolist()) for start in consensus.spread_starts(sets)]
     assert chosen == [(0, 1), (0, 2), (0, 3), (4, 5), (6, 7), (8, 9)] and consensus.STARTS == 6
 
 
@@ -261,4 +261,15 @@ def test_splitting_finds_the_benign_clients_where_growing_does_not():
 def test_noiseless_clients_with_few_benign_ones_are_described():
     """A frame of higher rank than the one with the least noise leaves an outlier no room off its subspace."""
     c = planted(share=1 - 4 / 24, K=24, noise=0.0, generator=derive(0, "few", 4, "0.0", 1))
-    assert len(CLAIR().fit(c.updates).names) == 24
+    assert torch.equal(CLAIR().fit(c.updates).benign, c.benign)
+
+
+def test_a_set_that_interpolates_a_given_rank_is_not_taken():
+    """With the rank given, (n - 1) q clients fit any r directions exactly and would set the noise to nothing."""
+    c = planted(share=0.25, K=12, p=30, q=1, r=3, noise=0.1, generator=derive(14, "interpolating"))
+    judge = consensus.Judge(c.updates, ones(c), 3)
+    assert judge.least == 5
+    for start in (members(c, 3), members(c, 4)):
+        frame = consensus.grow(judge, start, 0.01)
+        assert frame is None or frame.size >= 5
+    assert consensus.consensus(c.updates, ones(c), rank=3, generator=derive(0, "tuples")).size >= 5

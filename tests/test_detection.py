@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from clairlib.detection import FAMILY_ERROR, PRIOR_CLIENTS, anybody, calibrate, least_error_set
+from clairlib.detection import FAMILY_ERROR, PRIOR_CLIENTS, anybody, benign_set, calibrate, least_error_set
 from clairlib.seeds import derive
 
 LEVEL = 1e-4  # of every test below that could fail by chance; seeds are fixed
@@ -133,3 +133,16 @@ def test_permuting_clients_permutes_the_decisions():
     assert torch.equal(least_error_set(x[order], truth[order], 0.04), least_error_set(x, truth, 0.04)[order])
     first, second = calibrate(x, truth, 0.04), calibrate(x[order], truth[order], 0.04)
     assert torch.allclose(second.p_values, first.p_values[order], rtol=1e-9)
+
+
+def test_simes_sees_several_clients_that_stand_out_a_little_and_names_them():
+    """Three p-values of .8 of the level over K: alone each passes Bonferroni at half the level, together they fail."""
+    K, n = 24, 3
+    p = torch.linspace(0.3, 0.9, K, dtype=torch.float64)
+    p[:n] = 0.8 * FAMILY_ERROR / K
+    assert float(p.min()) * K > FAMILY_ERROR / 2 and anybody(p)
+    assert not anybody(torch.cat([p[:1], p[n:]]))
+    x = torch.zeros(K, dtype=torch.float64)
+    x[:n] = 1.0
+    kept = benign_set(x, torch.ones(K, dtype=torch.bool), p, 0.01)
+    assert kept.tolist() == [False] * n + [True] * (K - n)

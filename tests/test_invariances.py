@@ -204,3 +204,15 @@ def test_input_is_left_alone(clients):
     result = CLAIR().fit(clients.updates)
     result.refined.zero_()
     assert torch.equal(clients.updates, kept)
+
+
+def test_noiseless_verdict_does_not_depend_on_the_axes():
+    """Directions beyond the numerical rank are arbitrary; along the axes they can be an attacker's own."""
+    draw = derive(0, "axes")
+    X = torch.zeros(10, 4, 6, dtype=torch.float64)
+    X[:, :2] = torch.randn(10, 2, 6, generator=draw, dtype=torch.float64)
+    for client, row in ((8, 2), (9, 3)):
+        X[client, row] = torch.randn(6, generator=draw, dtype=torch.float64)
+    turned = random_frame(4, 4, generator=draw) @ X
+    for updates in (X, turned):
+        assert CLAIR().fit(updates).contaminated == ["client_8", "client_9"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clairlib import CLAIR
+from clairlib import CLAIR, refinement
 from clairlib.clients import planted, random_frame
 from clairlib.frames import fit_frame
 from clairlib.refinement import estimate_gain, refined_core
@@ -152,3 +152,23 @@ def test_nothing_to_gain_without_noise():
     c = draw(0, noise=0.0)
     gain = estimate_gain(c.updates, ones(c), fit_frame(c.updates, ones(c), c.benign, 3))
     assert gain.relative == 0.0
+
+
+def test_one_client_of_low_rank_does_not_hide_the_heterogeneity_of_the_others():
+    c = planted(share=0.0, K=12, p=40, q=20, r=2, noise=0.02, heterogeneity=1.0, heterogeneity_rank=2,
+                generator=derive(0, "low-rank client"))  # fmt: skip
+    X = c.updates.clone()
+    U, S, Vh = torch.linalg.svd(X[0], full_matrices=False)
+    X[0] = U[:, :4] * S[:4] @ Vh[:4]
+    w = torch.ones(12, dtype=torch.float64)
+    assert estimate_gain(X, w, fit_frame(X, w, w > 0, 2)).relative < 0
+
+
+def test_singular_values_raised_by_noise_are_inverted():
+    """y^2 = (x^2 + a) (x^2 + b) / x^2 forwards, one direction, then what the estimate makes of it."""
+    rows, columns, sigma2, x2 = 40.0, 20.0, 0.01, 3.0
+    a, b = sigma2 * rows, sigma2 * columns
+    y2 = (x2 + a) * (x2 + b) / x2
+    V = x2 + sigma2 * rows * columns
+    squares = torch.full((5, 1), y2, dtype=torch.float64)
+    assert refinement._energy_above_noise(squares, V, rows, columns) == pytest.approx(x2, rel=1e-6)
