@@ -95,14 +95,15 @@ def boundary(crossings: pd.DataFrame, clients: pd.DataFrame) -> Figure:
         panels[1].set_title("As n grows")
         for colour, (ratio, rows) in zip(LINES, clients.groupby("ratio"), strict=False):
             spread = [rows.gain - rows.low, rows.high - rows.gain]
-            panels[2].errorbar(rows.s, rows.gain, spread, fmt="o", color=colour, label=f"h = {ratio:g} h*")
+            label = f"h = {ratio:g} h*" if ratio else "h = 0"
+            panels[2].errorbar(rows.s, rows.gain, spread, fmt="o", color=colour, label=label)
             panels[2].plot(rows.s, rows.formula, color=colour, linewidth=1)
         panels[2].axhline(0, color=NEUTRAL, linewidth=0.8)
         panels[2].axvline(4, color=NEUTRAL, linewidth=0.8, linestyle="--")
         panels[2].set(title="As s grows: q = 1, r = 3", xlabel="benign clients s", ylabel="gain / local error")
         panels[2].set(xscale="log", xticks=[3, 4, 5, 6, 8, 12, 24], xticklabels=["3", "4", "5", "6", "8", "12", "24"])
         panels[2].minorticks_off()
-        panels[2].legend()
+        panels[2].legend(loc="lower left", bbox_to_anchor=(0.2, 0.0))
     return figure
 
 
@@ -132,7 +133,8 @@ def decisions(low_rank: pd.DataFrame, readings: pd.DataFrame, told: pd.DataFrame
         for (rank, noise), rows in low_rank.groupby(["rank", "noise"]):
             colour = LINES[int(rank - 1) % len(LINES)]
             label = f"rank {rank:g}, noise {noise:g}"
-            left.plot(rows.ratio, rows.refines, marker=markers[noise], color=colour, label=label, linewidth=1)
+            line = "--" if rank > 1 else "-"
+            left.plot(rows.ratio, rows.refines, line, marker=markers[noise], color=colour, label=label, linewidth=1)
         left.axvline(1, color=NEUTRAL, linewidth=0.8)
         left.set(xlabel="h / h*", ylabel="share of draws refined", ylim=(-0.05, 1.05))
         left.set_title("Low-rank heterogeneity: how often CLAIR refines")
@@ -141,6 +143,8 @@ def decisions(low_rank: pd.DataFrame, readings: pd.DataFrame, told: pd.DataFrame
         places = np.arange(len(names))
         right.barh(places - 0.2, readings.right, height=0.36, color=BENIGN, label="nothing told")
         right.barh(places + 0.2, told.right, height=0.36, color="#009e73", label="told S, r and the noise")
+        for place, share in zip(places, readings.right, strict=True):
+            right.text(share + 0.01, place - 0.2, "" if share > 0.05 else f"{share:.0%}", va="center", fontsize=8)
         right.set_yticks(places, names, fontsize=8)
         right.invert_yaxis()
         right.set(xlabel="the same updates read twice: share of right decisions", xlim=(0, 1.05))
@@ -158,8 +162,9 @@ def weights(table: pd.DataFrame) -> Figure:
         for told, colour, word in ((True, BENIGN, "told"), (False, "#e69f00", "not told")):
             rows = table[table.told == told].sort_values("spread")
             axes.plot(rows.spread, rows.formula, color=colour, linewidth=1, label=f"formula, {word} the weights")
-            axes.plot(rows.spread, rows.oracle, "o", color=colour, label="told S and P as well")
-            axes.plot(rows.spread, rows.clair, "s", color=colour, markerfacecolor="none", label="CLAIR")
+            axes.plot(rows.spread, rows.oracle, "o", color=colour, label=f"told S and P, {word} the weights")
+            name = f"CLAIR, {word} the weights"
+            axes.plot(rows.spread, rows.clair, "s", color=colour, markerfacecolor="none", label=name)
         rows = table[table.told].sort_values("spread")
         axes.plot(rows.spread, rows.local, color=COLOURS["local"], linestyle="--", label="local")
         axes.set(xlabel="largest / smallest sample size", ylabel="squared error", xscale="log", yscale="log")

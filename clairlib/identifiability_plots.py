@@ -29,7 +29,7 @@ def difference_ranks(table: pd.DataFrame, rank: int) -> Figure:
             axes.axhline(edge, color="black", linewidth=1)
             axes.axvline(edge, color="black", linewidth=1)
             axes.grid(False)
-            axes.set(title=kind, xlabel="client, benign first", xticks=[], yticks=[])
+            axes.set(title=kind.replace("_", " "), xlabel="client, benign first", xticks=[], yticks=[])
             for (j, k), value in np.ndenumerate(square):
                 axes.text(
                     k, j, value, ha="center", va="center", fontsize=6, color="white" if 0 < value <= rank else "#777"
@@ -112,7 +112,8 @@ def in_subspace_attacks(table: pd.DataFrame, K: int) -> Figure:
             axes.set(xscale="log", xlabel="size of the attack, 1 = honest")
         for axes in panels[:2]:
             axes.axhline(1, color=NEUTRAL, linewidth=0.8)
-        panels[0].set_ylim(0, 1.3 * table.ratio.max())  # few draws have intervals without end
+        top = min(1.05 * table.high.max(), 2 * table.ratio.max())  # few draws have intervals without end
+        panels[0].set_ylim(0, top)
         panels[1].set_yscale("log")
         panels[0].set(title="Others' refined error over no attack", ylabel="ratio, 95 % interval")
         panels[1].set(title="Subspace's sine over no attack", ylabel="ratio")

@@ -124,8 +124,9 @@ def readme_table(entries: list[dict[str, Any]]) -> str:
 
 
 def measured(entry: dict[str, Any]) -> str:
-    """A value with its interval, as text."""
-    text = f"{entry['value']:.4g}"
+    """A value with its interval, as text; what an older version recorded stays readable."""
+    value = entry["value"]
+    text = f"{value:.4g}" if isinstance(value, (int, float)) else json.dumps(value)
     return text if entry.get("interval") is None else f"{text} [{entry['interval'][0]:.4g}, {entry['interval'][1]:.4g}]"
 
 

@@ -37,7 +37,8 @@ def phase_diagram(
             for axes, method in zip(row, methods, strict=True):
                 rates = part[part.method == method].pivot(index="rank", columns="share", values="exact")
                 image = axes.imshow(rates, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
-                _limits(axes, limits[limits.contamination == kind], shares, ranks, identifiable[kind])
+                shown = (limits.contamination == kind) & method.startswith("convex")  # the certificate is the program's
+                _limits(axes, limits[shown], shares, ranks, identifiable[kind])
                 axes.set_yticks(range(len(ranks)), [str(r) for r in ranks])
                 axes.tick_params(labelleft=axes is row[0], length=2)
                 axes.set_xticks(range(len(shares)), [f"{s:g}"[1:] for s in shares], fontsize=7)
@@ -59,7 +60,8 @@ def _limits(axes: Axes, limits: pd.DataFrame, shares: list[float], ranks: list[i
     for limit in limits.itertuples():
         if np.isfinite(limit.certified):
             x, y = _place(limit.certified, shares), ranks.index(limit.rank)
-            axes.plot([x, x], [y - 0.5, y + 0.5], color="white", linewidth=2.2, path_effects=OUTLINE)
+            line = axes.plot([x, x], [y - 0.5, y + 0.5], color="white", linewidth=2.2, path_effects=OUTLINE)
+            line[0].set_solid_capstyle("butt")
     if end < shares[-1]:
         axes.axvline(_place(end, shares), color=CONTAMINATED, linewidth=2.2)
     axes.set(xlim=(-0.5, len(shares) - 0.5), ylim=(-0.5, len(ranks) - 0.5))

@@ -76,6 +76,7 @@ def slope_deviations(slopes: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("fitted exponent - predicted exponent")
+        axes.set_xticks([-0.1, -0.05, 0, 0.05, 0.1], ["-0.1", "-0.05", "0", "0.05", "0.1"])
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
     return figure
 

@@ -121,3 +121,7 @@ def test_report_writes_the_list_and_the_table(tmp_path):
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(LedgerError, match="README.md"):
         insert_table("no markers", "")
+
+
+def test_what_an_older_version_recorded_is_shown():
+    assert ledger.measured({"value": ["a", "b"]}) == '["a", "b"]'

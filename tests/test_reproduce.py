@@ -205,7 +205,10 @@ SLOW = """\
 import time
 Path(output, "half.csv").write_text("half")
 Path(output, "marker").mkdir()  # fails when an earlier run left it
-time.sleep(3)
+again = Path(output).parent / "again"
+if not again.exists():  # the first time: long enough to be interrupted on any machine
+    again.touch()
+    time.sleep(60)
 Path(output, "half.csv").write_text("whole")"""
 
 
@@ -257,6 +260,8 @@ def test_resuming_after_an_interruption_equals_an_uninterrupted_run(tmp_path, bl
 
     first, second = run(tmp_path, jobs=2)
     assert (first.status, second.status) == ("cached", "ran")
+    (tmp_path / "whole/smoke").mkdir(parents=True)
+    (tmp_path / "whole/smoke/again").touch()
     whole = run(tmp_path, jobs=2, output=tmp_path / "whole")
     assert [r.status for r in whole] == ["ran", "ran"]
     assert digests(folder) == digests(tmp_path / "whole/smoke")
