@@ -75,15 +75,6 @@ def inverse_signal(q: int, r: int, s: int) -> float:
     return r * q / freedom if freedom > 0 else inf
 
 
-def tilt_energy(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0) -> float:
-    """Signal lost to the estimated subspace, mean ||P_hat_perp U A~_k||^2, to first order.
-
-    (sigma^2 + tau^2) (p - r) r / s: heterogeneity tilts the subspace as noise does. Not the whole of the subspace cost:
-    the tilted subspace also keeps part of the heterogeneity, which saves twice the share that tau^2 has in this.
-    """
-    return (noise**2 + heterogeneity**2 / ((p - r) * q)) * (p - r) * r / s
-
-
 def gain(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0, order: int = 2) -> float:
     """Local error less refined error; to first order (sigma^2 - tau^2) (p - r) (n - r) / s with n = (s - 1) q.
 

@@ -13,6 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from clairlib.baselines import geometric_median
 from clairlib.decompose import decompose
 from clairlib.frames import fit_frame, floor_energy
 from clairlib.subspace import project_out
@@ -99,18 +100,6 @@ def tyler_scatter(points: Tensor, iterations: int = TYLER_ITERATIONS) -> Tensor:
         if moved < STILL:
             break
     return scatter
-
-
-def geometric_median(updates: Tensor) -> Tensor:
-    """Matrix (p, q) that minimises the sum of Frobenius distances to the clients (Weiszfeld; arXiv:1912.13445)."""
-    X = updates.double()
-    middle, floor = X.mean(dim=0), floor_energy(X)
-    for _ in range(ITERATIONS):
-        weights = (X - middle).square().sum(dim=(1, 2)).clamp(min=floor).rsqrt()
-        previous, middle = middle, torch.einsum("k,kpq->pq", weights / weights.sum(), X)
-        if float((middle - previous).norm()) <= STILL * float(X.norm()):
-            break
-    return middle
 
 
 def centre(updates: Tensor) -> Tensor:
