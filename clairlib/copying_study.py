@@ -12,11 +12,7 @@ from torch import Tensor
 
 from clairlib.alignment import Alignment, align
 from clairlib.base import Base, BaseConfig, base_model, unembedding
-from clairlib.dialects import Federation, make_federation, vocabulary_leverage
-from clairlib.experiments import Rows, mean_interval, sweep
-from clairlib.frames import fit_frame
-from clairlib.refinement import refined_core
-from clairlib.training import (
+from clairlib.copying_clients import (
     Recipe,
     adapted_module,
     adapter_update,
@@ -25,6 +21,10 @@ from clairlib.training import (
     train_clients,
     updated_model,
 )
+from clairlib.dialects import Federation, make_federation, vocabulary_leverage
+from clairlib.experiments import Rows, mean_interval, sweep
+from clairlib.frames import fit_frame
+from clairlib.refinement import refined_core
 
 RANK_KEPT = 24  # adapter rank at which hardly anything of a refined update is cut off
 METHODS = ["base", "local", "FedAvg", "FedAvg, factors", "FedAvg, benign only", "CLAIR", "CLAIR, rank kept"]

@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from clairlib import base as base_module
-from clairlib import training
+from clairlib import copying_clients
 from clairlib.base import BaseConfig, base_model, base_name, build_base, unembedding
 from clairlib.copying import NO_TARGET, copy_accuracy
+from clairlib.copying_clients import Recipe, adapted_module, adapter_update, evaluate_update, run_prefix, run_suffix
 from clairlib.dialects import client_batch, make_federation, vocabulary_leverage
 from clairlib.seeds import derive
-from clairlib.training import Recipe, adapted_module, adapter_update, evaluate_update, run_prefix, run_suffix
 
 SEED = 0
 
@@ -33,7 +33,7 @@ def federation():
 
 @pytest.fixture(scope="module")
 def folders(base, federation, tmp_path_factory):
-    return training.train_clients(base, federation.clients, tmp_path_factory.mktemp("clients"), seed=SEED)
+    return copying_clients.train_clients(base, federation.clients, tmp_path_factory.mktemp("clients"), seed=SEED)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_weights_depend_on_the_seed_alone():
 
 def full_model_adapter(base, client, recipe, steps):
     """The same training through the whole model, without a cached prefix."""
-    model = training.add_adapter(base, recipe, generator=derive(SEED, client.name, "adapter"))
+    model = copying_clients.add_adapter(base, recipe, generator=derive(SEED, client.name, "adapter"))
     draws = derive(SEED, client.name, "training")
     batch = client_batch(client, recipe.sequences, generator=draws, label_noise=recipe.label_noise)
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=recipe.learning_rate)
@@ -116,7 +116,7 @@ def full_model_adapter(base, client, recipe, steps):
 
 def test_cached_prefix_trains_like_the_full_model(base, federation):
     client, recipe = federation.clients[0], Recipe(steps=8)
-    cached = adapter_update(training.train_client(base, client, seed=SEED, recipe=recipe))
+    cached = adapter_update(copying_clients.train_client(base, client, seed=SEED, recipe=recipe))
     full = adapter_update(full_model_adapter(base, client, recipe, steps=8))
     assert full.norm() > 0.3
     assert (cached - full).norm() / full.norm() < 1e-3  # float32; Adam divides by small gradients
@@ -125,7 +125,7 @@ def test_cached_prefix_trains_like_the_full_model(base, federation):
 def test_suffix_gives_the_full_models_logits(base, federation, folders):
     batch = client_batch(federation.clients[0], 16, generator=derive(SEED, "logits"))
     for update in (None, folders[0], torch.randn(64, 64, generator=derive(0, "dense"))):
-        model = training.updated_model(base, update)
+        model = copying_clients.updated_model(base, update)
         with torch.no_grad():
             full = model(batch.tokens).logits[batch.targets != NO_TARGET]
             prefix = run_prefix(model, batch)
@@ -135,7 +135,7 @@ def test_suffix_gives_the_full_models_logits(base, federation, folders):
 
 
 def test_only_the_last_output_projection_is_adapted(base, federation, folders):
-    model = training.add_adapter(base, Recipe(), generator=derive(0, "A"))
+    model = copying_clients.add_adapter(base, Recipe(), generator=derive(0, "A"))
     names = {name for name, weight in model.named_parameters() if weight.requires_grad}
     stem = "base_model.model.model.layers.1.self_attn.o_proj"
     assert names == {f"{stem}.lora_{factor}.default.weight" for factor in "AB"}
@@ -147,14 +147,14 @@ def test_folders_are_peft_adapters_that_name_no_path(base, federation, folders):
         assert folder.name == client.name
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == base.name and "/" not in base.name
-        trained = adapter_update(training.train_client(base, client, seed=SEED))
+        trained = adapter_update(copying_clients.train_client(base, client, seed=SEED))
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder))
         torch.testing.assert_close(adapter_update(loaded), trained, atol=0, rtol=0)
 
 
 def test_an_adapter_folder_and_its_dense_update_are_one(base, federation, folders):
     client = federation.clients[0]
-    dense = adapter_update(training.updated_model(base, folders[0]))
+    dense = adapter_update(copying_clients.updated_model(base, folders[0]))
     by_folder = evaluate_update(base, folders[0], client, seed=SEED)
     assert by_folder == evaluate_update(base, dense, client, seed=SEED)
     assert by_folder != evaluate_update(base, None, client, seed=SEED)
@@ -163,14 +163,14 @@ def test_an_adapter_folder_and_its_dense_update_are_one(base, federation, folder
 def test_a_foreign_folder_is_refused(base, federation, tmp_path):
     (tmp_path / "notes").mkdir()
     with pytest.raises(FileExistsError, match="'notes'"):
-        training.train_clients(base, federation.clients[:1], tmp_path, seed=SEED, recipe=Recipe(steps=1))
+        copying_clients.train_clients(base, federation.clients[:1], tmp_path, seed=SEED, recipe=Recipe(steps=1))
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes"]
 
 
 def test_a_client_does_not_depend_on_the_others(base, federation, folders, tmp_path):
     torch.manual_seed(5)  # nor on the global generator
-    (alone,) = training.train_clients(base, federation.clients[2:3], tmp_path, seed=SEED)
-    one, other = (adapter_update(training.updated_model(base, f)) for f in (alone, folders[2]))
+    (alone,) = copying_clients.train_clients(base, federation.clients[2:3], tmp_path, seed=SEED)
+    one, other = (adapter_update(copying_clients.updated_model(base, f)) for f in (alone, folders[2]))
     assert torch.equal(one, other)
 
 
@@ -180,15 +180,15 @@ def test_clients_learn_their_dialect_and_averaging_unlearns_it(base, federation,
     before, after = (evaluate_update(base, u, client, seed=SEED) for u in (None, own))
     assert before.on_symbols < 0.4 and before.off_symbols > 0.95
     assert after.on_symbols > before.on_symbols + 0.4 and after.overall > before.overall
-    everybody = torch.stack([adapter_update(training.updated_model(base, f)) for f in folders]).mean(dim=0)
+    everybody = torch.stack([adapter_update(copying_clients.updated_model(base, f)) for f in folders]).mean(dim=0)
     assert evaluate_update(base, everybody, client, seed=SEED).overall < after.overall
-    free = training.evaluate_free_running(base, own, client, seed=SEED, count=60)
-    assert training.evaluate_free_running(base, None, client, seed=SEED, count=60) < free <= 1
+    free = copying_clients.evaluate_free_running(base, own, client, seed=SEED, count=60)
+    assert copying_clients.evaluate_free_running(base, None, client, seed=SEED, count=60) < free <= 1
 
 
 def test_the_benign_subspace_lights_up_the_dialects_symbols(base):
     federation = make_federation(8, 0, seed=SEED)
-    models = [training.train_client(base, client, seed=SEED) for client in federation.clients]
+    models = [copying_clients.train_client(base, client, seed=SEED) for client in federation.clients]
     updates = torch.stack([adapter_update(model) for model in models])
     blocks = torch.cat(list(updates - updates.mean(dim=0)), dim=1)  # (p, K*q)
     basis = torch.linalg.svd(blocks, full_matrices=False).U[:, :4]
