@@ -12,6 +12,9 @@ export OMP_NUM_THREADS := 1
 # Nothing is downloaded: models are built from configs and trained here.
 export HF_HUB_OFFLINE := 1
 
+# Aggregators that tests compare ours with (tests/oracles.py); their own requirements would replace torch and rich.
+ORACLES := byzfl flwr
+
 STRIP := --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
 
 .PHONY: setup test reproduce strip
@@ -22,6 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (some minutes the first time) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(ORACLES)
 	@touch $@
 
 test: setup

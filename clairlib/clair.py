@@ -17,6 +17,7 @@ from clairlib.frames import (
     Frame,
     fit_frame,
     floor_energy,
+    inside_energy,
     keep_directions,
     leave_one_out,
     log_scores,
@@ -180,10 +181,10 @@ class CLAIR:
         tried: list[Tensor] = []
         while True:
             solved = [self._refit(s, weights, benign) for s in solved]
-            x, variance = _pool(solved, weights, structure)
+            x, variance, inside = _pool(solved, weights, structure)
             pooled = calibrate(x, benign, variance)
             tried.append(benign)
-            decided = benign_set(x, benign, pooled.p_values, variance)
+            decided = benign_set(x, benign, pooled.p_values, variance, inside)
             if self.rank is None and not bool(decided.all()):
                 decided |= self._benign_at_wider_rank(solved, weights, structure)
             if int(decided.sum()) < MINIMUM_CLIENTS or any(torch.equal(decided, known) for known in tried):
@@ -202,9 +203,9 @@ class CLAIR:
         direction too many is one of the noise, and takes next to nothing from the score of a contaminated client.
         """
         wider = [replace(s, frame=_wider(s.X, weights, s.frame)) for s in solved]
-        x, variance = _pool(wider, weights, structure)
+        x, variance, inside = _pool(wider, weights, structure)
         members = solved[0].frame.members
-        return benign_set(x, members, calibrate(x, members, variance).p_values, variance)
+        return benign_set(x, members, calibrate(x, members, variance).p_values, variance, inside)
 
     def _module_result(self, solved: _Solved, weights: Tensor, benign: Tensor) -> ModuleResult:
         module, cores, frame = solved.module, solved.cores, solved.frame
@@ -256,17 +257,19 @@ def _read_weights(weights: Any, clients: list[str]) -> Tensor:
     return w / w.mean()
 
 
-def _pool(solved: list[_Solved], weights: Tensor, structure: Tensor) -> tuple[Tensor, float]:
-    """Pooled log score of every client (K,): its modules' log scores, weighted by shared structure over noise variance.
+def _pool(solved: list[_Solved], weights: Tensor, structure: Tensor) -> tuple[Tensor, float, Tensor]:
+    """Pooled log score of every client (K,), its variance, and the pooled log energy inside the subspaces (K,).
 
-    With one module it is that module's log score. The variance returned takes the modules' noise as independent.
+    Averages over modules, weighted by shared structure over noise variance: with one module, that module's. The
+    variance takes the modules' noise as independent.
     """
     scored = [log_scores(s.X, weights, s.frame) for s in solved]
+    inside = torch.stack([inside_energy(s.X, weights, s.frame).clamp(min=floor_energy(s.X)).log() for s in solved])
     variances = torch.tensor([v for _, v in scored], dtype=structure.dtype, device=structure.device)
     shares = structure / variances
     shares = shares / shares.sum()
-    x = sum(share * scores for share, (scores, _) in zip(shares, scored, strict=True))
-    return x, float((shares.square() * variances).sum())
+    x = shares @ torch.stack([scores for scores, _ in scored])
+    return x, float((shares.square() * variances).sum()), shares @ inside
 
 
 def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from clairlib.attacks import ATTACKS, Model, check_kind, coefficients, common_part, random_frame
 from clairlib.subspace import project_out
 
 
@@ -32,23 +32,6 @@ class Planted:
         return self.basis.shape[1]
 
 
-def random_frame(p: int, r: int, *, generator: Generator) -> Tensor:
-    """Orthonormal basis (p, r) of a uniformly distributed subspace."""
-    Q, R = torch.linalg.qr(torch.randn(p, r, generator=generator, dtype=torch.float64))
-    return Q * R.diagonal().sign()
-
-
-def _coefficients(count: int, r: int, q: int, generator: Generator) -> Tensor:
-    """Client-specific coefficients (count, r, q): each of the r rows has unit expected squared norm."""
-    return torch.randn(count, r, q, generator=generator, dtype=torch.float64) / q**0.5
-
-
-def _common(p: int, q: int, size: float, generator: Generator) -> Tensor:
-    """Dense Gaussian matrix (p, q) of Frobenius norm ``size``."""
-    M = torch.randn(p, q, generator=generator, dtype=torch.float64)
-    return M * (size / torch.linalg.matrix_norm(M))
-
-
 def _heterogeneity(basis: Tensor, K: int, q: int, size: float, rank: int | None, generator: Generator) -> Tensor:
     """H_k (K, p, q), off the subspace, each of Frobenius norm ``size`` and of full rank or the one given."""
     p = len(basis)
@@ -63,37 +46,6 @@ def _colouring(p: int, correlation: float) -> Tensor:
     """Cholesky factor (p, p) of the covariance correlation^|i - j|."""
     steps = torch.arange(p, dtype=torch.float64)
     return torch.linalg.cholesky(correlation ** (steps[:, None] - steps).abs())
-
-
-def _unstructured(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
-    """Each contaminated client has an r-frame of its own: a random subspace and a random common part."""
-    return torch.stack([_coalition(one[None], r, size, generator)[0] for one in clean])
-
-
-def _dense(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
-    """Full-rank Gaussian updates of the same expected squared Frobenius norm as benign ones, r + size^2."""
-    count, p, q = clean.shape
-    return torch.randn(count, p, q, generator=generator, dtype=torch.float64) * ((r + size**2) / (p * q)) ** 0.5
-
-
-def _coalition(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
-    """Contaminated clients share one r-frame of their own: a subspace and a common part."""
-    count, p, q = clean.shape
-    frame = random_frame(p, r, generator=generator)
-    return _common(p, q, size, generator) + frame @ _coefficients(count, r, q, generator)
-
-
-def _sign_flip(clean: Tensor, r: int, size: float, generator: Generator) -> Tensor:
-    """Contaminated clients send the negative of an honest update."""
-    return -clean
-
-
-CONTAMINATION: dict[str, Callable[[Tensor, int, float, Generator], Tensor]] = {
-    "unstructured": _unstructured,
-    "dense": _dense,
-    "coalition": _coalition,
-    "sign_flip": _sign_flip,
-}
 
 
 def planted(
@@ -122,7 +74,7 @@ def planted(
     Parameters
     ----------
     contamination : str
-        A key of ``CONTAMINATION``.
+        A key of `clairlib.attacks.ATTACKS`.
     share : float
         Contaminated share of the clients, in [0, 1).
     K, p, q, r : int
@@ -141,8 +93,7 @@ def planted(
     ValueError
         For an unknown kind, r > p, or a share, heterogeneity_rank or row_correlation out of range.
     """
-    if contamination not in CONTAMINATION:
-        raise ValueError(f"contamination must be one of {', '.join(CONTAMINATION)}; got {contamination!r}")
+    check_kind(contamination)
     if not 0 <= share < 1:
         raise ValueError(f"share must lie in [0, 1); got {share}")
     if heterogeneity_rank is not None and not 1 <= heterogeneity_rank <= q:
@@ -152,13 +103,13 @@ def planted(
     if r > p or (r == p and heterogeneity > 0):
         raise ValueError(f"a subspace of dimension r = {r} leaves no room in p = {p} rows")
     basis = random_frame(p, r, generator=generator)
-    M = _common(p, q, common, generator)
-    targets = M + basis @ _coefficients(K, r, q, generator)
+    M = common_part(p, q, common, generator=generator)
+    targets = M + basis @ coefficients(K, r, q, generator=generator)
     targets = targets + _heterogeneity(basis, K, q, heterogeneity, heterogeneity_rank, generator)
     bad = torch.randperm(K, generator=generator)[: round(share * K)]
     if len(bad):
-        attack = CONTAMINATION[contamination](targets[bad], r, common, generator)
-        targets[bad] = torch.lerp(targets[bad], attack, strength)
+        sent = ATTACKS[contamination](targets, bad, Model(r, common), generator)
+        targets[bad] = torch.lerp(targets[bad], sent, strength)
     errors = torch.randn(K, p, q, generator=generator, dtype=torch.float64)
     if row_correlation:
         errors = _colouring(p, row_correlation) @ errors

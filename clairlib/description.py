@@ -33,8 +33,7 @@ def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[F
     for frame in candidates:
         largest = min(rank_limit(frame.size, p, q), resolved_rank(frame.eigenvalues))
         others = {other.rank for other in candidates if other.rank <= largest} - {frame.rank}
-        vectors = torch.linalg.eigh(frame.scatter)[1].flip(1) if others else frame.basis
-        frames += [replace(frame, basis=vectors[:, :rank]) for rank in sorted(others)]
+        frames += [replace(frame, basis=frame.eigenvectors[:, :rank]) for rank in sorted(others)]
     return frames
 
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 FAMILY_ERROR = 0.01
+STRANGER_ERROR = 0.001
 PRIOR_CLIENTS = 6.0  # weight, in clients, of the noise law's own spread against the spread seen between members
 
 
@@ -69,14 +69,30 @@ def simes_cut(p_values: Tensor) -> float:
     return float(rejected.max()) if len(rejected) else -1.0
 
 
-def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: float) -> Tensor:
+def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: float, inside: Tensor) -> Tensor:
     """Both decisions: the benign clients (K,) bool; everybody when nobody stands out.
 
-    ``p_values`` are those calibrated on ``members``; decision (ii) starts from the members they do not reject.
+    ``p_values`` are those calibrated on ``members``; decision (ii) starts from the members they do not reject, and from
+    all of them where it needs the group to be told apart by what is ``inside`` the subspace.
     """
-    if not anybody(p_values):
-        return torch.ones_like(members)
-    return least_error_set(log_scores, members & (p_values > simes_cut(p_values)), variance)
+    if anybody(p_values):
+        return least_error_set(log_scores, members & (p_values > simes_cut(p_values)), variance)
+    decided = least_error_set(log_scores, members, variance)
+    return decided if are_strangers(inside, ~decided) else torch.ones_like(members)
+
+
+def are_strangers(inside: Tensor, suspects: Tensor) -> bool:
+    """Decision (i) for a group: do the suspects have less energy inside the subspace (K,) than the others?
+
+    A one-sided Mann-Whitney test at ``STRANGER_ERROR``. Suspects are chosen by what lies outside the subspace. If
+    all clients were benign, their parts inside it, each its own, would be exchangeable and independent of the noise
+    outside, so the test is exact for a given subspace. Whoever does not use the subspace has next to nothing in it.
+    Never decides who: a client that lacks a part inside, or has a large one, is not flagged for that.
+    """
+    if not bool(suspects.any()) or bool(suspects.all()):
+        return False
+    x, s = inside.cpu().numpy(), suspects.cpu().numpy()
+    return bool(stats.mannwhitneyu(x[s], x[~s], alternative="less").pvalue <= STRANGER_ERROR)
 
 
 def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds: int = 30) -> Tensor:
@@ -92,24 +108,31 @@ def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds
     x = log_scores.double().cpu().numpy()
     benign = members.cpu().numpy().copy()
     for _ in range(rounds):
-        updated = np.array([_is_benign(x, benign, k, variance) for k in range(len(x))])
+        updated = _likelier_benign(x, benign, variance)
         if (updated == benign).all():
             break
         benign = updated
     return torch.as_tensor(benign, device=log_scores.device)
 
 
-def _is_benign(x: np.ndarray, benign: np.ndarray, k: int, variance: float) -> bool:
-    """Is client k likelier benign than contaminated, judged by components fitted to the others?"""
-    others = np.arange(len(x)) != k
-    low, high = x[benign & others], x[~benign & others]
-    if not len(low) or not len(high) or high.mean() <= low.mean():
-        return bool(benign[k])
-    if x[k] <= low.mean():
-        return True
-    n, m, quarter = len(low), len(high), (high.mean() - low.mean()) / 4
-    tight = (PRIOR_CLIENTS * variance + low.var() * n) / (PRIOR_CLIENTS + n - 1)
-    wide = max((quarter**2 + high.var() * m) / m, tight)
-    as_benign = stats.t.logpdf(x[k], PRIOR_CLIENTS + n - 1, low.mean(), (tight * (1 + 1 / n)) ** 0.5)
-    as_contaminated = stats.t.logpdf(x[k], m, high.mean(), (wide * (1 + 1 / m)) ** 0.5)
-    return bool(as_benign + log(n) > as_contaminated + log(m))
+def _likelier_benign(x: np.ndarray, benign: np.ndarray, variance: float) -> np.ndarray:
+    """Is each client (K,) likelier benign than contaminated, judged by components fitted to the others?"""
+    n, low, low_squares = _without_each(x, benign)
+    m, high, high_squares = _without_each(x, ~benign)
+    tight = (PRIOR_CLIENTS * variance + low_squares) / (PRIOR_CLIENTS + n - 1)
+    wide = np.maximum(((high - low) ** 2 / 16 + high_squares) / m.clip(min=1), tight)
+    as_benign = stats.t.logpdf(x, PRIOR_CLIENTS + n - 1, low, np.sqrt(tight * (1 + 1 / n.clip(min=1))))
+    as_contaminated = stats.t.logpdf(x, m.clip(min=1), high, np.sqrt(wide * (1 + 1 / m.clip(min=1))))
+    with np.errstate(divide="ignore"):
+        likelier = as_benign + np.log(n) > as_contaminated + np.log(m)
+    undecided = (n == 0) | (m == 0) | (high <= low)  # nothing to tell the components apart by
+    return np.where(undecided, benign, (x <= low) | likelier)
+
+
+def _without_each(x: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Size, mean and sum of squared deviations (K,) of a group of scores without each client in turn."""
+    n = group.sum() - group
+    mean = x[group].mean() if group.any() else 0.0
+    shift = np.where(group, (x - mean) / n.clip(min=1), 0.0)  # what leaving a member out takes from the mean
+    squares = ((x[group] - mean) ** 2).sum() - shift * (x - mean) * (n + 1)
+    return n, mean - shift, squares.clip(min=0.0)

@@ -13,12 +13,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from clairlib.baselines import CLIENT_SCORES, energy_separation, filtered_separation, told_benign
+from clairlib.baseline_scores import CLIENT_SCORES, energy_separation, filtered_separation, told_benign
 from clairlib.clair import CLAIR
 from clairlib.clients import Planted, planted, random_frame
 from clairlib.detection import benign_set, calibrate
 from clairlib.experiments import Rows, grid, mean_interval, rate_interval, sweep
-from clairlib.frames import FILTER, Frame, fit_frame, leave_one_out, log_scores
+from clairlib.frames import FILTER, Frame, fit_frame, inside_energy, leave_one_out, log_scores
 from clairlib.result import ClairResult
 from clairlib.seeds import derive
 from clairlib.subspace import project_out, sin_theta
@@ -105,10 +105,10 @@ def _verdicts(truth: Planted, oracle: Frame, result: ClairResult, told_rank: boo
     """A row per method."""
     ones = torch.ones(len(truth.updates), dtype=torch.float64)
     x, variance = log_scores(truth.updates, ones, oracle)
-    calibrated = calibrate(x, truth.benign, variance)
+    calibrated, inside = calibrate(x, truth.benign, variance), inside_energy(truth.updates, ones, oracle)
     told = (truth.updates, truth.basis, truth.common, truth.noise)
     found: dict[str, Tensor] = {
-        TOLD_SET: benign_set(x, truth.benign, calibrated.p_values, variance),
+        TOLD_SET: benign_set(x, truth.benign, calibrated.p_values, variance, inside),
         TOLD_ENERGY: told_benign(*told),
         TOLD_FILTER: told_benign(*told, statistic="filtered"),
     }

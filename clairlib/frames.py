@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clairlib.downdate import downdated_bases
 from clairlib.subspace import estimate_rank, project_out, rank_to_keep, resolved_rank
 
 LEAST_STRUCTURE = 1e-3
 ROUNDING_ENERGY = 1e-20  # energies below this part of the mean client's are rounding, not signal
+SLOPE = 0.5  # prior standard deviation of the power of its size with which an update's residual energy grows
 FILTER = 2  # a contaminated client differs by r directions of its own and by its common part: 2 r directions are scored
 
 
@@ -24,14 +26,15 @@ class Frame:
     """An r-frame (P, C) fitted to ``members``.
 
     ``basis`` U (p, r) with P = U U' (unique up to rotation of its columns), ``mean`` the weighted mean M (p, q) of the
-    members (C = P_perp M), ``scatter`` their weighted centred scatter (p, p), ``eigenvalues`` of it, descending.
+    members (C = P_perp M), ``eigenvalues`` (p,) of their weighted centred scatter, descending, and its eigenvectors
+    (p, p), of which the basis is the first r.
     """
 
     members: Tensor
     basis: Tensor
     mean: Tensor
-    scatter: Tensor
     eigenvalues: Tensor
+    eigenvectors: Tensor
 
     @property
     def rank(self) -> int:
@@ -64,12 +67,11 @@ def fit_frame(
     S, w = X[members], weights[members]
     mean = torch.einsum("k,kpq->pq", w / w.sum(), S)
     D = (S - mean) * w.sqrt()[:, None, None]
-    scatter = _gram(D)
-    values, vectors = torch.linalg.eigh(scatter)
+    values, vectors = torch.linalg.eigh(_gram(D))
     values, vectors = values.flip(0), vectors.flip(1)
     if rank is None:
         rank = _rank(D, values, choose)
-    return Frame(members, vectors[:, :rank], mean, scatter, values)
+    return Frame(members, vectors[:, :rank], mean, values, vectors)
 
 
 def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
@@ -111,12 +113,28 @@ def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     outside = ~inside
     scale = (1 / w[outside] + 1 / W).rsqrt()
     R[outside] = project_out(frame.basis, D[outside]) * scale[:, None, None]
-    # X_k - M_(-k) = D_k W / (W - w_k); the scatter without k loses w_k W / (W - w_k) D_k D_k'
-    Dk, wk = D[inside], w[inside]
-    loss = (wk * W / (W - wk))[:, None, None]
-    bases = torch.linalg.eigh(frame.scatter - loss * (Dk @ Dk.mT))[1][..., X.shape[1] - frame.rank :]
-    R[inside] = project_out(bases, Dk) * loss.sqrt()
+    # X_k - M_(-k) = D_k W / (W - w_k)
+    loss = w[inside] * W / (W - w[inside])
+    R[inside] = project_out(left_out_bases(X, weights, frame), D[inside]) * loss.sqrt()[:, None, None]
     return R
+
+
+def left_out_bases(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """Bases (n, p, r) of the subspaces fitted without each of the members."""
+    V, w = frame.eigenvectors, weights[frame.members]
+    # the scatter without k loses w_k W / (W - w_k) D_k D_k'
+    loss = (w * w.sum() / (w.sum() - w)).sqrt()
+    loads = V.T @ (X[frame.members] - frame.mean) * loss[:, None, None]
+    return V @ downdated_bases(frame.eigenvalues.clamp(min=0.0), loads, frame.rank)
+
+
+def inside_energy(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """Energy (K,) of every update in the subspace; for a member, in the one fitted without it."""
+    energy = torch.empty_like(X[:, 0, 0])
+    outside = ~frame.members
+    energy[outside] = (frame.basis.T @ X[outside]).square().sum(dim=(1, 2))
+    energy[frame.members] = (left_out_bases(X, weights, frame).mT @ X[frame.members]).square().sum(dim=(1, 2))
+    return energy
 
 
 def floor_energy(X: Tensor) -> float:
@@ -141,7 +159,25 @@ def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]
     """
     R = leave_one_out(X, weights, frame)
     energy = filtered_energy(R, frame.rank).clamp(min=floor_energy(X))
-    return energy.log(), 2.0 / max(degrees_of_freedom(R[frame.members]), 1.0)
+    variance = 2.0 / max(degrees_of_freedom(R[frame.members]), 1.0)
+    sizes = X.square().sum(dim=(1, 2)).clamp(min=floor_energy(X)).log()
+    return without_size(energy.log(), sizes, frame.members, variance), variance
+
+
+def without_size(x: Tensor, sizes: Tensor, members: Tensor, variance: float) -> Tensor:
+    """Log scores (K,) without what the log energies ``sizes`` (K,) of the updates explain of them.
+
+    The subspace is tilted by estimation and leaves out more of a larger update; and noise of a trained adapter grows
+    with it. The slope is that of the members' scores on their sizes, in [0, 1], by ridge regression with prior standard
+    deviation ``SLOPE`` around 0. An outsider's size counts no further than those of the members go: nobody hides a
+    foreign part behind a large one.
+    """
+    own = sizes[members]
+    deviation = sizes.clamp(own.min(), own.max()) - own.mean()
+    product = torch.where(members, (x - x[members].mean()) * deviation, 0.0)  # a member's slope is that of the others
+    square = torch.where(members, deviation.square(), 0.0)
+    slope = (product.sum() - product) / (square.sum() - square + variance / SLOPE**2)
+    return x - slope.clamp(0.0, 1.0) * deviation
 
 
 def effective_dimensions(R: Tensor, clients: float | None = None) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from clairlib.baselines import geometric_median
+from clairlib.client_weights import geometric_median
 from clairlib.decompose import decompose
 from clairlib.frames import fit_frame, floor_energy
 from clairlib.subspace import project_out

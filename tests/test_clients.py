@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from clairlib.clients import CONTAMINATION, planted, random_frame
+from clairlib.attacks import ATTACKS
+from clairlib.clients import planted, random_frame
 from clairlib.seeds import derive
 from clairlib.subspace import project_out, sin_theta
 
-KINDS = sorted(CONTAMINATION)
+KINDS = sorted(ATTACKS)
 
 
 def draw(kind="unstructured", seed=0, **options):
@@ -137,7 +138,7 @@ def test_contaminated_clients_stand_at_random_places():
 
 
 def test_unknown_kind_and_impossible_rank_are_refused():
-    with pytest.raises(ValueError, match="coalition, sign_flip; got 'other'"):
+    with pytest.raises(ValueError, match="stealth, free_rider; got 'other'"):
         draw("other")
     with pytest.raises(ValueError, match="r = 5 leaves no room in p = 4"):
         draw(p=4, r=5)

@@ -5,7 +5,16 @@ import pytest
 import torch
 from scipy import stats
 
-from clairlib.detection import FAMILY_ERROR, PRIOR_CLIENTS, anybody, benign_set, calibrate, least_error_set
+from clairlib.detection import (
+    FAMILY_ERROR,
+    PRIOR_CLIENTS,
+    STRANGER_ERROR,
+    anybody,
+    are_strangers,
+    benign_set,
+    calibrate,
+    least_error_set,
+)
 from clairlib.seeds import derive
 
 LEVEL = 1e-4  # of every test below that could fail by chance; seeds are fixed
@@ -144,5 +153,45 @@ def test_simes_sees_several_clients_that_stand_out_a_little_and_names_them():
     assert not anybody(torch.cat([p[:1], p[n:]]))
     x = torch.zeros(K, dtype=torch.float64)
     x[:n] = 1.0
-    kept = benign_set(x, torch.ones(K, dtype=torch.bool), p, 0.01)
+    kept = benign_set(x, torch.ones(K, dtype=torch.bool), p, 0.01, torch.zeros(K, dtype=torch.float64))
     assert kept.tolist() == [False] * n + [True] * (K - n)
+
+
+def close_groups():
+    """Twelve members and eight suspects whose scores differ by less than Simes' test can tell."""
+    lines = torch.linspace(-0.25, 0.25, 12, dtype=torch.float64), torch.linspace(0.55, 0.65, 8, dtype=torch.float64)
+    order = torch.randperm(20, generator=derive(0, "close groups"))
+    x, truth = torch.cat(lines)[order], order < 12
+    p = calibrate(x, truth, 0.04).p_values
+    assert not anybody(p)
+    return x, truth, p
+
+
+def test_suspects_with_little_inside_the_subspace_are_strangers():
+    x, truth, p = close_groups()
+    inside = torch.where(truth, 5.0, 1.0) + 0.1 * torch.arange(20)
+    assert are_strangers(inside, ~truth)
+    found = benign_set(x, truth, p, 0.04, inside)
+    assert torch.equal(found, least_error_set(x, truth, 0.04)) and not bool(found.all())
+    for other in (-inside, inside[torch.randperm(20, generator=derive(0, "strangers"))]):  # more inside, or as much
+        assert bool(benign_set(x, truth, p, 0.04, other).all())
+
+
+def test_energy_inside_never_decides_who():
+    """A member with nothing inside the subspace stays a member."""
+    x, truth, p = close_groups()
+    inside = torch.where(truth, 5.0, 1.0) + 0.1 * torch.arange(20)
+    found = benign_set(x, truth, p, 0.04, inside)
+    inside[found.nonzero()[0]] = 0.0
+    assert are_strangers(inside, ~found)
+    assert torch.equal(benign_set(x, truth, p, 0.04, inside), found)
+
+
+def test_strangers_at_their_level_when_all_are_alike():
+    """Exchangeable energies, three suspects of ten: 1 of 120 orders is the lowest possible, above the level."""
+    suspects = torch.arange(10) < 3
+    assert not are_strangers(torch.arange(10.0), suspects)
+    draw, suspects, replicates = derive(0, "alike"), torch.arange(20) < 8, 4000
+    rejected = sum(are_strangers(torch.randn(20, generator=draw), suspects) for _ in range(replicates))
+    assert 1 <= rejected <= stats.binom.ppf(1 - LEVEL, replicates, STRANGER_ERROR)
+    assert not are_strangers(torch.arange(20.0), torch.zeros(20, dtype=torch.bool))

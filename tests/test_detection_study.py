@@ -17,7 +17,7 @@ from scipy import stats
 
 from clairlib import detection_plots as plots
 from clairlib import detection_study as study
-from clairlib.baselines import energy_separation, filtered_null, filtered_separation, told_benign
+from clairlib.baseline_scores import energy_separation, filtered_null, filtered_separation, told_benign
 from clairlib.clients import planted, random_frame
 from clairlib.detection import FAMILY_ERROR
 from clairlib.seeds import derive

@@ -12,10 +12,12 @@ from clairlib.frames import (
     filtered_energy,
     fit_frame,
     floor_energy,
+    inside_energy,
     leave_one_out,
     log_scores,
     rank_limit,
     shared_structure,
+    without_size,
 )
 from clairlib.seeds import derive
 from clairlib.subspace import project_out, sin_theta
@@ -153,8 +155,9 @@ def test_log_scores_are_of_left_out_filtered_energy():
     c, w = clients(), unequal(12)
     frame = fit_frame(c.updates, w, c.benign, 2)
     x, variance = log_scores(c.updates, w, frame)
-    R = leave_one_out(c.updates, w, frame)
-    assert torch.allclose(x.exp(), torch.linalg.svdvals(R)[:, : 2 * FILTER].square().sum(1), rtol=1e-10)
+    energy = torch.linalg.svdvals(leave_one_out(c.updates, w, frame))[:, : 2 * FILTER].square().sum(1)
+    sizes = torch.linalg.matrix_norm(c.updates).log() * 2
+    assert torch.allclose(x, without_size(energy.log(), sizes, c.benign, variance), rtol=1e-10)
     assert variance == pytest.approx(2 / ((14 - 2) * 5), rel=0.25)
 
 
@@ -194,3 +197,57 @@ def test_rank_limit_leaves_enough_clients_to_leave_one_out():
     assert rank_limit(2, 10, 5) == 0
     for n, p, q in [(3, 10, 5), (4, 10, 1), (9, 50, 10), (20, 6, 30)]:
         assert 0 < rank_limit(n, p, q) <= min(p - 1, (n - 2) * q)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(12, dtype=torch.float64), unequal(12)], ids=["equal", "unequal"])
+def test_energy_inside_the_subspace_is_left_one_out(weights):
+    c = clients()
+    frame = fit_frame(c.updates, weights, c.benign, 2)
+    for k, energy in enumerate(inside_energy(c.updates, weights, frame).tolist()):
+        others = c.benign & (torch.arange(12) != k)
+        basis = fit_frame(c.updates, weights, others, 2).basis
+        assert energy == pytest.approx(float((basis.T @ c.updates[k]).square().sum()), rel=1e-9)
+
+
+def sized_scores(power, K=16, members=12):
+    draw = derive(0, "sizes")
+    sizes = torch.randn(K, generator=draw, dtype=torch.float64)
+    x = power * sizes + 0.1 * torch.randn(K, generator=draw, dtype=torch.float64)
+    return x, sizes, torch.arange(K) < members
+
+
+@pytest.mark.parametrize("power", [0.0, 0.6, 1.0])
+def test_scores_lose_what_size_explains(power):
+    """A slope from 12 clients with spread .1 errs by .1 / sqrt(12) = .03; five times that, and the ridge's pull."""
+    x, sizes, members = sized_scores(power)
+    left = without_size(x, sizes, members, 0.01)
+    slope = np.polyfit(sizes[members], left[members], 1)[0]
+    assert abs(slope) < 0.17
+    assert torch.allclose(without_size(x + 7, sizes + 3, members, 0.01), left + 7)
+
+
+def test_a_members_slope_is_that_of_the_others():
+    x, sizes, members = sized_scores(0.6)
+    changed = x.clone()
+    changed[3] += 2.0
+    before, after = without_size(x, sizes, members, 0.01), without_size(changed, sizes, members, 0.01)
+    centred = 2.0 / int(members.sum())  # moves everybody's mean only
+    assert float(after[3] - before[3]) == pytest.approx(2.0, abs=2 * centred * float(sizes[members].abs().max()))
+
+
+def test_nobody_hides_behind_a_large_update():
+    """An outsider a million times as large gains no more than one as large as the largest member."""
+    x, sizes, members = sized_scores(0.6)
+    sizes[14] = sizes[members].max()
+    modest = without_size(x, sizes, members, 0.01)
+    sizes[14] += 14 * np.log(10)
+    assert torch.equal(without_size(x, sizes, members, 0.01), modest)
+
+
+def test_size_never_counts_against_a_client():
+    """Scores that fall with size, or rise faster than it, are not noise that grows with the update."""
+    x, sizes, members = sized_scores(-0.5)
+    assert torch.equal(without_size(x, sizes, members, 0.01), x)
+    x, sizes, members = sized_scores(3.0)
+    steepest = x - (sizes.clamp(sizes[members].min(), sizes[members].max()) - sizes[members].mean())
+    assert torch.allclose(without_size(x, sizes, members, 0.01), steepest)

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from clairlib import identifiability_plots
+from clairlib import attacks, identifiability_plots
 from clairlib import identifiability_study as study
-from clairlib.clients import CONTAMINATION, planted, random_frame
+from clairlib.clients import planted, random_frame
 from clairlib.identifiability import (
     ATTACKS,
     attacked,
@@ -57,7 +57,7 @@ def revealed(truth, basis, q: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("q", [1, 2, 3, 10])
-@pytest.mark.parametrize("kind", CONTAMINATION)
+@pytest.mark.parametrize("kind", attacks.ATTACKS)
 def test_statement1_a_benign_pair_reveals_the_subspace(kind, q):
     truth = planted(kind, share=1 / 3, K=9, q=q, generator=derive(0, "statement1", kind, q))
     assert all(revealed(truth, truth.basis, q))

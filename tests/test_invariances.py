@@ -75,8 +75,8 @@ def test_scaling_the_updates_scales_the_result(clients, result, factor):
 
 def test_a_matrix_added_to_every_client_shifts_the_result(clients, result):
     N = torch.randn(20, 6, generator=derive(0, "shift"), dtype=torch.float64)
-    moved = CLAIR().fit(clients.updates + N)
-    same_verdict(result, moved)
+    moved = CLAIR().fit(clients.updates + N)  # scores change: an update's size is its distance from the base model
+    assert torch.equal(moved.benign, result.benign) and moved.rank == result.rank
     assert torch.allclose(moved.refined, result.refined + N, **CLOSE)
     assert torch.allclose(moved.common, result.common + project_out(result.basis, N), **CLOSE)
     assert sin_theta(moved.basis, result.basis) < 1e-8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clairlib import robust_subspace as peers
-from clairlib.baselines import geometric_median
+from clairlib.client_weights import geometric_median
 from clairlib.clients import planted
 from clairlib.seeds import derive
 from clairlib.subspace import project_out, sin_theta
