@@ -48,6 +48,15 @@ def downdated_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
     return bases
 
 
+def held_out_energies(values: Tensor, loads: Tensor) -> Tensor:
+    """Energy (p,) that a client has in each principal direction of the others, mean over clients; as `downdated_bases`.
+
+    Directions of S - E_k E_k', by descending eigenvalue, are those of the other clients; E_k is measured in them.
+    """
+    directions = _exact(values, loads, len(values)).flip(2)
+    return (directions.mT @ loads).square().sum(dim=2).mean(dim=0)
+
+
 def _apply(values: Tensor, loads: Tensor, Q: Tensor) -> Tensor:
     """(diag(values) - E_k E_k') Q_k."""
     return values[:, None] * Q - loads @ (loads.mT @ Q)

@@ -6,14 +6,13 @@ variance of client k is proportional to 1 / w_k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from clairlib.downdate import downdated_bases
-from clairlib.subspace import estimate_rank, project_out, rank_to_keep, resolved_rank
+from clairlib.downdate import downdated_bases, held_out_energies
+from clairlib.subspace import estimate_rank, gap_rank, held_out_rank, project_out, resolved_rank
 
 LEAST_STRUCTURE = 1e-3
 ROUNDING_ENERGY = 1e-20  # energies below this part of the mean client's are rounding, not signal
@@ -52,17 +51,10 @@ def rank_limit(members: int, p: int, q: int) -> int:
     return max(0, min(p - 1, (members - 2) * q, (members - 1) * q // 2 + 1))
 
 
-def fit_frame(
-    X: Tensor,
-    weights: Tensor,
-    members: Tensor,
-    rank: int | None = None,
-    *,
-    choose: Callable[[Tensor, int], int] = estimate_rank,
-) -> Frame:
+def fit_frame(X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None) -> Frame:
     """Frame of a set of clients: weighted mean, and the leading eigenvectors of the centred scatter.
 
-    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` lets ``choose`` estimate it from the spectrum.
+    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank.
     """
     S, w = X[members], weights[members]
     mean = torch.einsum("k,kpq->pq", w / w.sum(), S)
@@ -70,20 +62,36 @@ def fit_frame(
     values, vectors = torch.linalg.eigh(_gram(D))
     values, vectors = values.flip(0), vectors.flip(1)
     if rank is None:
-        rank = _rank(D, values, choose)
+        rank = _rank(D, values)
     return Frame(members, vectors[:, :rank], mean, values, vectors)
 
 
 def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
-    """The frame with the directions its members should keep of their own: more where no gap ends the spectrum."""
-    return fit_frame(X, weights, frame.members, choose=rank_to_keep)
+    """The frame with the directions that its members should keep of their own.
+
+    Those of the gap that ends the spectrum. Where there is none, those that hold more signal than noise in clients held
+    out: the verdict is better off with few directions, a client with all that pay.
+    """
+    if gap_rank(frame.eigenvalues[: resolved_rank(frame.eigenvalues)], frame.rank) == frame.rank:
+        return frame
+    largest = min(rank_limit(frame.size, *X.shape[1:]), resolved_rank(frame.eigenvalues))
+    energies = held_out_energies(frame.eigenvalues.clamp(min=0.0), _loads(X, weights, frame))
+    rank = max(frame.rank, held_out_rank(energies, largest))
+    return replace(frame, basis=frame.eigenvectors[:, :rank])
 
 
 def _gram(D: Tensor) -> Tensor:
     return torch.einsum("kpq,krq->pr", D, D)
 
 
-def _rank(D: Tensor, values: Tensor, choose: Callable[[Tensor, int], int]) -> int:
+def _loads(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """E_k (n, p, q) of the members, in the scatter's eigenvectors: it loses E_k E_k' when the frame does without k."""
+    w = weights[frame.members]
+    loss = (w * w.sum() / (w.sum() - w)).sqrt()  # of w_k W / (W - w_k) D_k D_k'
+    return frame.eigenvectors.T @ (X[frame.members] - frame.mean) * loss[:, None, None]
+
+
+def _rank(D: Tensor, values: Tensor) -> int:
     """Rank of centred blocks D (n, p, q) with scatter eigenvalues ``values``.
 
     Where every client lies in what the others span, there is no noise, and all of it is shared. The noise of low-rank
@@ -96,7 +104,7 @@ def _rank(D: Tensor, values: Tensor, choose: Callable[[Tensor, int], int]) -> in
         others = [_gram(rest - rest.mean(dim=0)) for rest in (torch.cat([D[:k], D[k + 1 :]]) for k in range(n))]
         if all(resolved_rank(values) == resolved for values in torch.linalg.eigvalsh(torch.stack(others)).flip(1)):
             return resolved
-    return choose(values[:resolved], limit)
+    return estimate_rank(values[:resolved], limit)
 
 
 def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
@@ -121,11 +129,8 @@ def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 
 def left_out_bases(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     """Bases (n, p, r) of the subspaces fitted without each of the members."""
-    V, w = frame.eigenvectors, weights[frame.members]
-    # the scatter without k loses w_k W / (W - w_k) D_k D_k'
-    loss = (w * w.sum() / (w.sum() - w)).sqrt()
-    loads = V.T @ (X[frame.members] - frame.mean) * loss[:, None, None]
-    return V @ downdated_bases(frame.eigenvalues.clamp(min=0.0), loads, frame.rank)
+    bases = downdated_bases(frame.eigenvalues.clamp(min=0.0), _loads(X, weights, frame), frame.rank)
+    return frame.eigenvectors @ bases
 
 
 def inside_energy(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:

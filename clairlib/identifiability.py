@@ -21,7 +21,7 @@ TOLERANCE = 1e-8  # what is smaller than this part of the clients it was compute
 CHUNK_ENTRIES = 2**22  # entries of the largest temporary while tuples are compared
 TUPLE_LIMIT = 10**6  # tuples looked at in an exhaustive search
 RIVALS = ("coalition", "anchored coalition", "sign_flip")
-ATTACKS = ("spread", "one direction")
+INSIDE_ATTACKS = ("spread", "one direction")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from clairlib.clients import Planted, planted, random_frame
 from clairlib.experiments import Rows, mean_interval, rate_interval, sweep
 from clairlib.frames import fit_frame
 from clairlib.identifiability import (
-    ATTACKS,
+    INSIDE_ATTACKS,
     RIVALS,
     attacked,
     chance_size,
@@ -181,7 +181,7 @@ def exact_attacks(attackers: int, sizes: list[float], *, seed: int = 0) -> pd.Da
     """
     honest = planted(share=0.0, noise=0.0, generator=derive(seed, "exact attacks"))
     rows = []
-    for attack, size in product(ATTACKS, sizes):
+    for attack, size in product(INSIDE_ATTACKS, sizes):
         truth = attacked(honest, attack, attackers, size, generator=derive(seed, "exact attacks", attack))
         found = identified_frame(consensus_frames(truth.targets, RANK), RANK, Q)
         result = CLAIR().fit(truth.updates)
@@ -208,7 +208,7 @@ def in_subspace_cell(groups: list[int], sizes: list[float], K: int, noise: float
     for m in groups:
         before, local = _error_after(calm.refined[m:], honest, m), _error_after(honest.updates[m:], honest, m)
         absent = _error_after(CLAIR().fit(honest.updates[m:]).refined, honest, m)
-        for attack, size in product(ATTACKS, sizes):
+        for attack, size in product(INSIDE_ATTACKS, sizes):
             truth = attacked(honest, attack, m, size, generator=derive(seed, "inside", attack, m))
             result = CLAIR().fit(truth.updates)
             error = _error_after(result.refined[m:], truth, m)

@@ -10,6 +10,8 @@ from torch import Tensor
 from clairlib.frames import Frame, effective_dimensions, floor_energy, leave_one_out
 from clairlib.subspace import gap_rank, project_out
 
+FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -90,7 +92,7 @@ def _structure(R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     directions, and where those are few nothing can be told.
     """
     own = torch.linalg.svdvals(X)
-    rank = int((own > own[:, :1] * 1e-10).sum(dim=1).median())
+    rank = int((own > own[:, :1] * FLOAT32_ROUNDING).sum(dim=1).median())
     S = torch.linalg.svdvals(R)
     g = gap_rank(S.square().mean(dim=0)[:rank], rank // 2)
     if not g:

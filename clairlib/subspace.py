@@ -8,6 +8,8 @@ from torch import Tensor
 
 EDGE_SPAN = 8  # eigenvalues below the candidate rank from which the edge of the noise is fitted
 ROUNDING = 1e-13  # eigenvalues of a scatter below this part of the largest are rounding
+REACH = 16  # directions that a held-out direction is compared with
+CLEAR = 2.0
 EDGE_FACTOR = 2.5  # a gap counts when it exceeds this many fitted slopes; Onatski has span 5, factor 2
 
 
@@ -79,21 +81,21 @@ def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
     return int(np.argmax(values[:head] / np.maximum(values[1 : head + 1], ROUNDING * values[0]))) + 1
 
 
-def rank_to_keep(eigenvalues: Tensor, limit: int) -> int:
-    """Directions a client keeps of its own: the gap of ``gap_rank``, else all that are too large for isotropic noise.
+def held_out_rank(energies: Tensor, limit: int) -> int:
+    """Number of leading directions in which clients vary as others predict, judged on clients held out; may be 0.
 
-    Where no gap stands out, a direction is kept while its eigenvalue exceeds 4 times the mean of those after it, the
-    most by which the largest eigenvalue of isotropic noise can exceed its mean (Marchenko and Pastur 1967): a direction
-    too many costs its noise, a direction too few the signal in it.
+    ``energies`` (p,) is what a client has, in the mean, in each principal direction of the other clients, descending.
+    A direction that only looks large because it was fitted to its clients' noise holds no more of another one than its
+    neighbours. Directions count as long as they hold ``CLEAR`` times the median of the next ``REACH``: from there on,
+    the signal in a direction exceeds its noise, and a client does better to keep it than to average it out. Finds up
+    to ``REACH`` / 2 of them; more than that hide one another.
     """
-    limit = min(limit, len(eigenvalues))
-    rank = gap_rank(eigenvalues, limit)
-    values = np.append(eigenvalues.clamp(min=0.0).cpu().numpy(), 0.0)
-    if rank or limit < 1 or values[0] == 0:
-        return rank
-    tail_means = np.cumsum(values[::-1])[::-1][1:] / np.arange(len(values) - 1, 0, -1)
-    small = np.flatnonzero(values[:limit] <= 4 * tail_means[:limit])
-    return max(int(small[0]) if len(small) else limit, estimate_rank(eigenvalues, limit))
+    values, rank = energies.cpu(), 0
+    while rank < min(limit, len(values) - 1):
+        if values[rank] <= CLEAR * values[rank + 1 : rank + 1 + REACH].median():
+            break
+        rank += 1
+    return rank
 
 
 def resolved_rank(eigenvalues: Tensor) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from clairlib import downdate
 from clairlib.clients import planted
-from clairlib.downdate import CONVERGED, downdated_bases
+from clairlib.downdate import CONVERGED, downdated_bases, held_out_energies
 from clairlib.seeds import derive
 
 
@@ -70,3 +70,13 @@ def test_a_spectrum_that_spans_many_orders_of_magnitude():
 def test_no_clients_and_float_types():
     values, loads = loads_of()
     assert downdated_bases(values, loads[:0], 3).shape == (0, 40, 3)
+
+
+def test_held_out_energies_are_those_in_the_directions_of_the_others():
+    values, loads = loads_of(noise=0.3)
+    expected = torch.zeros(40, dtype=torch.float64)
+    for E in loads:
+        directions = torch.linalg.eigh(torch.diag(values) - E @ E.T)[1].flip(1)
+        expected += (directions.T @ E).square().sum(1) / len(loads)
+    assert torch.allclose(held_out_energies(values, loads), expected, rtol=1e-9)
+    assert torch.allclose(expected.sum(), loads.square().sum() / len(loads))  # nothing is lost

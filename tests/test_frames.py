@@ -13,6 +13,7 @@ from clairlib.frames import (
     fit_frame,
     floor_energy,
     inside_energy,
+    keep_directions,
     leave_one_out,
     log_scores,
     rank_limit,
@@ -251,3 +252,23 @@ def test_size_never_counts_against_a_client():
     x, sizes, members = sized_scores(3.0)
     steepest = x - (sizes.clamp(sizes[members].min(), sizes[members].max()) - sizes[members].mean())
     assert torch.allclose(without_size(x, sizes, members, 0.01), steepest)
+
+
+def test_a_direction_that_one_client_alone_uses_is_not_kept(monkeypatch):
+    """In sample the fourth direction is as large as the third; held out it is empty."""
+    draw = derive(0, "keep")
+    U = random_frame(40, 4, generator=draw)
+    X = U[:, :3] @ torch.randn(12, 3, 8, generator=draw, dtype=torch.float64)
+    X += 0.2 * torch.randn(12, 40, 8, generator=draw, dtype=torch.float64)
+    X[0] += 5.0 * U[:, 3:] @ torch.randn(1, 8, generator=draw, dtype=torch.float64) / 8**0.5
+    w, everybody = torch.ones(12, dtype=torch.float64), torch.ones(12, dtype=torch.bool)
+    one = fit_frame(X, w, everybody, 1)
+    assert float(one.eigenvalues[3]) > 2 * float(one.eigenvalues[4])
+    monkeypatch.setattr("clairlib.frames.gap_rank", lambda *_: 0)
+    assert keep_directions(X, w, one).rank == 3
+
+
+def test_directions_are_kept_up_to_the_gap():
+    c, w = clients(noise=0.02), torch.ones(12, dtype=torch.float64)
+    frame = fit_frame(c.updates, w, c.benign)
+    assert frame.rank == 2 and keep_directions(c.updates, w, frame) is frame

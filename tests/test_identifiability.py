@@ -16,7 +16,7 @@ from clairlib import attacks, identifiability_plots
 from clairlib import identifiability_study as study
 from clairlib.clients import planted, random_frame
 from clairlib.identifiability import (
-    ATTACKS,
+    INSIDE_ATTACKS,
     attacked,
     chance_size,
     consensus_frames,
@@ -127,7 +127,7 @@ def test_sign_flips_without_a_common_part_are_members():
     assert found is not None and found.size == 8
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", INSIDE_ATTACKS)
 def test_attacks_inside_the_subspace_stay_members_and_touch_nothing_outside(attack):
     honest = planted(share=0.0, K=8, generator=derive(6, "inside"))
     truth = attacked(honest, attack, 3, 100.0, generator=derive(6, "attack"))
@@ -190,7 +190,7 @@ def test_rival_cell_and_its_summary():
 
 def test_attack_rows_and_their_summary():
     rows = pd.DataFrame(study.in_subspace_cell([1], [1.0], 8, 0.1, 0)["attacks"])
-    assert len(rows) == len(ATTACKS) and bool((rows.ratio_local < 1).all())
+    assert len(rows) == len(INSIDE_ATTACKS) and bool((rows.ratio_local < 1).all())
     twice = pd.concat([rows.assign(ratio=1.0), rows.assign(ratio=4.0, ratio_local=2.0)])
     table = study.summarise_attacks(twice)
     assert table.ratio.tolist() == pytest.approx([2.0, 2.0]) and table.worst_ratio_local.tolist() == [2.0, 2.0]

@@ -11,7 +11,7 @@ from scipy import stats
 
 from clairlib.clients import random_frame
 from clairlib.seeds import derive
-from clairlib.subspace import estimate_rank, gap_rank, project_out, sin_theta
+from clairlib.subspace import CLEAR, REACH, estimate_rank, gap_rank, held_out_rank, project_out, sin_theta
 
 SEEDS = 20
 ALLOWED = int(stats.binom.ppf(1 - 1e-4, SEEDS, 0.05))  # misses of 20 seeds, were the rate of misses 5 %
@@ -147,3 +147,32 @@ def test_a_spectrum_too_short_for_a_gap_keeps_its_large_directions():
 
 def test_a_spectrum_with_anything_in_it_has_at_least_one_direction():
     assert all(estimate_rank(planted_spectrum(seed, 0, 0.0), 25) >= 1 for seed in range(5))
+
+
+def test_held_out_rank_counts_the_directions_that_stand_clear():
+    plateau = torch.linspace(1.1, 0.9, 40, dtype=torch.float64)
+    for rank in (0, 1, 4, REACH // 2):
+        energies = torch.cat([torch.full((rank,), 1.2 * CLEAR, dtype=torch.float64), plateau])
+        assert held_out_rank(energies, 30) == rank
+        assert held_out_rank(energies, 3) == min(rank, 3)
+    close = torch.cat([torch.full((4,), 0.8 * CLEAR, dtype=torch.float64), plateau])
+    assert held_out_rank(close, 30) == 0
+
+
+def test_one_large_direction_among_the_noise_is_chance():
+    energies = torch.linspace(1.1, 0.9, 40, dtype=torch.float64)
+    energies[:3], energies[9] = 5.0, 1.2 * CLEAR
+    assert held_out_rank(energies, 30) == 3
+
+
+def test_a_smooth_fall_is_coloured_noise_not_rank():
+    """Noise whose energy halves over twice the reach has no direction that stands clear."""
+    falling = 0.5 ** (torch.arange(60, dtype=torch.float64) / (2 * REACH))
+    assert held_out_rank(falling, 30) == 0
+
+
+def test_held_out_rank_without_noise_and_without_anything():
+    energies = torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert held_out_rank(energies, 4) == 2
+    assert held_out_rank(torch.zeros(5, dtype=torch.float64), 4) == 0
+    assert held_out_rank(torch.zeros(0, dtype=torch.float64), 4) == 0
