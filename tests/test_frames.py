@@ -255,15 +255,15 @@ def test_size_never_counts_against_a_client():
 
 
 def test_a_direction_that_one_client_alone_uses_is_not_kept(monkeypatch):
-    """In sample the fourth direction is as large as the third; held out it is empty."""
+    """In sample the fourth direction stands out, by more than those after it differ; held out it is empty."""
     draw = derive(0, "keep")
     U = random_frame(40, 4, generator=draw)
     X = U[:, :3] @ torch.randn(12, 3, 8, generator=draw, dtype=torch.float64)
     X += 0.2 * torch.randn(12, 40, 8, generator=draw, dtype=torch.float64)
-    X[0] += 5.0 * U[:, 3:] @ torch.randn(1, 8, generator=draw, dtype=torch.float64) / 8**0.5
+    X[0] += 3.5 * U[:, 3:] @ torch.randn(1, 8, generator=draw, dtype=torch.float64) / 8**0.5
     w, everybody = torch.ones(12, dtype=torch.float64), torch.ones(12, dtype=torch.bool)
     one = fit_frame(X, w, everybody, 1)
-    assert float(one.eigenvalues[3]) > 2 * float(one.eigenvalues[4])
+    assert float(one.eigenvalues[3]) > 1.4 * float(one.eigenvalues[4])
     monkeypatch.setattr("clairlib.frames.gap_rank", lambda *_: 0)
     assert keep_directions(X, w, one).rank == 3
 
