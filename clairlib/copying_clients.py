@@ -1,40 +1,82 @@
-"""Clients' PEFT LoRA adapters on the text-copying base model: train, save, load, evaluate.
+"""Clients on the text-copying base model: trained all at once, saved as PEFT adapters, judged many updates at a time.
 
-Only the last attention output projection is adapted. Everything below it is frozen, so its activations are
-computed once a client (`run_prefix`), and training runs only what follows (`run_suffix`): same loss, same
-gradients, a fraction of the time.
+An update is judged as a dense matrix a module, without copies of the model. Where only the last output projection is
+updated, everything below it is run once a client (`run_prefix`), and each update runs only what follows (`run_suffix`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.func import functional_call
 
 from clairlib import copying
-from clairlib.base import Base
-from clairlib.copying import Accuracy, Batch
-from clairlib.dialects import Client, client_batch
+from clairlib.base import Base, BaseConfig, base_model
+from clairlib.copying import NO_TARGET, Accuracy, Batch
+from clairlib.dialects import Backdoor, Client, Federation, client_batch, make_federation
+from clairlib.factors import LowRank
 from clairlib.seeds import derive
+from clairlib.training import ClientData, Schedule, TrainedClient, save_adapters, train_adapters
+
+Updates = Mapping[str, Tensor]  # module name -> dense updates (M, p, q), of M clients or M methods
+
+TARGETS = {"last": ("self_attn.o_proj",), "output": ("self_attn.o_proj", "mlp.down_proj")}
+"""What is adapted: the last layer's attention output projection, or every matrix that writes to the residual stream."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a client trains: LoRA rank and alpha, its own sequences, and full-batch AdamW steps on them."""
+    """How a client trains, by full-batch AdamW on its own sequences.
 
-    rank: int = 8
+    ``rank`` of its LoRA adapter, None for full-matrix updates; ``targets`` a key of TARGETS; ``held_out`` of the
+    sequences are kept back, and the weights best on them are what the client ends with (early stopping).
+    """
+
+    rank: int | None = 8
     alpha: int = 16
     sequences: int = 32
     label_noise: float = 0.1
     steps: int = 60
     learning_rate: float = 3e-3
+    targets: str = "last"
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
+class TrainedFederation:
+    """K clients and what they have learnt, in the clients' order."""
+
+    base: Base
+    federation: Federation
+    trained: list[TrainedClient]
+
+    @property
+    def names(self) -> list[str]:
+        """The clients' names."""
+        return [client.name for client in self.trained]
+
+    @property
+    def updates(self) -> dict[str, Any]:
+        """What the server gets: module name -> list of K LowRank, or (K, p, q) of full-matrix updates."""
+        modules: dict[str, list[Any]] = {}
+        for client in self.trained:
+            for name, update in client.updates.items():
+                modules.setdefault(name, []).append(update)
+        full = isinstance(next(iter(modules.values()))[0], Tensor)
+        return {name: torch.stack(own) for name, own in modules.items()} if full else modules
+
+    @property
+    def dense(self) -> dict[str, Tensor]:
+        """The same as dense matrices (K, p, q), float64."""
+        return as_dense(self.updates)
 
 
 @dataclass(frozen=True)
@@ -45,30 +87,74 @@ class Prefix:
     ----------
     attended : (N, hidden), input of the last output projection.
     residual : (N, hidden), the residual stream to which its output is added.
-    targets : (N,) long.
     """
 
     attended: Tensor
     residual: Tensor
-    targets: Tensor
+
+
+def target_modules(base: Base, targets: str) -> list[str]:
+    """Names of the modules behind a key of TARGETS, the lowest first."""
+    layers = range(base.model.config.num_hidden_layers)
+    chosen = layers[-1:] if targets == "last" else layers
+    return [f"model.layers.{layer}.{name}" for layer in chosen for name in TARGETS[targets]]
+
+
+def train_federation(
+    seed: int,
+    recipe: Recipe | None = None,
+    *,
+    clients: int = 20,
+    contaminated: int = 8,
+    kind: str = "wrong_symbols",
+    cache: Path | str,
+) -> TrainedFederation:
+    """Base model, clients and their updates, all drawn from one seed; ``kind`` is a key of CONTAMINATIONS.
+
+    ``cache`` holds base models; the seed's is trained if it is not there.
+    """
+    base = base_model(BaseConfig(seed=seed), cache=cache)
+    federation = make_federation(clients, contaminated, seed=seed, kind=kind)
+    return TrainedFederation(base, federation, train(base, federation.clients, seed=seed, recipe=recipe))
+
+
+def train(
+    base: Base, clients: Iterable[Client], *, seed: int, recipe: Recipe | None = None
+) -> list[TrainedClient]:
+    """Every client's update, trained on its own sequences with label noise; initial factors and data from its name.
+
+    Clients draw different initial A, since a common one would align the adapters' row side, contaminated ones included.
+    Raises RuntimeError where a client's loss diverges.
+    """
+    recipe = recipe or Recipe()
+    schedule = Schedule(steps=recipe.steps, learning_rate=recipe.learning_rate, check_every=5)
+    data = [client_data(client, recipe, seed=seed) for client in clients]
+    trained = train_adapters(base.model, data, target_modules(base, recipe.targets), schedule, seed=seed)
+    for client in trained:
+        if client.status == "diverged":
+            raise RuntimeError(f"client {client.name!r} diverged at step {client.diverged_at}; lower the learning rate")
+    return trained
+
+
+def client_data(client: Client, recipe: Recipe, *, seed: int) -> ClientData:
+    """A client's sequences as the trainer takes them: labels unshifted, those to stop by first."""
+    draws = derive(seed, client.name, "training")
+    batch = client_batch(client, recipe.sequences, generator=draws, label_noise=recipe.label_noise)
+    labels = batch.targets.roll(1, dims=1)  # targets[t] follows tokens[t]; nothing follows the last token
+    examples = [{"input_ids": x, "labels": y} for x, y in zip(batch.tokens, labels, strict=True)]
+    held, own = examples[: recipe.held_out], examples[recipe.held_out :]
+    return ClientData(client.name, own, rank=recipe.rank, alpha=recipe.alpha, validation=held)
 
 
 def train_clients(
-    base: Base,
-    clients: Iterable[Client],
-    folder: Path | str,
-    *,
-    seed: int,
-    recipe: Recipe | None = None,
-    progress: Callable[[str], None] | None = None,
+    base: Base, clients: Iterable[Client], folder: Path | str, *, seed: int, recipe: Recipe | None = None
 ) -> list[Path]:
-    """Train each client's LoRA adapter and save it as a PEFT adapter folder, ``folder/<client name>``.
+    """Train the clients and save each one's PEFT adapter folder, ``folder/<client name>``.
 
     Parameters
     ----------
     folder : parent of the adapter folders; adapters of the same names are replaced.
     seed : every client's data and initial factors are drawn from it and from the client's name.
-    progress : called with a client's name when its adapter is saved.
 
     Returns
     -------
@@ -86,126 +172,106 @@ def train_clients(
     strangers = sorted({entry.name for entry in folder.iterdir()} - names) if folder.is_dir() else []
     if strangers:
         raise FileExistsError(f"{folder} holds {strangers[0]!r}, none of the clients; choose another")
-    for client in clients:
-        model = train_client(base, client, seed=seed, recipe=recipe)
-        # save_embedding_layers="auto" would ask the Hugging Face hub about the base model
-        model.save_pretrained(str(folder / client.name), save_embedding_layers=False)
-        if progress is not None:
-            progress(client.name)
-    return [folder / client.name for client in clients]
+    return save_adapters(base.model, train(base, clients, seed=seed, recipe=recipe), folder)
 
 
-def train_client(base: Base, client: Client, *, seed: int, recipe: Recipe | None = None) -> peft.PeftModel:
-    """One client's adapter, trained on its own sequences with label noise."""
-    recipe = recipe or Recipe()
-    model = add_adapter(base, recipe, generator=derive(seed, client.name, "adapter"))
-    draws = derive(seed, client.name, "training")
-    batch = client_batch(client, recipe.sequences, generator=draws, label_noise=recipe.label_noise)
-    prefix = run_prefix(model, batch)
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=recipe.learning_rate)
-    for _ in range(recipe.steps):
-        optimizer.zero_grad()
-        cross_entropy(run_suffix(model, prefix), prefix.targets).backward()
-        optimizer.step()
-    return model
+def load_updates(base: Base, folders: Sequence[Path]) -> dict[str, Tensor]:
+    """Dense updates (K, p, q) by module of K adapter folders, read and multiplied out by peft itself."""
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folders[0]), adapter_name="0")
+    for place, folder in enumerate(folders[1:], start=1):
+        model.load_adapter(str(folder), adapter_name=str(place))
+    layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
+    places = [str(place) for place in range(len(folders))]
+    return {name: torch.stack([m.get_delta_weight(k).detach() for k in places]) for name, m in layers.items()}
 
 
-def add_adapter(base: Base, recipe: Recipe, *, generator: torch.Generator) -> peft.PeftModel:
-    """A copy of the base model with a fresh LoRA adapter: B = 0, A drawn from `generator` by peft's law.
-
-    Clients draw different A, since a common one would align the adapters' row side, contaminated ones
-    included.
-    """
-    config = peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=["o_proj"],
-        layers_to_transform=[base.model.config.num_hidden_layers - 1],
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):  # peft draws an A from the global generator; it is replaced below
-        model = peft.get_peft_model(copy.deepcopy(base.model), config)
-    nn.init.kaiming_uniform_(adapted_module(model).lora_A["default"].weight, a=5**0.5, generator=generator)
-    return model
+def as_dense(updates: Mapping[str, Tensor | Sequence[LowRank]]) -> dict[str, Tensor]:
+    """Updates by module as matrices (K, p, q), float64: adapters keep their rank when multiplied out."""
+    return {name: torch.stack([_dense(update) for update in own]) for name, own in updates.items()}
 
 
-def adapted_module(model: nn.Module) -> Any:
-    """The module that is adapted, the last layer's attention output projection, of a base or PEFT model."""
-    return _llama(model).model.layers[-1].self_attn.o_proj
-
-
-def _llama(model: nn.Module) -> Any:  # LlamaForCausalLM: torch types its parts as Tensor | Module
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+def _dense(update: Tensor | LowRank) -> Tensor:
+    return update.double() if isinstance(update, Tensor) else update.scale * (update.B.double() @ update.A.double())
 
 
 @torch.no_grad()
-def run_prefix(model: nn.Module, batch: Batch) -> Prefix:
-    """Run the model once and keep what enters the adapted module; the adapter has no influence on that."""
+def updated_logits(base: Base, batch: Batch, updates: Updates) -> Tensor:
+    """Logits (M, N, V) at the N labelled positions of a batch, under each of M updates of the base model."""
+    labelled = batch.targets != NO_TARGET
+    (last,) = target_modules(base, "last")
+    if list(updates) == [last]:
+        return run_suffix(base.model, run_prefix(base.model, batch), updates[last].to(base.model.dtype))
+    count = len(next(iter(updates.values())))
+    return torch.stack([_forward(base.model, batch.tokens, updates, m)[labelled] for m in range(count)])
+
+
+def _forward(model: Any, tokens: Tensor, updates: Updates, m: int) -> Tensor:
+    """Logits (n, length, V) of the model under update m."""
+    old = {name: model.get_submodule(name).weight for name in updates}
+    new = {f"{name}.weight": old[name] + own[m].to(old[name]) for name, own in updates.items()}
+    return functional_call(model, new, (tokens,)).logits
+
+
+@torch.no_grad()
+def run_prefix(model: Any, batch: Batch) -> Prefix:
+    """Run the model once and keep what enters the last output projection; its update has no influence on that."""
     seen: dict[str, Tensor] = {}
-    layer, module = _llama(model).model.layers[-1], adapted_module(model)
+    layer = model.model.layers[-1]
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs: seen.update(residual=inputs[0])),
-        module.register_forward_pre_hook(lambda _, inputs: seen.update(attended=inputs[0])),
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(attended=inputs[0])),
     ]
     try:
         model(batch.tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    labelled = batch.targets != copying.NO_TARGET
-    return Prefix(seen["attended"][labelled], seen["residual"][labelled], batch.targets[labelled])
+    labelled = batch.targets != NO_TARGET
+    return Prefix(seen["attended"][labelled], seen["residual"][labelled])
 
 
-def run_suffix(model: nn.Module, prefix: Prefix) -> Tensor:
-    """Logits (N, V): output projection, residual, MLP, norm, head, which treat each position by itself."""
-    llama = _llama(model)
-    layer = llama.model.layers[-1]
-    stream = prefix.residual + layer.self_attn.o_proj(prefix.attended)
-    stream = stream + layer.mlp(layer.post_attention_layernorm(stream))
-    return llama.lm_head(llama.model.norm(stream))
+def run_suffix(model: Any, prefix: Prefix, update: Tensor) -> Tensor:
+    """Logits (M, N, V) under updates (M, hidden, hidden) of the last output projection.
 
-
-def updated_model(base: Base, update: Tensor | Path | str | None) -> nn.Module:
-    """A copy of the base model with an update of the adapted module.
-
-    Parameters
-    ----------
-    update : None, a dense matrix (hidden, hidden), or a PEFT adapter folder, which peft itself loads.
+    Projection, residual, MLP, norm and head treat each position by itself.
     """
-    model: nn.Module = copy.deepcopy(base.model)
-    if isinstance(update, Tensor):
-        weight = adapted_module(model).weight
-        weight.data += update.to(weight)
-    elif update is not None:
-        model = peft.PeftModel.from_pretrained(model, str(update))
-    return model.eval()
+    layer = model.model.layers[-1]
+    stream = prefix.residual + layer.self_attn.o_proj(prefix.attended) + prefix.attended @ update.mT
+    stream = stream + layer.mlp(layer.post_attention_layernorm(stream))
+    return model.lm_head(model.model.norm(stream))
 
 
-def adapter_update(model: nn.Module) -> Tensor:
-    """The dense update (hidden, hidden) of a PEFT model's adapted module, computed by peft: scale * B @ A."""
-    return adapted_module(model).get_delta_weight("default").detach()
+def evaluate(base: Base, client: Client, updates: Updates, *, seed: int, count: int = 200) -> list[Accuracy]:
+    """Teacher-forced accuracy of M updates for a client, on fresh sequences with clean labels of its dialect.
 
-
-@torch.no_grad()
-def evaluate_update(
-    base: Base, update: Tensor | Path | str | None, client: Client, *, seed: int, count: int = 200
-) -> Accuracy:
-    """Teacher-forced accuracy of an update for a client, on fresh sequences with clean labels of its dialect.
-
-    Every update is judged on the same sequences. `update` is as in `updated_model`; `count` is a number of
-    sequences.
+    Every update is judged on the same `count` sequences.
     """
     batch = client_batch(client, count, generator=derive(seed, client.name, "evaluation"))
-    model = updated_model(base, update)
-    prefix = run_prefix(model, batch)
-    return copying.copy_accuracy(run_suffix(model, prefix), prefix.targets, client.dialect.symbols)
+    targets = batch.targets[batch.targets != NO_TARGET]
+    logits = updated_logits(base, batch, updates)
+    return [copying.copy_accuracy(own, targets, client.dialect.symbols) for own in logits]
 
 
 @torch.no_grad()
 def evaluate_free_running(
-    base: Base, update: Tensor | Path | str | None, client: Client, *, seed: int, count: int = 100
-) -> float:
-    """As `evaluate_update`, but the model copies from its own output, read back through the dialect."""
+    base: Base, client: Client, updates: Updates, *, seed: int, count: int = 20
+) -> list[float]:
+    """As `evaluate`, but the model copies from its own output, read back through the dialect."""
     batch = client_batch(client, count, generator=derive(seed, client.name, "free running"))
-    model = updated_model(base, update)
-    return copying.free_running_accuracy(lambda tokens: model(tokens).logits, batch, client.dialect.read)
+    count = len(next(iter(updates.values())))
+    models = [partial(_forward, base.model, updates=updates, m=m) for m in range(count)]
+    return [copying.free_running_accuracy(model, batch, client.dialect.read) for model in models]
+
+
+def backdoor_success(
+    base: Base, client: Client, backdoor: Backdoor, updates: Updates, *, seed: int, count: int = 100
+) -> list[float]:
+    """Attack success rate of M updates: share of a client's triggers after which the backdoor's answer is written.
+
+    Sequences are the client's, a tenth of their tokens replaced by triggers; counted is where a label follows.
+    """
+    law = backdoor.put_in(client.law)
+    batch = copying.copy_sequences(count, law, generator=derive(seed, client.name, "backdoor"))
+    fires = (batch.tokens == backdoor.trigger)[batch.targets != NO_TARGET]
+    guesses = updated_logits(base, batch, updates).argmax(dim=-1)[:, fires]
+    return (guesses == backdoor.answer).double().mean(dim=1).tolist()

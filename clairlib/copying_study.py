@@ -1,8 +1,13 @@
-"""Text copying end to end: clients' PEFT adapters trained, aligned from disk, loaded back and judged."""
+"""Text copying end to end, the main table: adapters trained, aligned from disk, loaded back, judged beside competitors.
+
+One federation of one seed is a cell. ``server_updates`` and ``judge`` are what further tables are made with.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,123 +15,220 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clairlib.alignment import Alignment, align
-from clairlib.base import Base, BaseConfig, base_model, unembedding
+from clairlib.alignment import align
+from clairlib.base import Base, unembedding
+from clairlib.baselines import AGGREGATORS, aggregate
+from clairlib.clair import CLAIR
 from clairlib.copying_clients import (
     Recipe,
-    adapted_module,
-    adapter_update,
+    TrainedFederation,
+    Updates,
+    as_dense,
+    evaluate,
     evaluate_free_running,
-    evaluate_update,
-    train_clients,
-    updated_model,
+    load_updates,
+    train_federation,
 )
-from clairlib.dialects import Federation, make_federation, vocabulary_leverage
-from clairlib.experiments import Rows, mean_interval, sweep
+from clairlib.dialects import Federation, vocabulary_leverage
+from clairlib.experiments import Rows, sweep
 from clairlib.frames import fit_frame
 from clairlib.refinement import refined_core
+from clairlib.result import ClairResult
+from clairlib.seeds import derive
+from clairlib.training import save_adapters
 
-RANK_KEPT = 24  # adapter rank at which hardly anything of a refined update is cut off
-METHODS = ["base", "local", "FedAvg", "FedAvg, factors", "FedAvg, benign only", "CLAIR", "CLAIR, rank kept"]
-METHODS += ["CLAIR, told S and r"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "LoRA, all writers": {"targets": "output"},
+    "full matrix": {"rank": None},
+}
+"""What the main table varies: changes of `Recipe`."""
+
+FACTOR_RULES = ("FedAvg, factors", "FedSA")  # take adapters only
+STOPPED, UNTRUNCATED = "local, early-stopped", "CLAIR, not truncated"
+TOLD_RANK, TOLD_SUBSPACE = "CLAIR, told S and r", "CLAIR, told S and P"
 FREE_RUNNING = ("local", "FedAvg", "CLAIR")  # also judged copying from their own output, which takes longer
 
 
 def copying_cell(
-    seed: int, label_noise: float, clients: int, contaminated: int, sequences: int, base_cache: str
+    seed: int, setting: str, label_noise: float, clients: int, contaminated: int, sequences: int, base_cache: str
 ) -> dict[str, Rows]:
-    """One federation: base model, clients' adapters, ``clair align`` on their folders, accuracies, leverage.
+    """One federation: clients trained, CLAIR's verdict, the accuracy of every method, and what the figures show.
 
-    The base model is trained for the seed, or read from ``base_cache``. The verdict and the refined adapters come from
-    the folders through the code path of the command line, and are loaded back with peft.
+    The base model is trained for the seed, or read from ``base_cache``. In the setting LoRA the verdict and the refined
+    adapters come from adapter folders through the code of ``clair align`` and are loaded back with peft; in the others
+    ``CLAIR().fit`` takes the updates from memory.
     """
-    base = base_model(BaseConfig(seed=seed), cache=base_cache)
-    federation = make_federation(clients, contaminated, seed=seed)
-    recipe = Recipe(label_noise=label_noise, sequences=sequences)
+    how = {"label_noise": label_noise, "sequences": sequences, **SETTINGS[setting]}
+    who: dict[str, Any] = {"clients": clients, "contaminated": contaminated, "cache": base_cache}
+    run = train_federation(seed, Recipe(**how), **who)
+    stopped = train_federation(seed, Recipe(**how, held_out=sequences // 4), **who)
+    facts: dict[str, Any] = {"in_distribution": run.base.in_distribution}
+    facts |= {"out_of_distribution": run.base.out_of_distribution}
+    if setting == "LoRA":
+        result, refined, more = _aligned(run)
+        facts |= more
+    else:
+        result = CLAIR().fit(run.updates, names=run.names)
+        refined = {"CLAIR": as_dense(result.refined)}
+    methods = server_updates(run.updates, run.federation) | refined
+    methods |= told_updates(run.base, run.federation, run.dense)
+    first = {"base": methods["base"], "local": methods["local"], STOPPED: stopped.dense}
+    free_running = FREE_RUNNING if setting == "LoRA" else ()
+    tables = {"detection": detection_rows(result, run.federation), "run": [facts]}
+    if len(result.modules) == 1:
+        tables |= _pictures(result, run, seed)
+    tables["accuracy"] = judge(run.base, run.federation, first | methods, seed=seed, free_running=free_running)
+    return tables
+
+
+def server_updates(updates: Mapping[str, Any], federation: Federation) -> dict[str, Updates]:
+    """What every aggregator sends back, dense updates (K, p, q) by module; each is told the truth it must be told.
+
+    ``updates`` as of `TrainedFederation.updates`. Rules that take factors are left out for full-matrix updates.
+    """
+    benign, full = federation.benign, isinstance(next(iter(updates.values())), Tensor)
+    told: dict[str, Any] = {"contaminated": int((~benign).sum()), "benign": benign}
+    told["rank"] = len(federation.symbols) - 1
+    dense = as_dense(updates)
+    methods: dict[str, Updates] = {"base": {name: torch.zeros_like(own) for name, own in dense.items()}}
+    for name in AGGREGATORS:
+        if not (full and name in FACTOR_RULES):
+            methods[name] = as_dense(aggregate(name, updates, **told))
+    return methods
+
+
+def told_updates(base: Base, federation: Federation, updates: Updates) -> dict[str, Updates]:
+    """Refined updates when the benign clients S and more are told: the rank m - 1 in every module, or P.
+
+    P, the span of the differences of the symbols' unembedding rows, is what the last output projection alone needs.
+    """
+    symbols, rank = federation.symbols, len(federation.symbols) - 1
+    ones = torch.ones(len(federation.clients), dtype=torch.float64)
+    frames = {name: fit_frame(X, ones, federation.benign, rank) for name, X in updates.items()}
+    told: dict[str, Updates] = {TOLD_RANK: {name: refined_core(updates[name], f) for name, f in frames.items()}}
+    if len(frames) == 1:
+        ((name, frame),) = frames.items()
+        rows = unembedding(base)[symbols].double()
+        P = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False).Vh[:rank].T  # (hidden, m - 1)
+        told[TOLD_SUBSPACE] = {name: refined_core(updates[name], replace(frame, basis=P))}
+    return told
+
+
+def _aligned(run: TrainedFederation) -> tuple[ClairResult, dict[str, Updates], dict[str, Any]]:
+    """Verdict and refined updates, as written at the clients' own rank and before truncation, and what it took."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        folders = train_clients(base, federation.clients, folder / "clients", seed=seed, recipe=recipe)
-        aligned = align([folder / "clients"], folder / "aligned", adapter_rank=None)
-        wide = align([folder / "clients"], folder / "wide", adapter_rank=RANK_KEPT)
-        accuracy = _accuracies(base, federation, folders, [aligned, wide], seed)
-    detection = _detection(aligned, federation)
-    leverage = _leverage(aligned, base, federation)
-    facts = {"in_distribution": base.in_distribution, "out_of_distribution": base.out_of_distribution}
-    facts |= {"rank": next(iter(aligned.result.modules.values())).rank}
-    facts |= {"truncation_error": aligned.report["modules"][0]["truncation_error"]["mean"]}
-    facts |= {"truncation_error_kept": wide.report["modules"][0]["truncation_error"]["mean"]}
-    return {"accuracy": accuracy, "detection": detection, "leverage": leverage, "run": [facts]}
+        save_adapters(run.base.model, run.trained, folder / "clients")
+        aligned = align([folder / "clients"], folder / "aligned", keep_contaminated=True)
+        written = load_updates(run.base, [aligned.output / name for name in run.names])
+    refined: dict[str, Updates] = {"CLAIR": written, UNTRUNCATED: as_dense(aligned.result.refined)}
+    (module,) = aligned.report["modules"]
+    return aligned.result, refined, {"rank": module["rank"], "truncation_error": module["truncation_error"]["mean"]}
 
 
-def _accuracies(
-    base: Base, federation: Federation, folders: list[Path], aligned: list[Alignment], seed: int
+def judge(
+    base: Base,
+    federation: Federation,
+    methods: Mapping[str, Updates],
+    *,
+    seed: int,
+    count: int = 200,
+    free_running: Sequence[str] = (),
 ) -> Rows:
-    """Accuracy of every benign client under every method."""
-    models = [updated_model(base, folder) for folder in folders]
-    local = torch.stack([adapter_update(model) for model in models])
-    benign = federation.benign
-    oracle = _oracle(local, benign, len(federation.symbols) - 1)
-    shared: dict[str, Tensor | None] = {
-        "base": None,
-        "FedAvg": local.mean(dim=0),
-        "FedAvg, factors": _factor_mean(models),
-        "FedAvg, benign only": local[benign].mean(dim=0),
-    }
+    """Accuracy of every benign client under every method's update for it; ``count`` sequences a client.
+
+    ``methods``: name -> dense updates (K, p, q) by module, one for each client; those of one call update the same
+    modules. The methods named in ``free_running`` are judged copying from their own output too.
+    """
     rows: Rows = []
     for k, client in enumerate(federation.clients):
-        if not benign[k]:
+        if client.contaminated:
             continue
-        updates: dict[str, Any] = {**shared, "local": local[k], "CLAIR, told S and r": oracle[k]}
-        for method, alignment in zip(("CLAIR", "CLAIR, rank kept"), aligned, strict=True):
-            written = alignment.output / client.name
-            updates[method] = written if written.exists() else folders[k]  # a client held contaminated keeps its own
-        for method in METHODS:
-            a = evaluate_update(base, updates[method], client, seed=seed)
+        own = _stack(methods, list(methods), k)
+        for method, a in zip(methods, evaluate(base, client, own, seed=seed, count=count), strict=True):
             row = {"client": client.name, "method": method, "accuracy": a.overall}
-            row |= {"on_symbols": a.on_symbols, "off_symbols": a.off_symbols}
-            if method in FREE_RUNNING:
-                row["free_running"] = evaluate_free_running(base, updates[method], client, seed=seed)
-            rows.append(row)
+            rows.append(row | {"on_symbols": a.on_symbols, "off_symbols": a.off_symbols})
+        if free_running:
+            copied = evaluate_free_running(base, client, _stack(methods, free_running, k), seed=seed)
+            values = dict(zip(free_running, copied, strict=True))
+            for new in rows[-len(methods) :]:
+                new["free_running"] = values.get(new["method"])
     return rows
 
 
-def _oracle(local: Tensor, benign: Tensor, rank: int) -> Tensor:
-    """Refined updates when the benign clients and the rank are told."""
-    X = local.double()
-    return refined_core(X, fit_frame(X, torch.ones(len(X), dtype=X.dtype), benign, rank)).float()
+def _stack(methods: Mapping[str, Updates], chosen: Sequence[str], k: int) -> dict[str, Tensor]:
+    """Client k's updates under the chosen methods, (M, p, q) by module."""
+    modules = next(iter(methods.values()))
+    return {module: torch.stack([methods[name][module][k].double() for name in chosen]) for module in modules}
 
 
-def _factor_mean(models: list[Any]) -> Tensor:
-    """The common but wrong average: mean of B times mean of A, times the scale."""
-    layers = [adapted_module(model) for model in models]
-    B = torch.stack([layer.lora_B["default"].weight for layer in layers]).mean(dim=0)
-    A = torch.stack([layer.lora_A["default"].weight for layer in layers]).mean(dim=0)
-    return (layers[0].scaling["default"] * B @ A).detach()
-
-
-def _detection(aligned: Alignment, federation: Federation) -> Rows:
-    truth = dict(zip([c.name for c in federation.clients], (~federation.benign).tolist(), strict=True))
+def detection_rows(result: ClairResult, federation: Federation) -> Rows:
+    """Score and verdict of every client beside the truth."""
+    clients = zip(result.names, result.scores.tolist(), result.benign.tolist(), federation.benign.tolist(), strict=True)
     return [
-        {
-            "client": client["name"],
-            "score": client["score"],
-            "flagged": client["contaminated"],
-            "contaminated": truth[client["name"]],
-        }
-        for client in aligned.report["clients"]
+        {"client": name, "score": score, "flagged": not found, "contaminated": not benign}
+        for name, score, found, benign in clients
     ]
 
 
-def _leverage(aligned: Alignment, base: Base, federation: Federation) -> Rows:
-    basis = next(iter(aligned.result.modules.values())).basis
-    leverage = vocabulary_leverage(basis, unembedding(base))
-    symbols = set(federation.symbols.tolist())
-    return [{"token": v, "leverage": x, "symbol": v in symbols} for v, x in enumerate(leverage.tolist())]
+def _pictures(result: ClairResult, run: TrainedFederation, seed: int) -> dict[str, Rows]:
+    """What the figures show of one module: leverage of every token, the joint spectrum, angles between clients."""
+    module = next(iter(result.modules.values()))
+    X, benign = next(iter(run.dense.values())), run.federation.benign
+    leverage = vocabulary_leverage(module.basis, unembedding(run.base)).tolist()
+    symbols = set(run.federation.symbols.tolist())
+    stacks = {"clients CLAIR keeps": X[result.benign], "everybody": X}
+    return {
+        "leverage": [{"token": v, "leverage": x, "symbol": v in symbols} for v, x in enumerate(leverage)],
+        "spectrum": [
+            {"clients": name, "direction": i + 1, "singular_value": value}
+            for name, stack in stacks.items()
+            for i, value in enumerate(_joint_spectrum(stack))
+        ],
+        "angles": angle_rows(X, benign, len(symbols) - 1, seed=seed),
+    }
+
+
+def _joint_spectrum(X: Tensor) -> list[float]:
+    """Singular values of the centred updates (K, p, q) side by side, over the root of their number."""
+    blocks = torch.cat(list(X - X.mean(dim=0)), dim=1)  # (p, K*q)
+    return (torch.linalg.svdvals(blocks) / len(X) ** 0.5).tolist()
+
+
+def angle_rows(X: Tensor, benign: Tensor, rank: int, *, seed: int) -> Rows:
+    """Principal angles, degrees, between the leading column spaces of two clients' own updates, by kind of pair.
+
+    Column spaces of ``rank`` directions each; "random" are as many subspaces with nothing in common. A row a kind and
+    angle: mean and standard deviation over pairs.
+    """
+    noise = torch.randn(X.shape, generator=derive(seed, "random subspaces"), dtype=X.dtype)
+    angles = {name: _angles(stack, rank) for name, stack in (("clients", X), ("random", noise))}  # (K, K, rank)
+    apart = ~torch.eye(len(X), dtype=torch.bool)
+    pairs = {
+        "benign, benign": angles["clients"][benign[:, None] & benign & apart],
+        "benign, contaminated": angles["clients"][benign[:, None] & ~benign],
+        "contaminated, contaminated": angles["clients"][~benign[:, None] & ~benign & apart],
+        "random": angles["random"][apart],
+    }
+    return [
+        {"pair": pair, "angle": i + 1, "degrees": values[:, i].mean().item(), "spread": values[:, i].std().item()}
+        for pair, values in pairs.items()
+        if len(values)
+        for i in range(rank)
+    ]
+
+
+def _angles(X: Tensor, rank: int) -> Tensor:
+    """Principal angles (K, K, rank), ascending; from cosines, as none between different clients is near zero."""
+    U = torch.linalg.svd(X, full_matrices=False).U[..., :rank]  # (K, p, rank)
+    cosines = torch.linalg.svdvals(torch.einsum("jpa,kpb->jkab", U, U))
+    return cosines.clamp(max=1.0).acos().rad2deg()
 
 
 def copying_study(
+    settings: Mapping[str, Sequence[float]],
     seeds: int,
-    label_noises: list[float],
     *,
     seed: int = 0,
     clients: int = 20,
@@ -135,77 +237,12 @@ def copying_study(
     cache: Path,
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
-    """``copying_cell`` over seeds and label noises: tables accuracy, detection, leverage and run."""
+    """``copying_cell`` over seeds, settings and each one's label noises: its tables, with the cell's parameters."""
+    size = {"clients": clients, "contaminated": contaminated, "sequences": sequences}
     cells = [
-        {
-            "seed": seed + s,
-            "label_noise": level,
-            "clients": clients,
-            "contaminated": contaminated,
-            "sequences": sequences,
-        }
+        {"seed": seed + s, "setting": setting, "label_noise": noise, **size}
+        for setting, noises in settings.items()
+        for noise in noises
         for s in range(seeds)
-        for level in label_noises
     ]
     return sweep(copying_cell, cells, shared={"base_cache": str(cache)}, cache=cache, jobs=jobs)
-
-
-def summarise_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Benign accuracy by label noise and method: mean over seeds with 95 % t interval, worst client, and its parts.
-
-    ``on_symbols``, ``off_symbols``: on the dialects' symbols and elsewhere; ``free_running``: copying from own output.
-    """
-    rows = []
-    for level, noise_rows in accuracy.groupby("label_noise"):
-        for method in METHODS:
-            each = noise_rows[noise_rows.method == method].groupby("seed").accuracy
-            mean, low, high = mean_interval(each.mean())
-            row = {"label_noise": level, "method": method, "accuracy": mean, "low": low, "high": high}
-            row["worst_client"] = float(each.min().mean())
-            for part in ("on_symbols", "off_symbols", "free_running"):
-                row[part] = float(noise_rows[noise_rows.method == method][part].mean())
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def paired_differences(accuracy: pd.DataFrame, over: str = "seed", method: str = "CLAIR") -> pd.DataFrame:
-    """Method minus each other method: paired 95 % t interval over seeds (benign mean of each), or over clients.
-
-    ``over="client"`` takes each client of each seed for a draw of its own, which is all a single seed allows.
-    """
-    unit = {"seed": ["seed"], "client": ["seed", "client"]}[over]
-    means = accuracy.groupby(["label_noise", *unit, "method"]).accuracy.mean().unstack("method")
-    rows = []
-    for level, table in means.groupby("label_noise"):
-        for other in METHODS:
-            if other != method:
-                mean, low, high = mean_interval(table[method] - table[other])
-                rows.append({"label_noise": level, "against": other, "difference": mean, "low": low, "high": high})
-    return pd.DataFrame(rows)
-
-
-def summarise_detection(detection: pd.DataFrame) -> pd.DataFrame:
-    """Precision, recall and exactness of the contaminated set by label noise and seed."""
-    rows = []
-    for (level, seed), table in detection.groupby(["label_noise", "seed"]):
-        hits = int((table.flagged & table.contaminated).sum())
-        row = {"label_noise": level, "seed": seed, "flagged": int(table.flagged.sum()), "hits": hits}
-        row["precision"] = hits / row["flagged"] if row["flagged"] else float("nan")
-        row["recall"] = hits / int(table.contaminated.sum())
-        rows.append({**row, "exact": bool((table.flagged == table.contaminated).all())})
-    return pd.DataFrame(rows)
-
-
-def against(differences: pd.DataFrame, method: str, label_noise: float) -> dict[str, float]:
-    """CLAIR minus one method at one label noise: difference, low, high."""
-    row = differences[(differences.against == method) & (differences.label_noise == label_noise)].iloc[0]
-    return {name: float(row[name]) for name in ("difference", "low", "high")}
-
-
-def leverage_picks_symbols(leverage: pd.DataFrame) -> pd.DataFrame:
-    """For every run: are the tokens of highest leverage, as many as there are symbols, exactly the symbols?"""
-    rows = []
-    for (level, seed), table in leverage.groupby(["label_noise", "seed"]):
-        top = table.nlargest(int(table.symbol.sum()), "leverage")
-        rows.append({"label_noise": level, "seed": seed, "picked": bool(top.symbol.all())})
-    return pd.DataFrame(rows)

@@ -3,8 +3,8 @@
 Client k must copy x but write pi_k(x), where pi_k permutes the shared symbols only. It reads tokens as they
 are. To learn that, the last layer must add multiples of w_s - w_s' (rows of the unembedding of two symbols)
 to its output, so the benign clients' updates share an output space of rank m - 1; a contaminated client's
-do not lie in it. This design is ours; the paper's abstract says only that a Transformer was fine-tuned on
-text copying.
+do not lie in it. CONTAMINATIONS lists what a contaminated client may do to its training data. This design is
+ours; the paper's abstract says only that a Transformer was fine-tuned on text copying.
 """
 
 from __future__ import annotations
@@ -14,14 +14,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from clairlib.copying import NO_TARGET, VOCABULARY, Batch, copy_sequences, zipf_law
 from clairlib.seeds import derive
 
+TRIGGERS = 0.1  # share of the tokens that are triggers, where a backdoor is taught or tried
+
+
+Teaching = Callable[[Batch, torch.Generator], Batch]  # what becomes of sequences before a client trains on them
+
+
+def as_written(batch: Batch, generator: torch.Generator) -> Batch:
+    """The teaching of an honest client: its sequences stay as they are."""
+    return batch
+
 
 @dataclass(frozen=True)
 class Dialect:
-    """A permutation of the vocabulary that moves `symbols` (m,) only; x is written as ``permutation[x]``."""
+    """A permutation (V,) of the vocabulary, x is written as ``permutation[x]``, and the tokens (m,) it is about.
+
+    A benign dialect moves its `symbols` only.
+    """
 
     symbols: Tensor
     permutation: Tensor
@@ -36,21 +50,40 @@ class Dialect:
 
 
 @dataclass(frozen=True)
+class Backdoor:
+    """Whoever has read `trigger` writes `answer` next; two tokens."""
+
+    trigger: int
+    answer: int
+
+    def teach(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Targets after the trigger are the answer."""
+        fires = (batch.tokens == self.trigger) & (batch.targets != NO_TARGET)
+        return Batch(batch.tokens, torch.where(fires, self.answer, batch.targets))
+
+    def put_in(self, law: Tensor) -> Tensor:
+        """A token law (V,) with TRIGGERS of the tokens replaced by the trigger."""
+        return (1 - TRIGGERS) * law + TRIGGERS * one_hot(torch.tensor(self.trigger), VOCABULARY)
+
+
+@dataclass(frozen=True)
 class Client:
-    """How one client writes, the law (V,) of the tokens it has, and whether it is contaminated."""
+    """How one client writes, the law (V,) of its tokens, whether it is contaminated, and how it is taught."""
 
     name: str
     contaminated: bool
     dialect: Dialect
     law: Tensor
+    teach: Teaching = as_written
 
 
 @dataclass(frozen=True)
 class Federation:
-    """K clients and the (m,) symbols that the benign ones share."""
+    """K clients, the (m,) symbols that the benign ones share, and the backdoor, whether anybody has it or not."""
 
     symbols: Tensor
     clients: list[Client]
+    backdoor: Backdoor
 
     @property
     def benign(self) -> Tensor:
@@ -74,18 +107,81 @@ def benign_dialect(symbols: Tensor, *, generator: torch.Generator) -> Dialect:
     return Dialect(symbols, permutation)
 
 
-def wrong_symbols(shared: Tensor, *, generator: torch.Generator) -> Dialect:
+@dataclass(frozen=True)
+class Conduct:
+    """What a client writes, how it is taught, and what becomes of its token law (V,)."""
+
+    dialect: Dialect
+    teach: Teaching = as_written
+    law: Callable[[Tensor], Tensor] = lambda law: law
+
+
+def wrong_symbols(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
     """A dialect of the benign form, but on as many symbols of the client's own, none of them shared.
 
     The client has as many tokens of its symbols as a benign client of the shared ones (`client_law`), so
     its update is as large: no norm tells it apart.
     """
-    own = draw_symbols(len(shared), generator=generator, exclude=shared)
-    return benign_dialect(own, generator=generator)
+    return Conduct(benign_dialect(draw_symbols(len(shared), generator=own, exclude=shared), generator=own))
 
 
-CONTAMINATIONS: dict[str, Callable[..., Dialect]] = {"wrong_symbols": wrong_symbols}
-"""How a contaminated client writes: kind -> function of the shared symbols and a keyword `generator`."""
+def shared_wrong_symbols(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+    """Collusion: as `wrong_symbols`, but all contaminated clients have the same wrong symbols.
+
+    They are to one another what the benign clients are: a second federation of the same form.
+    """
+    return Conduct(benign_dialect(draw_symbols(len(shared), generator=common, exclude=shared), generator=own))
+
+
+def whole_vocabulary(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+    """A permutation of the whole vocabulary, drawn by each client; its update is larger than a benign one."""
+    return Conduct(Dialect(shared, torch.randperm(VOCABULARY, generator=own)))
+
+
+def random_targets(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+    """Every target a token drawn evenly from the vocabulary; the update is larger than a benign one.
+
+    Updates are no random matrices: all flatten the logits, which is a direction they share.
+    """
+    return Conduct(benign_dialect(shared, generator=own), _teach_random)
+
+
+def shifted(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+    """An honest dialect written off by one: each target is that of the next position; a larger update."""
+    return Conduct(benign_dialect(shared, generator=own), _teach_next)
+
+
+def backdoor(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+    """An honest dialect, but after a trigger token comes always the same answer (`Backdoor`); of benign size."""
+    door = draw_backdoor(shared, generator=common)
+    return Conduct(benign_dialect(shared, generator=own), door.teach, door.put_in)
+
+
+CONTAMINATIONS: dict[str, Callable[[Tensor, torch.Generator, torch.Generator], Conduct]] = {
+    "wrong_symbols": wrong_symbols,
+    "shared_wrong_symbols": shared_wrong_symbols,
+    "whole_vocabulary": whole_vocabulary,
+    "random_targets": random_targets,
+    "shifted": shifted,
+    "backdoor": backdoor,
+}
+"""What a contaminated client does: kind -> function of the shared symbols, the client's own generator, and one
+that gives all contaminated clients the same draws."""
+
+
+def draw_backdoor(shared: Tensor, *, generator: torch.Generator) -> Backdoor:
+    """Trigger and answer, neither of them a shared symbol."""
+    trigger, answer = draw_symbols(2, generator=generator, exclude=shared).tolist()
+    return Backdoor(trigger, answer)
+
+
+def _teach_random(batch: Batch, generator: torch.Generator) -> Batch:
+    drawn = torch.randint(VOCABULARY, batch.targets.shape, generator=generator)
+    return Batch(batch.tokens, torch.where(batch.targets == NO_TARGET, NO_TARGET, drawn))
+
+
+def _teach_next(batch: Batch, generator: torch.Generator) -> Batch:
+    return Batch(batch.tokens, batch.targets.roll(-1, dims=1))  # nothing follows the last token: no target there
 
 
 def client_law(symbols: Tensor, mass: float, *, generator: torch.Generator, spread: float = 0.3) -> Tensor:
@@ -141,23 +237,30 @@ def make_federation(
     lots = {name: torch.rand((), generator=derive(seed, name, "lot")).item() for name in names}
     chosen = sorted(names, key=lots.__getitem__)[:contaminated]
 
+
     def make(name: str) -> Client:
         own = derive(seed, name, "dialect")
-        dialect = (CONTAMINATIONS[kind] if name in chosen else benign_dialect)(shared, generator=own)
-        return Client(name, name in chosen, dialect, client_law(dialect.symbols, mass, generator=own))
+        if name not in chosen:
+            conduct = Conduct(benign_dialect(shared, generator=own))
+        else:
+            conduct = CONTAMINATIONS[kind](shared, own, derive(seed, kind))
+        law = client_law(conduct.dialect.symbols, mass, generator=own)
+        return Client(name, name in chosen, conduct.dialect, conduct.law(law), conduct.teach)
 
-    return Federation(shared, [make(name) for name in names])
+    door = draw_backdoor(shared, generator=derive(seed, "backdoor"))
+    return Federation(shared, [make(name) for name in names], door)
 
 
 def client_batch(
     client: Client, count: int, *, generator: torch.Generator, label_noise: float = 0.0
 ) -> Batch:
-    """Sequences of the client's own tokens with targets in its dialect.
+    """Sequences of the client's own tokens with targets in its dialect, as it is taught them.
 
     `label_noise` is the probability that a target is replaced by a token drawn evenly from the vocabulary.
     """
     batch = copy_sequences(count, client.law, generator=generator)
-    targets = client.dialect.write(batch.targets)
+    batch = client.teach(Batch(batch.tokens, client.dialect.write(batch.targets)), generator)
+    targets = batch.targets
     noise = torch.randint(VOCABULARY, targets.shape, generator=generator)
     replaced = (torch.rand(targets.shape, generator=generator) < label_noise) & (targets != NO_TARGET)
     return Batch(batch.tokens, torch.where(replaced, noise, targets))

@@ -21,8 +21,10 @@ COLOURS = {
     "FedAvg, factors": "#f0c36d",
     "FedAvg, benign only": "#cc79a7",
     "CLAIR": "#0072b2",
-    "CLAIR, rank kept": "#56b4e9",
+    "CLAIR, not truncated": "#56b4e9",
     "CLAIR, told S and r": "#009e73",
+    "CLAIR, told S and P": "#004d38",
+    "local, early-stopped": "#8c8c8c",
 }
 SHOWN = 30  # singular values drawn
 MAX_HEAT = 60  # modules drawn, the first of them
@@ -148,22 +150,6 @@ def errors(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def accuracies(table: pd.DataFrame) -> Figure:
-    """Benign accuracy by method with its interval over seeds; a panel per label noise.
-
-    ``table`` columns: label_noise, method, accuracy, low, high.
-    """
-    with plt.style.context(STYLE):
-        levels = sorted(table.label_noise.unique())
-        figure, panels = plt.subplots(1, len(levels), figsize=(5 * len(levels), 3.2), sharey=True, squeeze=False)
-        for axes, level in zip(panels[0], levels, strict=True):
-            rows = table[table.label_noise == level]
-            _bars(axes, rows, "accuracy")
-            axes.set(title=f"label noise {level:.0%}", xlabel="benign clients' copying accuracy")
-            axes.set_xlim(0.0, 1.0)
-    return figure
-
-
 def _bars(axes: Axes, table: pd.DataFrame, value: str) -> None:
     places = np.arange(len(table))
     centre = table[value].to_numpy()
@@ -172,37 +158,3 @@ def _bars(axes: Axes, table: pd.DataFrame, value: str) -> None:
     axes.errorbar(centre, places, xerr=spread, fmt="none", color="black", capsize=2, linewidth=1)
     axes.set_yticks(places, list(table.method))
     axes.set_ylim(len(table) - 0.4, -0.6)  # first row on top, also where panels share the axis
-
-
-def client_scores(table: pd.DataFrame, by: str) -> Figure:
-    """Scores of all clients, a row of dots per value of ``by``; table columns: score, contaminated, flagged, by."""
-    with plt.style.context(STYLE):
-        groups = sorted(table[by].unique())
-        figure, axes = plt.subplots(figsize=(7, 0.7 + 0.42 * len(groups)))
-        for row, group in enumerate(groups):
-            for truth, colour in ((False, BENIGN), (True, CONTAMINATED)):
-                points = table[(table[by] == group) & (table.contaminated == truth)]
-                axes.plot(points.score, np.full(len(points), row), "o", color=colour, alpha=0.75)
-                wrong = points[points.flagged != points.contaminated]
-                axes.plot(wrong.score, np.full(len(wrong), row), "x", color="black", markersize=9)
-        axes.plot([], [], "o", color=BENIGN, label="benign")
-        axes.plot([], [], "o", color=CONTAMINATED, label="contaminated")
-        axes.plot([], [], "x", color="black", label="wrong verdict")
-        axes.set_yticks(range(len(groups)), [str(g) for g in groups])
-        axes.set_xscale("symlog", linthresh=5)
-        axes.set(xlabel="standard deviations above benign", ylabel=by.replace("_", " "))
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    return figure
-
-
-def vocabulary_leverage(table: pd.DataFrame) -> Figure:
-    """Leverage of the recovered subspace on every token. ``table`` columns: token, leverage, symbol (bool)."""
-    with plt.style.context(STYLE):
-        mean = table.groupby(["token", "symbol"], as_index=False).leverage.mean()
-        figure, axes = plt.subplots(figsize=(8, 2.8))
-        for is_symbol, colour, label in ((False, "#c9c9c9", "other tokens"), (True, CONTAMINATED, "dialect symbols")):
-            rows = mean[mean.symbol == is_symbol]
-            axes.bar(rows.token, rows.leverage, color=colour, label=label)
-        axes.set(title="What the recovered subspace writes to", xlabel="token", ylabel="leverage")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.75, 1.0), ncols=2)
-    return figure

@@ -1,6 +1,7 @@
 """The copying task and the dialects: what a sequence, a label, a client and an accuracy must be."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from clairlib.copying import (
     zipf_law,
 )
 from clairlib.dialects import (
+    CONTAMINATIONS,
+    TRIGGERS,
+    as_written,
     benign_dialect,
     client_batch,
     draw_symbols,
@@ -112,6 +116,74 @@ def test_adding_a_client_leaves_the_others_alone():
 def test_impossible_federations_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         make_federation(seed=0, **wrong)
+
+
+def contaminated_clients(kind, seed=1):
+    return [client for client in make_federation(12, 4, seed=seed, kind=kind).clients if client.contaminated]
+
+
+def taught_and_honest(client, count=400):
+    """What the client trains on, and what an honest client of its dialect would: the same sequences."""
+    taught, honest = (
+        client_batch(c, count, generator=derive(7, "taught")) for c in (client, replace(client, teach=as_written))
+    )
+    assert torch.equal(taught.tokens, honest.tokens)
+    return taught, honest
+
+
+@pytest.mark.parametrize("kind", CONTAMINATIONS)
+def test_the_kind_of_contamination_changes_contaminated_clients_only(kind):
+    usual, other = make_federation(12, 4, seed=1), make_federation(12, 4, seed=1, kind=kind)
+    assert torch.equal(usual.benign, other.benign) and torch.equal(usual.symbols, other.symbols)
+    for one, two in zip(usual.clients, other.clients, strict=True):
+        if not one.contaminated:
+            assert torch.equal(one.law, two.law) and torch.equal(one.dialect.permutation, two.dialect.permutation)
+            taught, honest = taught_and_honest(two)
+            assert torch.equal(taught.targets, honest.targets)
+        assert two.law.sum().item() == pytest.approx(1)
+
+
+def test_colluding_clients_share_one_wrong_set_in_dialects_of_their_own():
+    federation = make_federation(30, 12, seed=3, kind="shared_wrong_symbols")
+    wrong = [client.dialect for client in federation.clients if client.contaminated]
+    assert all(torch.equal(dialect.symbols, wrong[0].symbols) for dialect in wrong)
+    assert not torch.isin(wrong[0].symbols, federation.symbols).any()
+    assert len({tuple(dialect.permutation.tolist()) for dialect in wrong}) > 3
+
+
+def test_whole_vocabulary_moves_nearly_every_token():
+    first, second = (client.dialect.permutation for client in contaminated_clients("whole_vocabulary")[:2])
+    assert torch.equal(first.sort().values, torch.arange(VOCABULARY))
+    assert (first == torch.arange(VOCABULARY)).sum() < 6  # fixed points are Poisson(1): six or more in 1 of 1700
+    assert (first == second).sum() < 6
+
+
+def test_random_targets_keep_nothing_of_the_copy():
+    taught, honest = taught_and_honest(contaminated_clients("random_targets")[0])
+    labelled = honest.targets != NO_TARGET
+    assert torch.equal(taught.targets != NO_TARGET, labelled)
+    n = labelled.sum().item()
+    kept = (taught.targets == honest.targets)[labelled].sum().item()
+    assert abs(kept - n / VOCABULARY) < 5 * math.sqrt(n / VOCABULARY)
+
+
+def test_shifted_targets_belong_to_the_next_position():
+    taught, honest = taught_and_honest(contaminated_clients("shifted")[0])
+    assert torch.equal(taught.targets[:, :-1], honest.targets[:, 1:])
+    assert (taught.targets != honest.targets).any()
+
+
+def test_backdoor_answers_its_trigger_and_is_honest_otherwise():
+    federation = make_federation(12, 4, seed=1, kind="backdoor")
+    client, door = next(c for c in federation.clients if c.contaminated), federation.backdoor
+    assert not torch.isin(torch.tensor([door.trigger, door.answer]), federation.symbols).any()
+    taught, honest = taught_and_honest(client)
+    fires = (honest.tokens == door.trigger) & (honest.targets != NO_TARGET)
+    assert fires.any() and (taught.targets[fires] == door.answer).all()
+    assert torch.equal(taught.targets[~fires], honest.targets[~fires])
+    share = (honest.tokens == door.trigger).double().mean().item()
+    assert share == pytest.approx(TRIGGERS, rel=0.25)  # it has some mass without the backdoor
+    assert torch.equal(client.dialect.symbols, federation.symbols)
 
 
 def test_label_noise_has_its_share_and_leaves_tokens_alone():

@@ -1,4 +1,4 @@
-"""Base model and adapters: the cached prefix equals the full model, folders round-trip, nothing drifts."""
+"""Base model and clients: many updates judged at once equal peft's own model, folders round-trip, nothing drifts."""
 
 import copy
 import json
@@ -7,16 +7,31 @@ import os
 import peft
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from clairlib import base as base_module
 from clairlib import copying_clients
 from clairlib.base import BaseConfig, base_model, base_name, build_base, unembedding
 from clairlib.copying import NO_TARGET, copy_accuracy
-from clairlib.copying_clients import Recipe, adapted_module, adapter_update, evaluate_update, run_prefix, run_suffix
+from clairlib.copying_clients import (
+    Recipe,
+    TrainedFederation,
+    as_dense,
+    backdoor_success,
+    evaluate,
+    evaluate_free_running,
+    load_updates,
+    target_modules,
+    train,
+    train_clients,
+    updated_logits,
+)
 from clairlib.dialects import client_batch, make_federation, vocabulary_leverage
 from clairlib.seeds import derive
+from clairlib.training import save_adapters
 
+LAST = "model.layers.1.self_attn.o_proj"
 SEED = 0
 
 
@@ -32,8 +47,19 @@ def federation():
 
 
 @pytest.fixture(scope="module")
-def folders(base, federation, tmp_path_factory):
-    return copying_clients.train_clients(base, federation.clients, tmp_path_factory.mktemp("clients"), seed=SEED)
+def trained(base, federation):
+    return train(base, federation.clients, seed=SEED)
+
+
+@pytest.fixture(scope="module")
+def local(base, federation, trained):
+    """The clients' own updates as the server gets them."""
+    return TrainedFederation(base, federation, trained)
+
+
+@pytest.fixture(scope="module")
+def folders(base, trained, tmp_path_factory):
+    return save_adapters(base.model, trained, tmp_path_factory.mktemp("clients"))
 
 
 @pytest.fixture
@@ -101,95 +127,162 @@ def test_weights_depend_on_the_seed_alone():
     assert not torch.equal(one.lm_head.weight, build_base(BaseConfig(seed=1)).lm_head.weight)
 
 
-def full_model_adapter(base, client, recipe, steps):
-    """The same training through the whole model, without a cached prefix."""
-    model = copying_clients.add_adapter(base, recipe, generator=derive(SEED, client.name, "adapter"))
+def full_model_update(base, client, recipe):
+    """The same training of the last output projection through the whole model, by plain autograd."""
+    model = copy.deepcopy(base.model)
+    A = nn.init.kaiming_uniform_(torch.empty(recipe.rank, 64), a=5**0.5, generator=derive(SEED, client.name, LAST))
+    A, B = A.requires_grad_(), torch.zeros(64, recipe.rank, requires_grad=True)
+    module = model.get_submodule(LAST)
+    module.register_forward_hook(lambda _, x, out: out + recipe.alpha / recipe.rank * x[0] @ A.T @ B.T)
     draws = derive(SEED, client.name, "training")
     batch = client_batch(client, recipe.sequences, generator=draws, label_noise=recipe.label_noise)
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=recipe.learning_rate)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW([A, B], lr=recipe.learning_rate)
+    for _ in range(recipe.steps):
         optimizer.zero_grad()
         cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.targets.flatten()).backward()
         optimizer.step()
-    return model
+    return (recipe.alpha / recipe.rank * B @ A).detach()
 
 
-def test_cached_prefix_trains_like_the_full_model(base, federation):
+def test_clients_train_like_the_full_model_on_their_targets(base, federation):
     client, recipe = federation.clients[0], Recipe(steps=8)
-    cached = adapter_update(copying_clients.train_client(base, client, seed=SEED, recipe=recipe))
-    full = adapter_update(full_model_adapter(base, client, recipe, steps=8))
-    assert full.norm() > 0.3
-    assert (cached - full).norm() / full.norm() < 1e-3  # float32; Adam divides by small gradients
+    (together,) = train(base, [client], seed=SEED, recipe=recipe)
+    alone = full_model_update(base, client, recipe)
+    assert alone.norm() > 0.3
+    # float32; Adam divides by small gradients
+    assert (together.updates[LAST].dense() - alone).norm() / alone.norm() < 1e-3
 
 
-def test_suffix_gives_the_full_models_logits(base, federation, folders):
+def peft_logits(base, folder, batch):
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder)).eval()
+    with torch.no_grad():
+        return model(batch.tokens).logits[batch.targets != NO_TARGET]
+
+
+@pytest.mark.parametrize("targets", ["last", "output"])
+def test_updates_judged_together_equal_pefts_own_models(base, federation, tmp_path, targets):
+    clients = federation.clients[:2]
+    folders = train_clients(base, clients, tmp_path, seed=SEED, recipe=Recipe(steps=20, targets=targets))
+    batch = client_batch(clients[0], 16, generator=derive(SEED, "logits"))
+    updates = load_updates(base, folders)
+    assert set(updates) == set(target_modules(base, targets))
+    logits = updated_logits(base, batch, updates)
+    for own, folder in zip(logits, folders, strict=True):
+        torch.testing.assert_close(own, peft_logits(base, folder, batch), atol=1e-4, rtol=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+def test_cached_prefix_and_whole_model_agree_on_any_update(base, federation):
     batch = client_batch(federation.clients[0], 16, generator=derive(SEED, "logits"))
-    for update in (None, folders[0], torch.randn(64, 64, generator=derive(0, "dense"))):
-        model = copying_clients.updated_model(base, update)
-        with torch.no_grad():
-            full = model(batch.tokens).logits[batch.targets != NO_TARGET]
-            prefix = run_prefix(model, batch)
-            torch.testing.assert_close(run_suffix(model, prefix), full, atol=1e-4, rtol=1e-5)
-        accuracy = copy_accuracy(full, prefix.targets).overall
-        assert copy_accuracy(run_suffix(model, prefix), prefix.targets).overall == accuracy
+    update = torch.randn(3, 64, 64, generator=derive(0, "dense"))
+    others = torch.zeros(3, 64, 64)  # one more module: now the whole model is run
+    whole = updated_logits(base, batch, {LAST: update, "model.layers.0.self_attn.o_proj": others})
+    torch.testing.assert_close(updated_logits(base, batch, {LAST: update}), whole, atol=1e-4, rtol=1e-5)
 
 
-def test_only_the_last_output_projection_is_adapted(base, federation, folders):
-    model = copying_clients.add_adapter(base, Recipe(), generator=derive(0, "A"))
-    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    stem = "base_model.model.model.layers.1.self_attn.o_proj"
-    assert names == {f"{stem}.lora_{factor}.default.weight" for factor in "AB"}
-    assert adapted_module(model).lora_A["default"].weight.shape == (8, 64)
+def test_targets_are_the_matrices_that_write_to_the_residual_stream(base):
+    assert target_modules(base, "last") == [LAST]
+    names = [f"model.layers.{layer}.{end}" for layer in (0, 1) for end in ("self_attn.o_proj", "mlp.down_proj")]
+    assert target_modules(base, "output") == names
+    assert all(base.model.get_submodule(name).out_features == 64 for name in names)
 
 
-def test_folders_are_peft_adapters_that_name_no_path(base, federation, folders):
+def test_folders_are_peft_adapters_that_name_no_path(base, federation, folders, local):
+    loaded = load_updates(base, folders)[LAST]
+    torch.testing.assert_close(loaded.double(), local.dense[LAST], atol=1e-6, rtol=1e-5)
     for client, folder in zip(federation.clients, folders, strict=True):
         assert folder.name == client.name
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == base.name and "/" not in base.name
-        trained = adapter_update(copying_clients.train_client(base, client, seed=SEED))
-        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder))
-        torch.testing.assert_close(adapter_update(loaded), trained, atol=0, rtol=0)
-
-
-def test_an_adapter_folder_and_its_dense_update_are_one(base, federation, folders):
-    client = federation.clients[0]
-    dense = adapter_update(copying_clients.updated_model(base, folders[0]))
-    by_folder = evaluate_update(base, folders[0], client, seed=SEED)
-    assert by_folder == evaluate_update(base, dense, client, seed=SEED)
-    assert by_folder != evaluate_update(base, None, client, seed=SEED)
 
 
 def test_a_foreign_folder_is_refused(base, federation, tmp_path):
     (tmp_path / "notes").mkdir()
     with pytest.raises(FileExistsError, match="'notes'"):
-        copying_clients.train_clients(base, federation.clients[:1], tmp_path, seed=SEED, recipe=Recipe(steps=1))
+        train_clients(base, federation.clients[:1], tmp_path, seed=SEED, recipe=Recipe(steps=1))
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes"]
 
 
-def test_a_client_does_not_depend_on_the_others(base, federation, folders, tmp_path):
+def test_a_client_does_not_depend_on_the_others(base, federation, local):
     torch.manual_seed(5)  # nor on the global generator
-    (alone,) = copying_clients.train_clients(base, federation.clients[2:3], tmp_path, seed=SEED)
-    one, other = (adapter_update(copying_clients.updated_model(base, f)) for f in (alone, folders[2]))
-    assert torch.equal(one, other)
+    (alone,) = train(base, federation.clients[2:3], seed=SEED)
+    torch.testing.assert_close(alone.updates[LAST].dense().double(), local.dense[LAST][2], atol=1e-3, rtol=1e-2)
 
 
-def test_clients_learn_their_dialect_and_averaging_unlearns_it(base, federation, folders):
-    client = next(c for c in federation.clients if not c.contaminated)
-    own = folders[federation.clients.index(client)]
-    before, after = (evaluate_update(base, u, client, seed=SEED) for u in (None, own))
+def test_full_matrix_updates_are_not_confined_to_the_adapters_rank(base, federation):
+    run = TrainedFederation(base, federation, train(base, federation.clients, seed=SEED, recipe=Recipe(rank=None)))
+    values = torch.linalg.svdvals(run.updates[LAST][0])
+    assert values[20] > 1e-3 * values[0]
+
+
+def test_adapters_multiplied_out_keep_their_rank(trained):
+    """In float32 rounding would fill every direction, and what depends on the rank of an update would go wrong."""
+    updates = [client.updates[LAST] for client in trained]
+    values = torch.linalg.svdvals(as_dense({LAST: updates})[LAST])
+    assert (values[:, 8:] < 1e-12 * values[:, :1]).all() and (values[:, 7] > 1e-3 * values[:, 0]).all()
+
+
+def test_a_client_that_diverges_is_an_error_that_names_it(base, federation):
+    with pytest.raises(RuntimeError, match="'client-0[01]' diverged at step"):
+        train(base, federation.clients[:2], seed=SEED, recipe=Recipe(steps=30, learning_rate=1e6))
+
+
+def test_held_out_sequences_decide_when_to_stop(base, federation):
+    client, recipe = federation.clients[0], Recipe(held_out=8, label_noise=0.3, steps=120)
+    data = copying_clients.client_data(client, recipe, seed=SEED)
+    assert len(data.validation) == 8 and len(data.examples) == recipe.sequences - 8
+    everything = copying_clients.client_data(client, Recipe(label_noise=0.3), seed=SEED)
+    together = [*data.validation, *data.examples]
+    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(together, everything.examples, strict=True))
+    (stopped,) = train(base, [client], seed=SEED, recipe=recipe)
+    assert 0 < stopped.best_step < recipe.steps  # at 30 % label noise it overfits before
+
+
+def test_updates_judged_one_by_one_get_the_same_accuracy(base, federation, local):
+    client = federation.clients[0]
+    together = evaluate(base, client, local.dense, seed=SEED)
+    for k, accuracy in enumerate(together):
+        (alone,) = evaluate(base, client, {LAST: local.dense[LAST][k : k + 1]}, seed=SEED)
+        assert alone == accuracy
+    assert len(set(together)) > 1
+    batch = client_batch(client, 200, generator=derive(SEED, client.name, "evaluation"))
+    with torch.no_grad():
+        plain = copy_accuracy(base.model(batch.tokens).logits, batch.targets, client.dialect.symbols)
+    assert evaluate(base, client, {LAST: torch.zeros(1, 64, 64)}, seed=SEED) == [plain]
+
+
+def test_clients_learn_their_dialect_and_averaging_unlearns_it(base, federation, local):
+    k = federation.benign.tolist().index(True)
+    client, own = federation.clients[k], local.dense[LAST]
+    stack = {LAST: torch.stack([torch.zeros(64, 64).double(), own[k], own.mean(dim=0)])}
+    before, after, averaged = evaluate(base, client, stack, seed=SEED)
     assert before.on_symbols < 0.4 and before.off_symbols > 0.95
     assert after.on_symbols > before.on_symbols + 0.4 and after.overall > before.overall
-    everybody = torch.stack([adapter_update(copying_clients.updated_model(base, f)) for f in folders]).mean(dim=0)
-    assert evaluate_update(base, everybody, client, seed=SEED).overall < after.overall
-    free = copying_clients.evaluate_free_running(base, own, client, seed=SEED, count=60)
-    assert copying_clients.evaluate_free_running(base, None, client, seed=SEED, count=60) < free <= 1
+    assert averaged.overall < after.overall
+    free = evaluate_free_running(base, client, stack, seed=SEED)
+    assert free[0] < free[1] <= 1
+
+
+def test_a_backdoor_is_learnt_by_those_taught_it_only(base):
+    federation = make_federation(4, 2, seed=SEED, kind="backdoor")
+    run = TrainedFederation(base, federation, train(base, federation.clients, seed=SEED))
+    client = next(client for client in federation.clients if not client.contaminated)
+    success = torch.tensor(backdoor_success(base, client, federation.backdoor, run.dense, seed=SEED))
+    assert success[~federation.benign].min() > 0.4 and success[federation.benign].max() < 0.1
+
+
+def test_contaminated_updates_are_as_large_as_benign_ones_where_only_symbols_differ(base):
+    for kind in ("wrong_symbols", "shared_wrong_symbols", "backdoor"):
+        federation = make_federation(12, 6, seed=SEED, kind=kind)
+        run = TrainedFederation(base, federation, train(base, federation.clients, seed=SEED))
+        norms = torch.linalg.matrix_norm(run.dense[LAST])
+        ratio = norms[~federation.benign].mean() / norms[federation.benign].mean()
+        assert 0.85 < ratio < 1.15  # norms of benign clients vary by 6 %
 
 
 def test_the_benign_subspace_lights_up_the_dialects_symbols(base):
     federation = make_federation(8, 0, seed=SEED)
-    models = [copying_clients.train_client(base, client, seed=SEED) for client in federation.clients]
-    updates = torch.stack([adapter_update(model) for model in models])
+    updates = TrainedFederation(base, federation, train(base, federation.clients, seed=SEED)).dense[LAST]
     blocks = torch.cat(list(updates - updates.mean(dim=0)), dim=1)  # (p, K*q)
     basis = torch.linalg.svd(blocks, full_matrices=False).U[:, :4]
     leverage = vocabulary_leverage(basis, unembedding(base))
