@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clairlib.consensus import consensus, robust_half
+from clairlib.consensus import consensus
 from clairlib.decompose import Certificate, decompose
 from clairlib.detection import Calibration, benign_set, calibrate
 from clairlib.factors import Cores, LowRank
 from clairlib.frames import (
+    LEAST_STRUCTURE,
     Frame,
     fit_frame,
     floor_energy,
@@ -27,10 +28,10 @@ from clairlib.frames import (
 from clairlib.refinement import estimate_gain
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
+from clairlib.starts import robust_half
 from clairlib.subspace import project_out, resolved_rank
-from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, transpose
+from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, read_weights, transpose
 
-MAX_WEIGHT_RATIO = 1e9  # beyond, a sum over clients in float64 no longer sees the smallest weight
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
 
 
@@ -123,14 +124,16 @@ class CLAIR:
         """
         modules, clients, by_module = read_modules(updates, names, self.side)
         device = modules[0].reference.device
-        w = _read_weights(weights, clients).to(device)
+        w = read_weights(weights, clients).to(device)
         solved = []
         for module in modules:
             solved.append(self._solve(module, w))
             if progress is not None:
                 progress(module.name)
         benign, solved, pooled = self._agree(solved, w)
-        results = {s.module.name: self._module_result(s, w, benign) for s in solved}
+        structure = [float(shared_structure(s.X, w, s.frame)) for s in solved]
+        share = max(structure) > LEAST_STRUCTURE
+        results = {s.module.name: self._module_result(s, w, c, share) for s, c in zip(solved, structure, strict=True)}
         numpy = modules[0].numpy
         out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
@@ -207,15 +210,20 @@ class CLAIR:
         members = solved[0].frame.members
         return benign_set(x, members, calibrate(x, members, variance).p_values, variance, inside)
 
-    def _module_result(self, solved: _Solved, weights: Tensor, benign: Tensor) -> ModuleResult:
+    def _module_result(self, solved: _Solved, weights: Tensor, structure: float, share: bool) -> ModuleResult:
+        """Refined where it is estimated to pay; nowhere if the clients ``share`` nothing in any module.
+
+        Then differences are as likely each client's own as noise, and the estimate takes them for noise.
+        """
         module, cores, frame = solved.module, solved.cores, solved.frame
+        benign = frame.members
         x, variance = log_scores(solved.X, weights, frame)
         z = calibrate(x, benign, variance).z
         frame = keep_directions(solved.X, weights, frame) if self.rank is None else frame
         gain = estimate_gain(solved.X, weights, frame)
         basis = cores.lift_rows(frame.basis)
         off = cores.lift(solved.size * project_out(frame.basis, frame.mean))
-        is_refined = gain.relative > 0
+        is_refined = share and gain.relative > 0
         return ModuleResult(
             name=module.name,
             shape=module.shape[::-1] if module.transposed else module.shape,
@@ -227,7 +235,7 @@ class CLAIR:
             gain=gain.relative,
             gain_terms=gain.scaled(solved.size * solved.size),
             is_refined=is_refined,
-            shared_structure=float(shared_structure(solved.X, weights, solved.frame)),
+            shared_structure=structure,
             spectrum=solved.size * frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
             certificate=solved.certificate,
         )
@@ -239,22 +247,6 @@ def _wider(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     seen = min(rank_limit(frame.size, *X.shape[1:]), resolved_rank(frame.eigenvalues))  # beyond, arbitrary directions
     largest = max(frame.rank, seen)
     return fit_frame(X, weights, frame.members, min(max(frame.rank + 1, everybody.rank), largest))
-
-
-def _read_weights(weights: Any, clients: list[str]) -> Tensor:
-    """Weights (K,) with mean 1."""
-    if weights is None:
-        return torch.ones(len(clients), dtype=torch.float64)
-    w = torch.as_tensor(weights, dtype=torch.float64).detach()
-    if w.shape != (len(clients),):
-        raise ValueError(f"weights must have shape ({len(clients)},), one a client; got {tuple(w.shape)}")
-    bad = ~(w.isfinite() & (w > 0))
-    if bool(bad.any()):
-        raise ValueError(f"weights must be positive; client {clients[int(bad.nonzero()[0])]!r} has {w[bad][0].item()}")
-    if float(w.max() / w.min()) > MAX_WEIGHT_RATIO:
-        raise ValueError(f"weights must lie within a factor of {MAX_WEIGHT_RATIO:g} of one another")
-    w = w / w.max()
-    return w / w.mean()
 
 
 def _pool(solved: list[_Solved], weights: Tensor, structure: Tensor) -> tuple[Tensor, float, Tensor]:

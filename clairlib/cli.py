@@ -1,20 +1,17 @@
-"""The ``clair`` command: align adapters, reproduce the notebooks, compare the convex solver with cvxpy."""
+"""The ``clair`` command: train clients, align their adapters, reproduce the notebooks, measure."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from clairlib.cli_bench import bench
+from clairlib.console import console, progress, quiet_libraries, show, stop, terminable
 
 if TYPE_CHECKING:  # torch and what builds on it load inside the commands, so that --help answers at once
     from clairlib.result import ClairResult
@@ -26,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure the solvers.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -94,7 +90,7 @@ def align(
     from clairlib.folders import AdapterError
 
     try:
-        with _terminable(), _progress(quiet) as progress:
+        with terminable(), progress("reading adapters", quiet=quiet) as bar:
             alignment = run(
                 clients,
                 output,
@@ -106,15 +102,78 @@ def align(
                 seed=seed,
                 keep_contaminated=keep_contaminated,
                 overwrite=overwrite,
-                progress=progress,
+                progress=lambda module, total: bar(advance=1, total=total, description=module),
                 draw=_save_overview,
             )
     except AdapterError as error:
-        _stop(error)
+        stop(error)
     if not quiet:
         _print_alignment(alignment.report, output)
         if not alignment.result.has_shared_subspace:
             typer.echo("No shared subspace found: the updates do not predict one another. The verdict says little.")
+
+
+@app.command()
+def train(
+    clients: Annotated[
+        Path, typer.Argument(metavar="CLIENTS_DIR", help="A folder or a .jsonl file of JSON-lines for each client.")
+    ],
+    model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the Hugging Face hub.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    targets: Annotated[
+        str, typer.Option(help="Adapted modules, by the ends of their names, with commas; or all-linear.")
+    ] = "o_proj,down_proj",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Scale of the adapters, times their rank.")] = 16.0,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Alpha is meant per square root of the rank.")] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over a client's examples; default: 3, or what --steps takes.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps of a client.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="AdamW's.")] = 2e-4,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of an example; default: 512, or what the model takes.")
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of a client's examples held back; the adapter best on them is kept.")
+    ] = 0.2,
+    group_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens that go through the model together; fewer take less memory.")
+    ] = 4096,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16, on CUDA.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of initial factors, order and held-back examples.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run was.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Train a LoRA adapter for every client, all at once, on one frozen base model; `clair align` takes the output.
+
+    Lines are {"text": ...}, {"prompt": ..., "completion": ...} (the latter is
+    learnt) or {"messages": [...]} (the last is learnt); for a sequence
+    classifier {"text": ..., "label": ...}.
+    """
+    from clairlib.finetuning import Settings, finetune
+
+    settings = Settings(
+        targets=targets if targets == "all-linear" else targets.split(","), rank=rank, alpha=alpha, use_rslora=rslora,
+        epochs=3 if epochs is None and steps is None else epochs, steps=steps, batch=batch,
+        learning_rate=learning_rate, validation=validation, max_length=max_length, group_tokens=group_tokens,
+        device=device.value, bf16=bf16, seed=seed,
+    )  # fmt: skip
+    quiet_libraries()
+    try:
+        with terminable(), progress("reading model and data", quiet=quiet) as bar:
+            done = finetune(
+                clients, model, output, settings, resume=resume, overwrite=overwrite,
+                announce=None if quiet else typer.echo,
+                progress=lambda steps, total: bar(completed=steps, total=total, description="training"),
+            )  # fmt: skip
+    except (ValueError, OSError) as error:
+        stop(error)
+    if not quiet:
+        _print_training(done.report, output)
 
 
 @app.command()
@@ -145,7 +204,7 @@ def reproduce(
             progress=True,
         )
     except ReproduceError as error:
-        _stop(error)
+        stop(error)
     if any(notebook.status == "failed" for notebook in runs):
         raise typer.Exit(1)
 
@@ -158,40 +217,9 @@ def report() -> None:
     try:
         entries = write_report(Path("."))
     except (LedgerError, OSError) as error:
-        _stop(error)
+        stop(error)
     holding = sum(entry["holds"] for entry in entries)
     typer.echo(f"{holding} of {len(entries)} claims hold; written to figures/claims.json and README.md")
-
-
-@bench.command()
-def convex(
-    instances: Annotated[int, typer.Option(min=1, help="Number of small planted instances.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the instances.")] = 0,
-) -> None:
-    """Time the convex solver against cvxpy + SCS at equal objective, instance by instance."""
-    from clairlib.bench import convex as run
-    from clairlib.bench import speed_ratio
-    from clairlib.seeds import derive
-
-    try:
-        rows = run(instances=instances, generator=derive(seed, "bench", "convex"))
-    except ModuleNotFoundError as error:
-        _stop(error)
-    columns = ["p", "K", "q", "nu", "ours_seconds", "cvxpy_seconds", "scs_seconds", "ours_error", "scs_error"]
-    columns += ["speed", "speed_solver"]
-    table = Table(*(column.replace("_", " ") for column in columns))
-    for row in rows:
-        table.add_row(*(_show(row[column]) for column in columns))
-    _console().print(table)
-    whole, solver = speed_ratio(rows), speed_ratio(rows, "speed_solver")
-    typer.echo(f"median speed ratio: {whole:.3g} to cvxpy + SCS, {solver:.3g} to SCS alone")
-
-
-def _stop(error: Exception) -> Any:
-    """End with exit code 2 and one line; whatever a hostile name smuggled into it is made printable."""
-    line = "".join(c if c.isprintable() else " " for c in str(error))
-    typer.echo(f"clair: {' '.join(line.split())}", err=True)
-    raise typer.Exit(2)
 
 
 def _save_overview(result: ClairResult, path: Path) -> None:
@@ -209,42 +237,12 @@ def _save_overview(result: ClairResult, path: Path) -> None:
         plt.close(figure)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that what is half written is cleared away; a second one is not heard."""
-
-    def stop(number: int, _: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int], None]]:
-    """A bar over modules on the error stream, only where somebody watches it."""
-    name = TextColumn("{task.description}", markup=False)
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = quiet or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        task = bar.add_task("reading adapters", total=None)
-
-        def done(module: str, total: int) -> None:
-            bar.update(task, advance=1, total=total, description=module)
-
-        yield done
-
-
 def _print_alignment(report: dict[str, Any], output: Path) -> None:
     clients, modules = report["clients"], report["modules"]
     table = Table("client", "verdict", "score", "p-value")
     for client in clients:
         verdict = "[red]contaminated[/red]" if client["contaminated"] else "[green]benign[/green]"
-        table.add_row(escape(client["name"]), verdict, _show(client["score"]), _show(client["p_value"]))
+        table.add_row(escape(client["name"]), verdict, show(client["score"]), show(client["p_value"]))
     detail = Table("module", "shape", "rank", "estimated gain", "refined", "truncation error")
     for module in modules:
         error = module["truncation_error"]
@@ -252,21 +250,31 @@ def _print_alignment(report: dict[str, Any], output: Path) -> None:
             escape(module["name"]),
             " x ".join(map(str, module["shape"])),
             str(module["rank"]),
-            _show(module["estimated_gain"]),
+            show(module["estimated_gain"]),
             "yes" if module["refined"] else "no, own updates kept",
-            f"{_show(error['max'])} (mean {_show(error['mean'])})",
+            f"{show(error['max'])} (mean {show(error['mean'])})",
         )
     bad = sum(client["contaminated"] for client in clients)
     for printed in (table, detail):
         for column in printed.columns:
             column.overflow = "fold"  # names are never cut
-        _console().print(printed)
+        console().print(printed)
     typer.echo(f"{len(clients) - bad} benign, {bad} contaminated; written to {output}")
 
 
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=160)  # rich would fold files and pipes at 80
-
-
-def _show(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _print_training(report: dict[str, Any], output: Path) -> None:
+    table = Table("client", "status", "examples", "cut off", "steps", "kept at step", "first loss", "last loss")
+    for client in report["clients"]:
+        trained = client["status"] == "trained"
+        status = "[green]trained[/green]" if trained else f"[red]diverged at step {client['diverged_at']}[/red]"
+        numbers = (client[key] for key in ("examples", "cut_off", "steps"))
+        kept = client["best_step"] or client["steps"]
+        losses = (show(client["losses"][place]) for place in (0, -1))
+        table.add_row(escape(client["name"]), status, *map(str, numbers), str(kept) if trained else "-", *losses)
+    for column in table.columns:
+        column.overflow = "fold"  # names are never cut
+    console().print(table)
+    diverged = [client["name"] for client in report["clients"] if client["status"] == "diverged"]
+    typer.echo(f"{len(report['clients']) - len(diverged)} adapters written to {output}")
+    if diverged:
+        typer.echo(f"clair: no adapter for {', '.join(map(repr, diverged))}: the loss diverged", err=True)

@@ -16,7 +16,7 @@ from clairlib.probe import Plan, Probe
 from clairlib.schedule import NO_LABEL, ClientData, Schedule, check_jobs
 from clairlib.targets import kinds_of_labels, loss_kind, target_names
 
-GROUP_TOKENS = 4096
+GROUP_TOKENS = 8192
 CACHE_BYTES = 2**31
 MOMENTS_AND_GRADIENT = 4  # AdamW keeps two moments beside a parameter and its gradient
 BACKWARD = 2.0  # gradients and temporaries beside what the forward pass keeps; the peak was up to 1.7 times that

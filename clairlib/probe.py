@@ -211,8 +211,11 @@ class Probe:
         """What is cached under a cut: width and dtype."""
         if best.cut is None:
             return {}
-        with Recorder(self.model, best.cut, unmasked=best.unmasked, autocast=autocast) as record:
-            return {slot: (value.shape[-1], value.dtype) for slot, value in record(self.group).items()}
+        values = self._values(replace(best.cut, single=False), self.group)
+        if autocast is not None:  # which the trace did not see
+            with Recorder(self.model, best.cut, unmasked=best.unmasked, autocast=autocast) as record:
+                values = record(self.group)
+        return {slot: (value.shape[-1], value.dtype) for slot, value in values.items()}
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from clairlib.decompose import Certificate
+from clairlib.frames import LITTLE_STRUCTURE
 from clairlib.refinement import Gain
 from clairlib.updates import SINGLE
-
-LITTLE_STRUCTURE = 0.1  # benign clients that share nothing reach about 0; the subspace then predicts next to nothing
 
 
 @dataclass(frozen=True)

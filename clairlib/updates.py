@@ -15,6 +15,7 @@ from clairlib.factors import Cores, LowRank, cores_of_dense, cores_of_factors
 
 SINGLE = "update"  # name of the module when updates are not given by module
 MINIMUM_CLIENTS = 3  # with two nobody can say which of them differs
+MAX_WEIGHT_RATIO = 1e9  # beyond, a sum over clients in float64 no longer sees the smallest weight
 
 
 @dataclass(frozen=True)
@@ -166,3 +167,19 @@ def _read_factors(group: Sequence[Any], clients: list[str], transposed: bool, wh
             raise ValueError(f"client {client!r} has NaN or Inf{where}")
         read.append(LowRank(update.B.detach(), update.A.detach(), float(update.scale)))
     return [transpose(update) for update in read] if transposed else read
+
+
+def read_weights(weights: Any, clients: list[str]) -> Tensor:
+    """Weights (K,), positive, with mean 1; all 1 where None is given."""
+    if weights is None:
+        return torch.ones(len(clients), dtype=torch.float64)
+    w = torch.as_tensor(weights, dtype=torch.float64).detach()
+    if w.shape != (len(clients),):
+        raise ValueError(f"weights must have shape ({len(clients)},), one a client; got {tuple(w.shape)}")
+    bad = ~(w.isfinite() & (w > 0))
+    if bool(bad.any()):
+        raise ValueError(f"weights must be positive; client {clients[int(bad.nonzero()[0])]!r} has {w[bad][0].item()}")
+    if float(w.max() / w.min()) > MAX_WEIGHT_RATIO:
+        raise ValueError(f"weights must lie within a factor of {MAX_WEIGHT_RATIO:g} of one another")
+    w = w / w.max()
+    return w / w.mean()

@@ -13,6 +13,7 @@ from clairlib.decompose import decompose
 from clairlib.detection import FAMILY_ERROR
 from clairlib.seeds import derive
 from clairlib.subspace import sin_theta
+from clairlib.updates import SINGLE
 
 KINDS = ("unstructured", "dense", "coalition", "sign_flip")
 
@@ -310,3 +311,12 @@ def test_size_does_not_matter_however_extreme(size):
     result = CLAIR().fit(size * c.updates)
     assert torch.equal(result.benign, c.benign) and result.rank == c.rank
     torch.testing.assert_close(result.refined / size, CLAIR().fit(c.updates).refined, rtol=1e-6, atol=1e-9)
+
+
+def test_clients_that_share_nothing_keep_their_own_updates():
+    """Differences that are each client's own look like noise to the estimated gain; refinement is refused."""
+    c = planted("unstructured", K=24, share=0.8, noise=0.03, generator=derive(0, "strangers"))
+    updates = c.updates[~c.benign]
+    result = CLAIR().fit(updates)
+    assert not result.has_shared_subspace and not result.modules[SINGLE].is_refined
+    assert torch.equal(result.refined, updates)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from clairlib import CLAIR, consensus, description
+from clairlib import CLAIR, consensus, description, starts
 from clairlib.clients import planted
 from clairlib.frames import fit_frame
 from clairlib.seeds import derive
 from clairlib.subspace import project_out, sin_theta
 
-LIMIT = consensus.TUPLE_LIMIT
+LIMIT = starts.TUPLE_LIMIT
 
 
 def draw(kind="unstructured", seed=0, K=14, p=20, q=6, r=2, noise=0.02, share=0.4):
@@ -24,7 +24,7 @@ def ones(c):
 
 
 def tuples_of(c, seed=0):
-    return consensus.candidate_tuples(*c.updates.shape, generator=derive(seed, "tuples"))
+    return starts.candidate_tuples(*c.updates.shape, generator=derive(seed, "tuples"))
 
 
 def members(c, count):
@@ -36,33 +36,33 @@ def members(c, count):
 
 @pytest.mark.parametrize("K", [3, 12, 24])
 def test_every_pair_is_a_candidate_up_to_24_clients(K):
-    tuples = consensus.candidate_tuples(K, 50, 10, generator=derive(0, "tuples"))
+    tuples = starts.candidate_tuples(K, 50, 10, generator=derive(0, "tuples"))
     assert len(tuples) == len({tuple(t) for t in tuples.tolist()}) == comb(K, 2) <= LIMIT
 
 
 @pytest.mark.parametrize("K, q", [(60, 10), (500, 10), (60, 1), (60, 2)])
 def test_number_of_tuples_is_bounded(K, q):
     """At most TUPLE_LIMIT, distinct, sorted, of distinct clients; repeated draws cost a few of them."""
-    tuples = consensus.candidate_tuples(K, 50, q, generator=derive(0, "tuples"))
+    tuples = starts.candidate_tuples(K, 50, q, generator=derive(0, "tuples"))
     rows = [tuple(t) for t in tuples.tolist()]
     assert 0.8 * LIMIT < len(rows) == len(set(rows)) <= LIMIT
     assert all(list(row) == sorted(set(row)) for row in rows)
     assert set(tuples.flatten().tolist()) <= set(range(K))
-    again = consensus.candidate_tuples(K, 50, q, generator=derive(0, "tuples"))
+    again = starts.candidate_tuples(K, 50, q, generator=derive(0, "tuples"))
     assert torch.equal(tuples, again)
-    assert not torch.equal(tuples, consensus.candidate_tuples(K, 50, q, generator=derive(1, "tuples")))
+    assert not torch.equal(tuples, starts.candidate_tuples(K, 50, q, generator=derive(1, "tuples")))
 
 
 @pytest.mark.parametrize("q, p", [(1, 30), (2, 30), (3, 30), (10, 30), (1, 2)])
 def test_a_tuple_can_span_a_frame(q, p):
-    t = consensus.candidate_tuples(40, p, q, generator=derive(0, "tuples")).shape[1]
-    assert t >= 2 and (t - 1) * q >= min(consensus.START_RANK, p)
+    t = starts.candidate_tuples(40, p, q, generator=derive(0, "tuples")).shape[1]
+    assert t >= 2 and (t - 1) * q >= min(starts.START_RANK, p)
 
 
 def test_work_is_bounded_in_the_number_of_clients(monkeypatch):
     """A fit of 60 clients scores at most TUPLE_LIMIT of its 1770 pairs, once, and still finds the set."""
     scored = []
-    real = consensus.score_tuples
+    real = starts.score_tuples
     monkeypatch.setattr(consensus, "score_tuples", lambda X, tuples: scored.append(len(tuples)) or real(X, tuples))
     c = draw(K=60)
     assert torch.equal(CLAIR().fit(c.updates).benign, c.benign)
@@ -73,7 +73,7 @@ def test_work_is_bounded_in_the_number_of_clients(monkeypatch):
 def test_tuple_scores_equal_brute_force(shape):
     c = draw(**shape)
     tuples = tuples_of(c)
-    order, distances = consensus.score_tuples(c.updates, tuples)
+    order, distances = starts.score_tuples(c.updates, tuples)
     K, p, q = c.updates.shape
     totals = []
     for clients, found in zip(tuples.tolist(), distances, strict=True):
@@ -93,24 +93,24 @@ def test_tuple_scores_equal_brute_force(shape):
 def test_best_tuple_is_benign(kind):
     c = draw(kind)
     tuples = tuples_of(c)
-    order, _ = consensus.score_tuples(c.updates, tuples)
+    order, _ = starts.score_tuples(c.updates, tuples)
     assert bool(c.benign[tuples[order[0]]].all())
 
 
 def test_scores_do_not_depend_on_the_chunk(monkeypatch):
     c = draw()
     tuples = tuples_of(c)
-    order, distances = consensus.score_tuples(c.updates, tuples)
-    monkeypatch.setattr(consensus, "CHUNK_ENTRIES", 1)
-    chunked_order, chunked = consensus.score_tuples(c.updates, tuples)
+    order, distances = starts.score_tuples(c.updates, tuples)
+    monkeypatch.setattr(starts, "CHUNK_ENTRIES", 1)
+    chunked_order, chunked = starts.score_tuples(c.updates, tuples)
     assert chunked_order == order and torch.allclose(chunked, distances, rtol=1e-9)
 
 
 def sets_of(c, allowed=None):
     tuples = tuples_of(c)
-    order, distances = consensus.score_tuples(c.updates, tuples)
+    order, distances = starts.score_tuples(c.updates, tuples)
     allowed = torch.ones_like(c.benign) if allowed is None else allowed
-    return consensus.start_sets(c.updates, tuples, order, distances, allowed)
+    return starts.start_sets(c.updates, tuples, order, distances, allowed)
 
 
 def test_log_determinants_are_those_of_the_scatter():
@@ -121,7 +121,7 @@ def test_log_determinants_are_those_of_the_scatter():
     for clients in sets:
         D = c.updates[clients] - c.updates[clients].mean(dim=0)
         expected.append(np.linalg.slogdet(torch.einsum("kpq,krq->pr", D, D).numpy()).logabsdet)
-    assert consensus.log_determinants(c.updates, sets).tolist() == pytest.approx(expected, rel=1e-6)
+    assert starts.log_determinants(c.updates, sets).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind, share", [("unstructured", 0.7), ("dense", 0.7), ("sign_flip", 0.4)])
@@ -134,8 +134,8 @@ def test_the_most_concentrated_start_set_is_benign(kind, share):
 def test_starts_are_the_first_three_then_disjoint_ones():
     pairs = [(0, 1), (0, 2), (0, 3), (2, 4), (4, 5), (5, 6), (6, 7), (8, 9), (10, 11), (12, 13)]
     sets = [torch.tensor([k in pair for k in range(14)]) for pair in pairs]
-    chosen = [tuple(start.nonzero().flatten().tolist()) for start in consensus.spread_starts(sets)]
-    assert chosen == [(0, 1), (0, 2), (0, 3), (4, 5), (6, 7), (8, 9)] and consensus.STARTS == 6
+    chosen = [tuple(start.nonzero().flatten().tolist()) for start in starts.spread_starts(sets)]
+    assert chosen == [(0, 1), (0, 2), (0, 3), (4, 5), (6, 7), (8, 9)] and starts.STARTS == 6
 
 
 def test_start_sets_stay_within_the_allowed_clients():
@@ -164,7 +164,7 @@ def test_a_judge_answers_the_same_and_fits_once(monkeypatch):
 @pytest.mark.parametrize("kind, share", [("unstructured", 0.4), ("dense", 0.4), ("sign_flip", 0.3)])
 def test_robust_half_is_benign(kind, share):
     c = draw(kind, share=share)
-    half = consensus.robust_half(c.updates, ones(c), None)
+    half = starts.robust_half(c.updates, ones(c), None)
     assert int(half.sum()) == 7 and not bool((half & ~c.benign).any())
 
 
@@ -273,3 +273,28 @@ def test_a_set_that_interpolates_a_given_rank_is_not_taken():
         frame = consensus.grow(judge, start, 0.01)
         assert frame is None or frame.size >= 5
     assert consensus.consensus(c.updates, ones(c), rank=3, generator=derive(0, "tuples")).size >= 5
+
+
+def quiet_clients(kind, updates, bad):
+    """What ``bad`` contaminated clients send that carry no noise: nothing, all the same, or a frame of their own."""
+    honest = updates[bad:].mean(dim=0)
+    if kind == "frame of their own":
+        return planted(K=bad, share=0.0, noise=0.0, generator=derive(0, "quiet")).updates
+    sent = {"zero": torch.zeros_like(honest), "minus half the mean": -0.5 * honest}[kind]
+    return sent.expand(bad, *honest.shape)
+
+
+@pytest.mark.parametrize("bad", [4, 9])
+@pytest.mark.parametrize("kind", ["zero", "minus half the mean", "frame of their own"])
+def test_a_minority_without_noise_does_not_turn_the_verdict_round(kind, bad):
+    """It agrees better than honest clients ever do; the larger group that shares a subspace decides all the same."""
+    updates = planted(K=20, share=0.0, noise=0.3 / 10**0.5, generator=derive(1, "quiet")).updates
+    updates[:bad] = quiet_clients(kind, updates, bad)
+    benign = CLAIR().fit(updates).benign
+    assert bool(benign[bad:].all())
+
+
+def test_without_a_larger_group_that_shares_a_subspace_the_minority_stays():
+    """Five benign clients among 24, the others strangers to one another."""
+    c = planted(K=24, share=0.8, noise=0.0, generator=derive(2, "quiet"))
+    assert torch.equal(CLAIR().fit(c.updates).benign, c.benign)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from scipy import stats
 
@@ -63,6 +66,29 @@ def test_worker_processes_give_the_same_tables(tmp_path):
     cells = grid(contamination=["coalition"], share=[0.4], noise=[0.1], seed=[0, 1])
     alone, together = sweep(recovery_cell, cells), sweep(recovery_cell, cells, jobs=2, cache=tmp_path)
     pd.testing.assert_frame_equal(alone["recovery"], together["recovery"])
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
+def test_workers_end_with_the_process_that_started_them():
+    """Killed without a chance to clean up, a sweep leaves no process that computes on."""
+    code = "import signal; from clairlib.experiments import sweep; sweep(signal.pause, [{}, {}], jobs=2)"
+    parent = psutil.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"])
+    workers = []
+    try:
+        while len(workers) < 2:
+            time.sleep(0.1)
+            workers = [child for child in parent.children() if any("spawn_main" in word for word in child.cmdline())]
+        wait_for(lambda: all(worker.cpu_times().user > 1 for worker in workers))  # libraries are loaded
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers))
 
 
 def test_intervals_are_those_of_the_textbook():
