@@ -1,6 +1,7 @@
 """Who is contaminated: calibration of log scores on a set of benign clients, and the two decisions.
 
-(i) Is anybody contaminated? At a nominal family-wise error of ``FAMILY_ERROR`` when nobody is; measured, not proved.
+(i) Is anybody contaminated, one by one or as a group? At a nominal family-wise error of ``FAMILY_ERROR`` when nobody
+is; measured, not proved.
 (ii) If so, who? The cut that errs least: where a two-component model of the log scores gives posterior one half.
 """
 
@@ -14,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 FAMILY_ERROR = 0.01
-STRANGER_ERROR = 0.001
+STRANGER_ERROR = 0.001  # with Simes' half of FAMILY_ERROR still within it
 PRIOR_CLIENTS = 6.0  # weight, in clients, of the noise law's own spread against the spread seen between members
 
 
@@ -84,10 +85,10 @@ def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: 
 def are_strangers(inside: Tensor, suspects: Tensor) -> bool:
     """Decision (i) for a group: do the suspects have less energy inside the subspace (K,) than the others?
 
-    A one-sided Mann-Whitney test at ``STRANGER_ERROR``. Suspects are chosen by what lies outside the subspace. If
-    all clients were benign, their parts inside it, each its own, would be exchangeable and independent of the noise
-    outside, so the test is exact for a given subspace. Whoever does not use the subspace has next to nothing in it.
-    Never decides who: a client that lacks a part inside, or has a large one, is not flagged for that.
+    A one-sided Mann-Whitney test at ``STRANGER_ERROR``. Whoever does not use the subspace has next to nothing in it. If
+    all clients were benign, their parts inside it, each its own, would be exchangeable. Suspects are chosen by what lies
+    outside, but for the size of their update, in which both parts count, so the level is nominal, not exact. Never
+    decides who: a client that lacks a part inside, or has a large one, is not flagged for that.
     """
     if not bool(suspects.any()) or bool(suspects.all()):
         return False

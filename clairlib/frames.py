@@ -14,7 +14,7 @@ from torch import Tensor
 from clairlib.downdate import downdated_bases, held_out_energies
 from clairlib.subspace import estimate_rank, gap_rank, held_out_rank, project_out, resolved_rank
 
-LEAST_STRUCTURE = 1e-3
+LEAST_STRUCTURE = 1e-3  # stands for no structure at all among clients that differ
 LITTLE_STRUCTURE = 0.1  # benign clients that share nothing reach about 0; the subspace then predicts next to nothing
 ROUNDING_ENERGY = 1e-20  # energies below this part of the mean client's are rounding, not signal
 SLOPE = 0.5  # prior standard deviation of the power of its size with which an update's residual energy grows
