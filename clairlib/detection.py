@@ -85,9 +85,9 @@ def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: 
 def are_strangers(inside: Tensor, suspects: Tensor) -> bool:
     """Decision (i) for a group: do the suspects have less energy inside the subspace (K,) than the others?
 
-    A one-sided Mann-Whitney test at ``STRANGER_ERROR``. Whoever does not use the subspace has next to nothing in it. If
-    all clients were benign, their parts inside it, each its own, would be exchangeable. Suspects are chosen by what lies
-    outside, but for the size of their update, in which both parts count, so the level is nominal, not exact. Never
+    A one-sided Mann-Whitney test at ``STRANGER_ERROR``. Whoever does not use the subspace has next to nothing in it.
+    If all clients were benign, their parts inside it, each its own, would be exchangeable. Suspects are chosen by what
+    lies outside, but for the size of their update, in which both parts count, so the level is nominal, not exact. Never
     decides who: a client that lacks a part inside, or has a large one, is not flagged for that.
     """
     if not bool(suspects.any()) or bool(suspects.all()):
