@@ -14,7 +14,7 @@ from clairlib.decompose import Certificate, decompose
 from clairlib.detection import Calibration, benign_set, calibrate
 from clairlib.factors import Cores, LowRank
 from clairlib.frames import (
-    LEAST_STRUCTURE,
+    LITTLE_STRUCTURE,
     Frame,
     fit_frame,
     floor_energy,
@@ -132,7 +132,7 @@ class CLAIR:
                 progress(module.name)
         benign, solved, pooled = self._agree(solved, w)
         structure = [float(shared_structure(s.X, w, s.frame)) for s in solved]
-        share = max(structure) > LEAST_STRUCTURE
+        share = max(structure) >= LITTLE_STRUCTURE
         results = {s.module.name: self._module_result(s, w, c, share) for s, c in zip(solved, structure, strict=True)}
         numpy = modules[0].numpy
         out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
@@ -211,7 +211,7 @@ class CLAIR:
         return benign_set(x, members, calibrate(x, members, variance).p_values, variance, inside)
 
     def _module_result(self, solved: _Solved, weights: Tensor, structure: float, share: bool) -> ModuleResult:
-        """Refined where it is estimated to pay; nowhere if the clients ``share`` nothing in any module.
+        """Refined where it is estimated to pay; nowhere if the clients ``share`` next to nothing in every module.
 
         Then differences are as likely each client's own as noise, and the estimate takes them for noise.
         """

@@ -12,11 +12,13 @@ import torch
 from torch import Generator, Tensor
 
 from clairlib.description import best_set
-from clairlib.detection import FAMILY_ERROR, calibrate
+from clairlib.detection import FAMILY_ERROR, benign_set, calibrate
 from clairlib.frames import (
     LITTLE_STRUCTURE,
     Frame,
     fit_frame,
+    floor_energy,
+    inside_energy,
     log_scores,
     rank_limit,
     shared_structure,
@@ -67,7 +69,7 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
         parts = [judge(split_repeatedly(judge, start))[0] for start in (everybody, half)]
         others = [f for f in parts if f.size >= judge.least and not torch.equal(f.members, best.members)]
         best = best_set(X, weights, [best, *others]) if others else best
-    elif 2 * best.size < len(X):
+    if 2 * best.size < len(X):
         best = larger_group(X, weights, rank, best, generator)
     return best
 
@@ -76,7 +78,8 @@ def larger_group(X: Tensor, weights: Tensor, rank: int | None, best: Frame, gene
     """The frame of a larger group among the other clients that share a subspace, or ``best`` where there is none.
 
     The shortest description goes by how well a group agrees. A few contaminated clients that send the same update, or
-    updates without noise, agree better than any honest ones; then the larger group decides.
+    updates without noise, agree better than any honest ones; then the larger group decides. A group counts with all
+    whom the verdict would not tell from its members.
     """
     others = ~best.members
     K, p, q = int(others.sum()), *X.shape[1:]
@@ -84,11 +87,19 @@ def larger_group(X: Tensor, weights: Tensor, rank: int | None, best: Frame, gene
         return best
     rest, w = X[others], weights[others]
     group = consensus(rest, w, rank=rank, generator=generator)
-    if group.size <= best.size or shared_structure(rest, w, group) < LITTLE_STRUCTURE:
+    alike = like_members(rest, w, group)
+    if int(alike.sum()) <= best.size or shared_structure(rest, w, group) < LITTLE_STRUCTURE:
         return best
     members = torch.zeros_like(others)
-    members[others] = group.members
+    members[others] = alike
     return fit_frame(X, weights, members, rank)
+
+
+def like_members(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """Whom the verdict calls benign when the frame's members are (K,) bool."""
+    x, variance = log_scores(X, weights, frame)
+    inside = inside_energy(X, weights, frame).clamp(min=floor_energy(X)).log()
+    return benign_set(x, frame.members, calibrate(x, frame.members, variance).p_values, variance, inside)
 
 
 class Judge:

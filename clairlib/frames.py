@@ -15,7 +15,7 @@ from clairlib.downdate import downdated_bases, held_out_energies
 from clairlib.subspace import estimate_rank, gap_rank, held_out_rank, project_out, resolved_rank
 
 LEAST_STRUCTURE = 1e-3  # stands for no structure at all among clients that differ
-LITTLE_STRUCTURE = 0.1  # benign clients that share nothing reach about 0; the subspace then predicts next to nothing
+LITTLE_STRUCTURE = 0.1  # strangers and very noisy clients stay below; from here on the subspace predicts something
 ROUNDING_ENERGY = 1e-20  # energies below this part of the mean client's are rounding, not signal
 SLOPE = 0.5  # prior standard deviation of the power of its size with which an update's residual energy grows
 FILTER = 2  # a contaminated client differs by r directions of its own and by its common part: 2 r directions are scored
