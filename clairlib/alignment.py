@@ -204,6 +204,7 @@ def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[
             "name": name,
             "shape": list(module.shape),
             "rank": int(module.rank),
+            "shared_structure": _number(module.shared_structure),
             "estimated_gain": _number(module.gain),
             "refined": bool(module.is_refined),
             "truncation_error": _spread(errors[name]),

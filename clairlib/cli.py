@@ -243,13 +243,14 @@ def _print_alignment(report: dict[str, Any], output: Path) -> None:
     for client in clients:
         verdict = "[red]contaminated[/red]" if client["contaminated"] else "[green]benign[/green]"
         table.add_row(escape(client["name"]), verdict, show(client["score"]), show(client["p_value"]))
-    detail = Table("module", "shape", "rank", "estimated gain", "refined", "truncation error")
+    detail = Table("module", "shape", "rank", "shared structure", "estimated gain", "refined", "truncation error")
     for module in modules:
         error = module["truncation_error"]
         detail.add_row(
             escape(module["name"]),
             " x ".join(map(str, module["shape"])),
             str(module["rank"]),
+            show(module["shared_structure"]),
             show(module["estimated_gain"]),
             "yes" if module["refined"] else "no, own updates kept",
             f"{show(error['max'])} (mean {show(error['mean'])})",

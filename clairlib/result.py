@@ -22,7 +22,8 @@ class ModuleResult:
     subspaces with ``subspace.sin_theta``; ``common`` P_perp M (p, q); ``scores`` (K,) as in ClairResult, this module
     alone; ``refined`` in the form of the input, a contaminated client's own update in its place; ``gain`` the estimated
     share of the local squared error that refinement removes, ``gain_terms`` its parts; ``is_refined`` False where
-    refinement was refused because the gain is not positive: then ``refined`` are the clients' own updates;
+    refinement was refused, because the gain is not positive or no module shares a subspace: then ``refined`` are the
+    clients' own updates;
     ``shared_structure``, in [0, 1], how much of the benign clients' variation the subspace predicts for a client that
     it has not seen, beyond chance; ``spectrum`` the singular values of the benign clients' centred stack, in which the
     rank shows as a drop; ``certificate`` of the convex program, None for the consensus solver.
@@ -51,8 +52,8 @@ class ClairResult:
     their log off-subspace energy, left one out; ``p_values`` (K,) chance that a benign client scores as high.
     The family-wise error of the verdict, 1 % when nobody is contaminated, supposes that clients' noise variances are
     proportional to 1 / weights: a client with noisier data and no weight to say so looks contaminated.
-    ``rank``, ``basis``, ``common``, ``refined``, ``gain`` and ``certificate`` are those of the module, or dicts by
-    module where the updates were given by module.
+    ``rank``, ``basis``, ``common``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of the
+    module, or dicts by module where the updates were given by module.
     """
 
     names: list[str]
@@ -91,6 +92,15 @@ class ClairResult:
         return self._of_modules(lambda m: m.gain)
 
     @property
+    def shared_structure(self) -> Any:
+        """Share of the benign clients' variation that the subspace predicts for a client it has not seen, in [0, 1].
+
+        Beyond chance. Look at it first: near 0 the adapters share no subspace that could be seen. Below
+        ``LITTLE_STRUCTURE`` in every module nothing is refined.
+        """
+        return self._of_modules(lambda m: m.shared_structure)
+
+    @property
     def certificate(self) -> Any:
         """Duality gap of the convex program; None for the consensus solver."""
         return self._of_modules(lambda m: m.certificate)
@@ -107,8 +117,8 @@ class ClairResult:
 
     def summary(self) -> str:
         """Verdict and modules as plain text."""
-        found = self.contaminated
-        lines = [f"{len(found)} of {len(self.names)} clients contaminated" + (f": {', '.join(found)}" if found else "")]
+        bad = self.contaminated
+        lines = [f"{len(bad)} of {len(self.names)} clients contaminated" + (f": {', '.join(bad)}" if bad else "")]
         if not self.has_shared_subspace:
             lines.append("no shared subspace found: the updates do not predict one another, so the verdict says little")
         width = max(len(name) for name in self.names)
@@ -117,8 +127,9 @@ class ClairResult:
         for name, ok, score, p in rows:
             lines.append(f"{name:<{width}}  {'benign' if ok else 'contaminated':<12}  {score:5.1f}  {p:.2g}")
         for m in self.modules.values():
+            found = f"rank {m.rank}, shared structure {m.shared_structure:.2f}"
             outcome = f"estimated gain {m.gain:.0%}" if m.is_refined else f"not refined, estimated gain {m.gain:.0%}"
-            lines.append(f"{m.name} {m.shape[0]}x{m.shape[1]}: rank {m.rank}, {outcome}")
+            lines.append(f"{m.name} {m.shape[0]}x{m.shape[1]}: {found}, {outcome}")
             if m.certificate is not None:
                 lines.append(f"  duality gap {m.certificate.relative_gap:.1e} ({m.certificate.iterations} iterations)")
         return "\n".join(lines)

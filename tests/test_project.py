@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from clairlib.colab import stamp
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDA_NAMES = {"pytorch": "torch"}  # conda-forge's name: PyPI's
@@ -88,3 +91,15 @@ def test_local_links_of_the_readme_lead_somewhere():
     local = [link for link in links if not link.startswith("http")]
     assert len(local) > 5
     assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_every_notebook_has_the_badge_and_the_first_cell_of_colab_toml(tmp_path):
+    for path in [*(ROOT / "notebooks").glob("*.ipynb"), ROOT / "notebooks/colab.toml"]:
+        shutil.copy(path, tmp_path)
+    assert stamp(tmp_path) == [], "run make colab"
+    (tmp_path / "colab.toml").write_text('repository = "somebody/else"\ntag = "v2"\n')
+    changed = stamp(tmp_path)
+    assert changed == sorted(path.stem for path in tmp_path.glob("*.ipynb"))
+    for name in changed:
+        text = (tmp_path / f"{name}.ipynb").read_text()
+        assert f"github/somebody/else/blob/v2/notebooks/{name}.ipynb" in text and "OWNER/REPO" not in text
