@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from clairlib.compress import LEAD, Compressed, compress
 from clairlib.consensus import consensus
 from clairlib.decompose import Certificate, decompose
-from clairlib.detection import Calibration, benign_set, calibrate
-from clairlib.factors import Cores, LowRank
-from clairlib.frames import (
-    LITTLE_STRUCTURE,
-    Frame,
-    fit_frame,
-    floor_energy,
-    inside_energy,
-    keep_directions,
-    leave_one_out,
-    log_scores,
-    rank_limit,
-    shared_structure,
-)
-from clairlib.refinement import estimate_gain
+from clairlib.detection import Calibration
+from clairlib.factors import Cores, LowRank, cores_of_dense, cores_of_factors
+from clairlib.fitting import Fit, Outcome
+from clairlib.frames import LITTLE_STRUCTURE, fit_frame, floor_energy, leave_one_out, shared_structure
+from clairlib.grams import stack
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
 from clairlib.starts import robust_half
-from clairlib.subspace import project_out, resolved_rank
-from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, read_weights, transpose
+from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, read_weights, transpose, where
+from clairlib.verdict import settle, vote
 
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """A module during the fit: its cores, the frame of its clients, and the certificate of the convex program.
-
-    ``X`` are the cores over ``size``, their largest entry, so that no square overflows or vanishes.
-    """
-
-    module: Module
-    cores: Cores
-    size: float
-    X: Tensor
-    frame: Frame
-    certificate: Certificate | None = None
+PILOTS = 8  # modules, at most, in which the first set is searched; all of them then judge it
+EXACT = 128  # directions that adapters span on a side, up to which their cores are exact
 
 
 class CLAIR:
@@ -123,32 +101,60 @@ class CLAIR:
             One line that names client and module, for updates that cannot be compared or are not finite.
         """
         modules, clients, by_module = read_modules(updates, names, self.side)
-        device = modules[0].reference.device
-        w = read_weights(weights, clients).to(device)
-        solved = []
+        w = read_weights(weights, clients).to(modules[0].reference.device)
+        fits = []
         for module in modules:
-            solved.append(self._solve(module, w))
+            fits.append(self.prepare(module, w))
             if progress is not None:
                 progress(module.name)
-        benign, solved, pooled = self._agree(solved, w)
-        structure = [float(shared_structure(s.X, w, s.frame)) for s in solved]
-        share = max(structure) >= LITTLE_STRUCTURE
-        results = {s.module.name: self._module_result(s, w, c, share) for s, c in zip(solved, structure, strict=True)}
+        benign, certificates = self.search(modules, pilots(fits, self.solver))
+        benign, pooled = self.settle(fits, benign)
+        outcomes = [fit.outcome(benign) for fit in fits]
+        share = max(outcome.structure for outcome in outcomes) >= LITTLE_STRUCTURE
+        results = {
+            module.name: _module_result(module, fit, outcome, share, certificates.get(module.name))
+            for module, fit, outcome in zip(modules, fits, outcomes, strict=True)
+        }
         numpy = modules[0].numpy
         out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
 
-    def _solve(self, module: Module, weights: Tensor) -> _Solved:
-        """First frame of one module, from its clients alone."""
+    def prepare(self, module: Module, weights: Tensor) -> Fit:
+        """A module's cores, ready to be asked for the frame of any set of clients; its updates are not kept."""
         self._check_rank(module, len(weights))
-        cores = module.cores()
-        size = float(cores.core.abs().max()) or 1.0
-        X = cores.core / size
-        if self.solver == "consensus":
-            generator = derive(self.seed, "tuples", module.name)
-            return _Solved(module, cores, size, X, consensus(X, weights, rank=self.rank, generator=generator))
-        members, certificate = self._convex_members(X, size)
-        return _Solved(module, cores, size, X, fit_frame(X, weights, members, self.rank), certificate)
+        return Fit(module.name, self._cores(module), weights, self.rank)
+
+    def _cores(self, module: Module) -> Cores | Compressed:
+        try:
+            if isinstance(module.updates, Tensor):
+                return cores_of_dense(module.updates)
+            total = sum(update.rank for update in module.updates)
+            if max(min(total, side) for side in module.shape) <= EXACT:
+                return cores_of_factors(module.updates)
+            lead = max(LEAD, 2 * (self.rank or 0))
+            return compress(stack(module.updates), lead=lead, generator=derive(self.seed, "compress", module.name))
+        except OverflowError as error:
+            raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
+
+    def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
+        """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""
+        frames, certificates = [], {}
+        by_name = {module.name: module for module in modules}
+        for fit in fits:
+            if self.solver == "consensus":
+                how: dict[str, Any] = {"rank": self.rank, "common": fit.cores.common}
+                frame = consensus(fit.X, fit.weights, generator=derive(self.seed, "tuples", fit.name), **how)
+            else:
+                members, certificates[fit.name] = self._convex_members(by_name[fit.name])
+                frame = fit.frame(members)
+            frames.append(frame)
+        structure = [shared_structure(fit.X, fit.weights, frame) for fit, frame in zip(fits, frames, strict=True)]
+        return vote(frames, structure), certificates
+
+    def settle(self, fits: Sequence[Fit], benign: Tensor) -> tuple[Tensor, Calibration]:
+        """The set that stays when all these modules judge it."""
+        wider = None if self.rank is not None else (lambda members: [fit.wider_reading(members) for fit in fits])
+        return settle(benign, lambda members: [fit.reading(members) for fit in fits], wider)
 
     def _check_rank(self, module: Module, K: int) -> None:
         if self.rank is None:
@@ -160,8 +166,12 @@ class CLAIR:
         if self.rank > largest:
             raise ValueError(f"rank {self.rank} is larger than the updates of module {module.name!r} allow, {largest}")
 
-    def _convex_members(self, X: Tensor, size: float) -> tuple[Tensor, Certificate]:
+    def _convex_members(self, module: Module) -> tuple[Tensor, Certificate]:
         """Clients without contamination part in the convex program, in its noisy form where the updates are noisy."""
+        updates = module.updates
+        cores = cores_of_dense(updates) if isinstance(updates, Tensor) else cores_of_factors(updates)
+        size = float(cores.core.abs().max()) or 1.0
+        X = cores.core / size
         nu = NOISE_WEIGHT * _noise_norm(X, self.rank)
         solution = decompose(X, lam=self.lam, nu=nu, tolerance=self.tolerance)
         members = ~solution.contaminated
@@ -172,96 +182,40 @@ class CLAIR:
         proof = solution.certificate
         return members, replace(proof, primal=size * proof.primal, dual=size * proof.dual)
 
-    def _agree(self, solved: list[_Solved], weights: Tensor) -> tuple[Tensor, list[_Solved], Calibration]:
-        """One set of benign clients for all modules: pool, decide, refit, until the set stays."""
-        structure = torch.stack([shared_structure(s.X, weights, s.frame) for s in solved])
-        if not bool(structure.any()):  # the clients differ in no module: all count alike
-            structure = torch.ones_like(structure)
-        votes = sum(c * s.frame.members for c, s in zip(structure, solved, strict=True))
-        benign = votes * 2 > structure.sum() if len(solved) > 1 else solved[0].frame.members
-        if int(benign.sum()) < MINIMUM_CLIENTS:
-            benign = solved[int(structure.argmax())].frame.members
-        tried: list[Tensor] = []
-        while True:
-            solved = [self._refit(s, weights, benign) for s in solved]
-            x, variance, inside = _pool(solved, weights, structure)
-            pooled = calibrate(x, benign, variance)
-            tried.append(benign)
-            decided = benign_set(x, benign, pooled.p_values, variance, inside)
-            if self.rank is None and not bool(decided.all()):
-                decided |= self._benign_at_wider_rank(solved, weights, structure)
-            if int(decided.sum()) < MINIMUM_CLIENTS or any(torch.equal(decided, known) for known in tried):
-                return benign, solved, pooled
-            benign = decided
 
-    def _refit(self, solved: _Solved, weights: Tensor, benign: Tensor) -> _Solved:
-        if torch.equal(solved.frame.members, benign):
-            return solved
-        return replace(solved, frame=fit_frame(solved.X, weights, benign, self.rank))
-
-    def _benign_at_wider_rank(self, solved: list[_Solved], weights: Tensor, structure: Tensor) -> Tensor:
-        """Who is benign where the subspace has more directions: one more, and as many as all clients together show.
-
-        A few clients may show fewer directions than they share, and whoever uses the others looks foreign to them. A
-        direction too many is one of the noise, and takes next to nothing from the score of a contaminated client.
-        """
-        wider = [replace(s, frame=_wider(s.X, weights, s.frame)) for s in solved]
-        x, variance, inside = _pool(wider, weights, structure)
-        members = solved[0].frame.members
-        return benign_set(x, members, calibrate(x, members, variance).p_values, variance, inside)
-
-    def _module_result(self, solved: _Solved, weights: Tensor, structure: float, share: bool) -> ModuleResult:
-        """Refined where it is estimated to pay; nowhere if the clients ``share`` next to nothing in every module.
-
-        Then differences are as likely each client's own as noise, and the estimate takes them for noise.
-        """
-        module, cores, frame = solved.module, solved.cores, solved.frame
-        benign = frame.members
-        x, variance = log_scores(solved.X, weights, frame)
-        z = calibrate(x, benign, variance).z
-        frame = keep_directions(solved.X, weights, frame) if self.rank is None else frame
-        gain = estimate_gain(solved.X, weights, frame)
-        basis = cores.lift_rows(frame.basis)
-        off = cores.lift(solved.size * project_out(frame.basis, frame.mean))
-        is_refined = share and gain.relative > 0
-        return ModuleResult(
-            name=module.name,
-            shape=module.shape[::-1] if module.transposed else module.shape,
-            rank=frame.rank,
-            basis=module.out(basis),
-            common=module.out_update(off),
-            scores=z.cpu().numpy() if module.numpy else z,
-            refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
-            gain=gain.relative,
-            gain_terms=gain.scaled(solved.size * solved.size),
-            is_refined=is_refined,
-            shared_structure=structure,
-            spectrum=solved.size * frame.eigenvalues.clamp(min=0.0).sqrt().cpu().numpy(),
-            certificate=solved.certificate,
-        )
+def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
+    """The modules in which the first set is searched: ``PILOTS`` spread over all, or all for the convex program."""
+    if solver == "convex" or len(fits) <= PILOTS:
+        return list(fits)
+    return [fits[i * (len(fits) - 1) // (PILOTS - 1)] for i in range(PILOTS)]
 
 
-def _wider(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
-    """The frame with one more direction, or the rank estimated from all clients, as far as its members support it."""
-    everybody = fit_frame(X, weights, torch.ones_like(frame.members))
-    seen = min(rank_limit(frame.size, *X.shape[1:]), resolved_rank(frame.eigenvalues))  # beyond, arbitrary directions
-    largest = max(frame.rank, seen)
-    return fit_frame(X, weights, frame.members, min(max(frame.rank + 1, everybody.rank), largest))
-
-
-def _pool(solved: list[_Solved], weights: Tensor, structure: Tensor) -> tuple[Tensor, float, Tensor]:
-    """Pooled log score of every client (K,), its variance, and the pooled log energy inside the subspaces (K,).
-
-    Averages over modules, weighted by shared structure over noise variance: with one module, that module's. The
-    variance takes the modules' noise as independent.
-    """
-    scored = [log_scores(s.X, weights, s.frame) for s in solved]
-    inside = torch.stack([inside_energy(s.X, weights, s.frame).clamp(min=floor_energy(s.X)).log() for s in solved])
-    variances = torch.tensor([v for _, v in scored], dtype=structure.dtype, device=structure.device)
-    shares = structure / variances
-    shares = shares / shares.sum()
-    x = shares @ torch.stack([scores for scores, _ in scored])
-    return x, float((shares.square() * variances).sum()), shares @ inside
+def _module_result(
+    module: Module, fit: Fit, outcome: Outcome, share: bool, certificate: Certificate | None
+) -> ModuleResult:
+    """Refined where it is estimated to pay; nowhere if the clients ``share`` next to nothing in every module."""
+    frame, is_refined = outcome.frame, outcome.is_refined(share)
+    if isinstance(fit.cores, Cores):
+        basis, off = fit.lifted(frame)
+    else:
+        shared = fit.shared(frame, stack(cast(list[LowRank], module.updates)))
+        basis, off = shared.lifted_basis(), shared.common_part()
+    benign = frame.members
+    return ModuleResult(
+        name=module.name,
+        shape=module.shape[::-1] if module.transposed else module.shape,
+        rank=frame.rank,
+        basis=module.out(basis),
+        common=module.out_update(off),
+        scores=outcome.scores.cpu().numpy() if module.numpy else outcome.scores,
+        refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
+        gain=outcome.gain.relative,
+        gain_terms=outcome.gain.scaled(fit.size * fit.size),
+        is_refined=is_refined,
+        shared_structure=outcome.structure,
+        spectrum=outcome.spectrum.cpu().numpy(),
+        certificate=certificate,
+    )
 
 
 def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
@@ -273,7 +227,7 @@ def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
     adapters: list[LowRank] = []
     for update, wanted in zip(module.updates, refine.tolist(), strict=True):
         if wanted:
-            inside = update.scale * (basis.T @ update.B.double()) @ update.A.double()  # (r, q)
+            inside = update.scale * (basis.T.double() @ update.B.double()) @ update.A.double()  # (r, q)
             joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A]))
             update = LowRank(joined.B.to(update.B.dtype), joined.A.to(update.A.dtype))
             if not bool(update.A.isfinite().all()):

@@ -15,6 +15,7 @@ from clairlib.description import best_set
 from clairlib.detection import FAMILY_ERROR, benign_set, calibrate
 from clairlib.frames import (
     LITTLE_STRUCTURE,
+    Common,
     Frame,
     fit_frame,
     floor_energy,
@@ -30,7 +31,9 @@ MOST = 0.75  # part of the clients from which on a set is checked for a smaller 
 SPLITS = 10  # times in a row, at most, that a set is replaced by the closer part of the clients
 
 
-def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator: Generator) -> Frame:
+def consensus(
+    X: Tensor, weights: Tensor, *, rank: int | None = None, common: Common | None = None, generator: Generator
+) -> Frame:
     """The frame that describes most members in the shortest description of the clients.
 
     Parameters
@@ -41,13 +44,16 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
         Noise variance of client k is proportional to 1 / weights[k].
     rank : int, optional
         Rank of the shared subspace; estimated where None.
+    common : (rows, columns), optional
+        Those that all clients have in common, as in `frames`; all of them where None.
     generator : Generator
         Draws the tuples when there are more than ``starts.TUPLE_LIMIT``.
     """
-    tuples = candidate_tuples(*X.shape, generator=generator)
-    order, distances = score_tuples(X, tuples)
+    common = common or (X.shape[1], X.shape[2])
+    tuples = candidate_tuples(len(X), *common, generator=generator)
+    order, distances = score_tuples(X, tuples, common)
     candidates: list[Frame] = []
-    judge = Judge(X, weights, rank)
+    judge = Judge(X, weights, rank, common)
 
     def add(start: Tensor) -> None:
         for frame in grow_twice(judge, start):
@@ -55,15 +61,16 @@ def consensus(X: Tensor, weights: Tensor, *, rank: int | None = None, generator:
                 candidates.append(frame)
 
     everybody = torch.ones(len(X), dtype=torch.bool, device=X.device)
-    half = robust_half(X, weights, rank)
+    half = robust_half(X, weights, rank, common)
     add(half)
-    for start in spread_starts(start_sets(X, tuples, order, distances, everybody)):
+    for start in spread_starts(start_sets(X, tuples, order, distances, everybody, common=common)):
         add(start)
     for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
-        for start in start_sets(X, tuples, order, distances, ~frame.members, SHORTLIST_OF_REST)[:1]:
+        rest = start_sets(X, tuples, order, distances, ~frame.members, SHORTLIST_OF_REST, common)
+        for start in rest[:1]:
             add(start)
     if not candidates:
-        return fit_frame(X, weights, everybody, rank)
+        return fit_frame(X, weights, everybody, rank, common)
     best = best_set(X, weights, candidates)
     if best.size >= MOST * len(X):  # everybody agrees, or a group in much noise grew on into its surroundings
         parts = [judge(split_repeatedly(judge, start))[0] for start in (everybody, half)]
@@ -82,17 +89,17 @@ def larger_group(X: Tensor, weights: Tensor, rank: int | None, best: Frame, gene
     whom the verdict would not tell from its members.
     """
     others = ~best.members
-    K, p, q = int(others.sum()), *X.shape[1:]
-    if K < 3 or (rank or 0) > rank_limit(K, p, q):
+    K = int(others.sum())
+    if K < 3 or (rank or 0) > rank_limit(K, best.common[0], X.shape[2]):
         return best
     rest, w = X[others], weights[others]
-    group = consensus(rest, w, rank=rank, generator=generator)
+    group = consensus(rest, w, rank=rank, common=best.common, generator=generator)
     alike = like_members(rest, w, group)
     if int(alike.sum()) <= best.size or shared_structure(rest, w, group) < LITTLE_STRUCTURE:
         return best
     members = torch.zeros_like(others)
     members[others] = alike
-    return fit_frame(X, weights, members, rank)
+    return fit_frame(X, weights, members, rank, best.common)
 
 
 def like_members(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
@@ -108,8 +115,8 @@ class Judge:
     Remembers every set it was asked about: growing from different starts runs through the same sets again and again.
     """
 
-    def __init__(self, X: Tensor, weights: Tensor, rank: int | None) -> None:
-        self.X, self.weights, self.rank = X, weights, rank
+    def __init__(self, X: Tensor, weights: Tensor, rank: int | None, common: Common | None = None) -> None:
+        self.X, self.weights, self.rank, self.common = X, weights, rank, common
         # fewer clients span a given rank with nothing left over when one is left out
         self.least = 3 if rank is None else max(3, ceil(rank / X.shape[2]) + 2)
         self._known: dict[bytes, tuple[Frame, Tensor, float]] = {}
@@ -117,7 +124,7 @@ class Judge:
     def __call__(self, members: Tensor) -> tuple[Frame, Tensor, float]:
         key = members.cpu().numpy().tobytes()
         if key not in self._known:
-            frame = fit_frame(self.X, self.weights, members, self.rank)
+            frame = fit_frame(self.X, self.weights, members, self.rank, self.common)
             self._known[key] = (frame, *log_scores(self.X, self.weights, frame))
         return self._known[key]
 

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from clairlib.detection import FAMILY_ERROR
-from clairlib.frames import Frame, effective_dimensions, floor_energy, leave_one_out, rank_limit
+from clairlib.frames import Frame, centred, effective_dimensions, floor_energy, leave_one_out, rank_limit
 from clairlib.subspace import project_out, resolved_rank
 
 OWN_RANK = 16  # directions of its own that an outlier is described with at most
@@ -28,7 +28,7 @@ def best_set(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
 
 def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[Frame]:
     """The candidates, and their sets with the ranks of the others: sets are compared, not the ranks found for them."""
-    _, p, q = X.shape
+    p, q = candidates[0].common[0], X.shape[2]
     frames = list(candidates)
     for frame in candidates:
         largest = min(rank_limit(frame.size, p, q), resolved_rank(frame.eigenvalues))
@@ -83,7 +83,7 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     noise = [left_out_noise(X, weights, f) for f in candidates]
     base = candidates[min(range(len(candidates)), key=noise.__getitem__)]
     R = _residuals(X, weights, base)
-    p_eff, q_eff = effective_dimensions(R[base.members], free_clients(base, q))
+    p_eff, q_eff = effective_dimensions(R[base.members], base.common, free_clients(base, q))
     unit = max(min(noise), floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
     rows, price = p_eff + base.rank, log(p)
 
@@ -91,7 +91,7 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     without_subspace: dict[bytes, Tensor] = {}  # an outlier's description: the same at every rank of a set
     for i, frame in enumerate(candidates):
         R = _residuals(X, weights, frame)
-        coefficients, D = price * frame.rank * q_eff, (X - frame.mean) * weights.sqrt()[:, None, None]
+        coefficients, D = price * frame.rank * q_eff, centred(X, weights, frame) * weights.sqrt()[:, None, None]
         total = weights[frame.members].sum()
         own = total / (total + weights)  # part of an outsider's energy that is its own
         off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the reference may leave next to no room
@@ -116,7 +116,7 @@ def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price:
 
 
 def _residuals(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    return project_out(frame.basis, X - frame.mean) * weights.sqrt()[:, None, None]
+    return project_out(frame.basis, centred(X, weights, frame)) * weights.sqrt()[:, None, None]
 
 
 def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:

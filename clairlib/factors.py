@@ -62,6 +62,11 @@ class Cores:
     left: Tensor | None
     right: Tensor | None
 
+    @property
+    def common(self) -> tuple[int, int]:
+        """Rows and columns that all clients have in common: all of them."""
+        return self.core.shape[1], self.core.shape[2]
+
     def lift_rows(self, columns: Tensor) -> Tensor:
         """Vectors given in core coordinates (m, j) as vectors of the output side (p, j)."""
         return columns if self.left is None else self.left @ columns

@@ -1,7 +1,9 @@
 """Frames: a subspace with an off-subspace common part, fitted to a set of clients, and residuals left one out.
 
 The output side is the row side (p). Clients come as a float64 stack X (K, p, q) with weights w (K,): the noise
-variance of client k is proportional to 1 / w_k.
+variance of client k is proportional to 1 / w_k. The first rows and columns are coordinates that all clients have in
+``common``; the rest, where there are any, are each client's own, orthogonal to those of all others: what is there has
+no part in the subspace, and in the mean of the members only through the client itself.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ SLOPE = 0.5  # prior standard deviation of the power of its size with which an u
 FILTER = 2  # a contaminated client differs by r directions of its own and by its common part: 2 r directions are scored
 
 
+Common = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Frame:
     """An r-frame (P, C) fitted to ``members``.
 
     ``basis`` U (p, r) with P = U U' (unique up to rotation of its columns), ``mean`` the weighted mean M (p, q) of the
     members (C = P_perp M), ``eigenvalues`` (p,) of their weighted centred scatter, descending, and its eigenvectors
-    (p, p), of which the basis is the first r.
+    (p, p), of which the basis is the first r. ``common`` (rows, columns) that all clients share: mean, eigenvalues and
+    eigenvectors are of these, and zero elsewhere.
     """
 
     members: Tensor
@@ -35,6 +41,7 @@ class Frame:
     mean: Tensor
     eigenvalues: Tensor
     eigenvectors: Tensor
+    common: Common
 
     @property
     def rank(self) -> int:
@@ -52,19 +59,42 @@ def rank_limit(members: int, p: int, q: int) -> int:
     return max(0, min(p - 1, (members - 2) * q, (members - 1) * q // 2 + 1))
 
 
-def fit_frame(X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None) -> Frame:
+def fit_frame(
+    X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None, common: Common | None = None
+) -> Frame:
     """Frame of a set of clients: weighted mean, and the leading eigenvectors of the centred scatter.
 
-    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank.
+    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank; ``common=None`` is all of p and q.
     """
-    S, w = X[members], weights[members]
-    mean = torch.einsum("k,kpq->pq", w / w.sum(), S)
-    D = (S - mean) * w.sqrt()[:, None, None]
-    values, vectors = torch.linalg.eigh(_gram(D))
+    rows, columns = common = common or (X.shape[1], X.shape[2])
+    w = weights[members]
+    mean = torch.zeros_like(X[0])
+    mean[:rows, :columns] = torch.einsum("k,kpq->pq", w / w.sum(), X[members, :rows, :columns])
+    D = _less_mean(X[members], w / w.sum(), mean, common)
+    D, own = D[:, :rows], D[:, rows:]
+    values, vectors = torch.linalg.eigh(_gram(D * w.sqrt()[:, None, None]))
     values, vectors = values.flip(0), vectors.flip(1)
     if rank is None:
-        rank = _rank(D, values)
-    return Frame(members, vectors[:, :rank], mean, values, vectors)
+        rank = _rank(D, values, bool(own.any()))
+    vectors = torch.nn.functional.pad(vectors, (0, 0, 0, X.shape[1] - rows))
+    return Frame(members, vectors[:, :rank], mean, values, vectors, common)
+
+
+def _less_mean(X: Tensor, shares: Tensor, mean: Tensor, common: Common) -> Tensor:
+    """X_k - M of clients that have these ``shares`` (K,) in the mean: all of what it has in their own coordinates."""
+    D = X - mean
+    rows, columns = common
+    if common != X.shape[1:]:
+        kept = (1 - shares)[:, None, None]
+        D[:, rows:] *= kept
+        D[:, :rows, columns:] *= kept
+    return D
+
+
+def centred(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """X_k - M (K, p, q); a client that is no member has no share in M."""
+    W = weights[frame.members].sum()
+    return _less_mean(X, torch.where(frame.members, weights / W, 0.0), frame.mean, frame.common)
 
 
 def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
@@ -75,7 +105,7 @@ def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     """
     if gap_rank(frame.eigenvalues[: resolved_rank(frame.eigenvalues)], frame.rank) == frame.rank:
         return frame
-    largest = min(rank_limit(frame.size, *X.shape[1:]), resolved_rank(frame.eigenvalues))
+    largest = min(rank_limit(frame.size, frame.common[0], X.shape[2]), resolved_rank(frame.eigenvalues))
     energies = held_out_energies(frame.eigenvalues.clamp(min=0.0), _loads(X, weights, frame))
     rank = max(frame.rank, held_out_rank(energies, largest))
     return replace(frame, basis=frame.eigenvectors[:, :rank])
@@ -89,11 +119,11 @@ def _loads(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     """E_k (n, p, q) of the members, in the scatter's eigenvectors: it loses E_k E_k' when the frame does without k."""
     w = weights[frame.members]
     loss = (w * w.sum() / (w.sum() - w)).sqrt()  # of w_k W / (W - w_k) D_k D_k'
-    return frame.eigenvectors.T @ (X[frame.members] - frame.mean) * loss[:, None, None]
+    return frame.eigenvectors.T @ centred(X, weights, frame)[frame.members] * loss[:, None, None]
 
 
-def _rank(D: Tensor, values: Tensor) -> int:
-    """Rank of centred blocks D (n, p, q) with scatter eigenvalues ``values``.
+def _rank(D: Tensor, values: Tensor, own: bool) -> int:
+    """Rank of centred blocks D (n, p, q), scatter eigenvalues ``values``; ``own``: do clients have other rows as well?
 
     Where every client lies in what the others span, there is no noise, and all of it is shared. The noise of low-rank
     adapters is confined as well, to as many directions as their ranks add up to, but each brings its own, and so does
@@ -101,7 +131,7 @@ def _rank(D: Tensor, values: Tensor) -> int:
     """
     n, p, q = D.shape
     resolved, limit = resolved_rank(values), rank_limit(n, p, q)
-    if resolved <= limit and resolved < min(p, (n - 1) * q):
+    if not own and resolved <= limit and resolved < min(p, (n - 1) * q):
         others = [_gram(rest - rest.mean(dim=0)) for rest in (torch.cat([D[:k], D[k + 1 :]]) for k in range(n))]
         if all(resolved_rank(values) == resolved for values in torch.linalg.eigvalsh(torch.stack(others)).flip(1)):
             return resolved
@@ -117,7 +147,7 @@ def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     too small for members and make every outsider look foreign.
     """
     inside, W, w = frame.members, weights[frame.members].sum(), weights
-    D = X - frame.mean
+    D = centred(X, weights, frame)
     R = torch.empty_like(X)
     outside = ~inside
     scale = (1 / w[outside] + 1 / W).rsqrt()
@@ -165,7 +195,7 @@ def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]
     """
     R = leave_one_out(X, weights, frame)
     energy = filtered_energy(R, frame.rank).clamp(min=floor_energy(X))
-    variance = 2.0 / max(degrees_of_freedom(R[frame.members]), 1.0)
+    variance = 2.0 / max(degrees_of_freedom(R[frame.members], frame.common), 1.0)
     sizes = X.square().sum(dim=(1, 2)).clamp(min=floor_energy(X)).log()
     return without_size(energy.log(), sizes, frame.members, variance), variance
 
@@ -186,16 +216,19 @@ def without_size(x: Tensor, sizes: Tensor, members: Tensor, variance: float) -> 
     return x - slope.clamp(0.0, 1.0) * deviation
 
 
-def effective_dimensions(R: Tensor, clients: float | None = None) -> tuple[float, float]:
+def effective_dimensions(
+    R: Tensor, common: Common | None = None, clients: float | None = None
+) -> tuple[float, float]:
     """Effective rows and columns of residuals (n, p, q) of all clients together.
 
     A covariance C has (tr C)^2 / tr C^2 effective dimensions. Seen through N samples, tr C^2 is too large by
     (tr C)^2 / N; the rows are seen through n times the effective columns, the columns through n times the effective
     rows, and both are corrected for it. ``clients`` takes the place of n where a fit to these clients has used some up.
     """
-    K, p, q = R.shape
-    n = float(K if clients is None else clients)
-    across_rows, across_columns = _concentration(R), _concentration(R.mT)
+    common = common or (R.shape[1], R.shape[2])
+    p, q = _dimensions(R, common)
+    n = float(len(R) if clients is None else clients)
+    across_rows, across_columns = _concentration(R, common[0]), _concentration(R.mT, common[1])
     rows, columns = float(p), float(q)
     for _ in range(20):
         columns = min(q, 1 / max(across_columns - 1 / (n * rows), 1 / q))
@@ -203,22 +236,30 @@ def effective_dimensions(R: Tensor, clients: float | None = None) -> tuple[float
     return rows, columns
 
 
-def degrees_of_freedom(R: Tensor) -> float:
+def _dimensions(R: Tensor, common: Common) -> Common:
+    """Rows and columns of all clients together: what is common, and each client's own."""
+    K, p, q = R.shape
+    return common[0] + K * (p - common[0]), common[1] + K * (q - common[1])
+
+
+def degrees_of_freedom(R: Tensor, common: Common) -> float:
     """Satterthwaite's degrees of freedom of one client's residual energy: effective rows times effective columns.
 
     One side is taken over all clients together, the other within each client, whichever way gives fewer: the noise of a
     low-rank adapter is confined to few directions, other ones than its neighbours'. Corrected for sampling as in
     ``effective_dimensions``; (p - r) q for isotropic noise.
     """
-    return min(_freedom(R), _freedom(R.mT))
-
-
-def _freedom(R: Tensor) -> float:
-    """Effective rows over all clients times effective columns within a client."""
-    n, p, q = R.shape
-    within = R.mT @ R  # (n, q, q)
+    within = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
     trace = within.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=torch.finfo(R.dtype).tiny)
-    inside, across = float((within.square().sum(dim=(1, 2)) / trace.square()).mean()), _concentration(R)
+    inside = float((within.square().sum(dim=(1, 2)) / trace.square()).mean())
+    return min(_freedom(R, inside, common), _freedom(R.mT, inside, common[::-1]))
+
+
+def _freedom(R: Tensor, inside: float, common: Common) -> float:
+    """Effective rows over all clients times effective columns within a client, tr C^2 / (tr C)^2 ``inside`` it."""
+    n, q = len(R), R.shape[2]
+    p, _ = _dimensions(R, common)
+    across = _concentration(R, common[0])
     rows, columns = float(p), float(q)
     for _ in range(20):
         columns = min(q, 1 / max(inside - 1 / rows, 1 / q))
@@ -226,10 +267,15 @@ def _freedom(R: Tensor) -> float:
     return rows * columns
 
 
-def _concentration(R: Tensor) -> float:
-    """tr C^2 / (tr C)^2 of the row covariance C of residuals (n, p, q)."""
-    C = torch.einsum("kpq,krq->pr", R, R)
-    return float(C.square().sum() / C.trace().square().clamp(min=torch.finfo(R.dtype).tiny))
+def _concentration(R: Tensor, rows: int) -> float:
+    """tr C^2 / (tr C)^2 of the row covariance C of residuals (n, p, q), of which ``rows`` rows are in common."""
+    shared, own = R[:, :rows], R[:, rows:]
+    C = torch.einsum("kpq,krq->pr", shared, shared)
+    square, trace = C.square().sum(), C.trace()
+    if own.shape[1]:  # a block for every client
+        square = square + 2 * (shared @ own.mT).square().sum() + (own @ own.mT).square().sum()
+        trace = trace + own.square().sum()
+    return float(square / trace.square().clamp(min=torch.finfo(R.dtype).tiny))
 
 
 def shared_structure(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
@@ -241,9 +287,9 @@ def shared_structure(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     """
     R = leave_one_out(X, weights, frame)[frame.members]
     w, W = weights[frame.members], weights[frame.members].sum()
-    D = (X[frame.members] - frame.mean).square().sum(dim=(1, 2))
+    D = centred(X, weights, frame)[frame.members].square().sum(dim=(1, 2))
     total = (D * w * W / (W - w)).sum()
     if total <= floor_energy(X) * frame.size:
         return total.new_zeros(())
-    p_eff, _ = effective_dimensions(R)
+    p_eff, _ = effective_dimensions(R, frame.common)
     return (1 - R.square().sum() / total - frame.rank / (p_eff + frame.rank)).clamp(min=LEAST_STRUCTURE)

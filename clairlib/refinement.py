@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from clairlib.frames import Frame, effective_dimensions, floor_energy, leave_one_out
+from clairlib.frames import Frame, centred, effective_dimensions, floor_energy, leave_one_out
 from clairlib.subspace import gap_rank, project_out
 
 FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors
@@ -63,22 +63,22 @@ def estimate_gain(X: Tensor, weights: Tensor, frame: Frame) -> Gain:
     if s < 2 or floor_energy(X) >= V:
         return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
     squares, rest = _structure(R, X[frame.members])
-    p_eff, q_eff = effective_dimensions(rest)
+    p_eff, q_eff = effective_dimensions(rest, frame.common)
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
-    h2 = _kept_out(X, frame, p_eff, q_eff)
+    h2 = _kept_out(X, weights, frame, p_eff, q_eff)
     inside = noise * r / p_eff
     return Gain(noise + inside, inside, noise / s, h2 * (1 - 1 / s), r * (noise - h2) / (q_eff * s))
 
 
-def _kept_out(X: Tensor, frame: Frame, rows: float, columns: float) -> float:
+def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rows: float, columns: float) -> float:
     """h^2 of the structure that the subspace, fitted with everybody in it, leaves outside: what averaging wipes out.
 
     Where the subspace has grown to hold each client's own differences, they stand out in the residuals left one out,
     and yet refinement keeps them.
     """
     own, s = X[frame.members], frame.size
-    residuals = project_out(frame.basis, own - frame.mean)  # H_k enters times 1 - 1/s
+    residuals = project_out(frame.basis, centred(X, weights, frame)[frame.members])  # H_k enters times 1 - 1/s
     energy = float(residuals.square().sum(dim=(1, 2)).mean())
     squares, _ = _structure(residuals, own)
     return _energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2

@@ -11,7 +11,7 @@ from math import ceil, comb
 import torch
 from torch import Generator, Tensor
 
-from clairlib.frames import fit_frame, floor_energy
+from clairlib.frames import Common, centred, fit_frame, floor_energy
 from clairlib.subspace import project_out
 
 # At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
@@ -36,12 +36,12 @@ def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
     return torch.tensor(sorted(drawn))
 
 
-def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
+def score_tuples(X: Tensor, tuples: Tensor, common: Common | None = None) -> tuple[list[int], Tensor]:
     """Order the tuples by how closely the other clients gather around their frames.
 
     The frame of a tuple is over-specified on purpose: all directions of its members' differences, up to p / 4. Its
     score is the sum over the other clients of the log off-frame energy, a bounded-influence loss: many clients far
-    away cost little, a few very close ones pay.
+    away cost little, a few very close ones pay. What lies in a client's own coordinates is off every frame.
 
     Returns
     -------
@@ -50,6 +50,8 @@ def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
     Tensor (T, K)
         Off-frame energy of each client, zero for the tuple's own clients.
     """
+    energies, common = X.square().sum(dim=(1, 2)), common or (X.shape[1], X.shape[2])
+    X = X[:, : common[0], : common[1]]
     K, p, q = X.shape
     t = tuples.shape[1]
     width = max(1, min((t - 1) * q, p // 4, K * q))
@@ -65,7 +67,7 @@ def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
         U = torch.linalg.svd(D, full_matrices=False).U[..., :width]
         coefficients = (U.mT @ stacked).unflatten(2, (K, q)) - (U.mT @ centre)[:, :, None]  # (T, width, K, q)
         cross = gram[part].mean(dim=1)  # (T, K): <X_k, centre>
-        energy = gram.diagonal() - 2 * cross + centre.square().sum(dim=(1, 2))[:, None]
+        energy = energies - 2 * cross + centre.square().sum(dim=(1, 2))[:, None]
         distances.append((energy - coefficients.square().sum(dim=(1, 3))).clamp(min=floor))
     result = torch.cat(distances)
     total = result.log().sum(dim=1) - result.log().gather(1, tuples.to(X.device)).sum(dim=1)
@@ -73,7 +75,13 @@ def score_tuples(X: Tensor, tuples: Tensor) -> tuple[list[int], Tensor]:
 
 
 def start_sets(
-    X: Tensor, tuples: Tensor, order: list[int], distances: Tensor, allowed: Tensor, shortlist: int = SHORTLIST
+    X: Tensor,
+    tuples: Tensor,
+    order: list[int],
+    distances: Tensor,
+    allowed: Tensor,
+    shortlist: int = SHORTLIST,
+    common: Common | None = None,
 ) -> list[Tensor]:
     """Start sets (K,) bool among the allowed clients, most concentrated first.
 
@@ -91,25 +99,40 @@ def start_sets(
     reach = distances[chosen].masked_fill(~allowed, torch.inf)
     sets = reach.argsort(dim=1)[:, :size].sort(dim=1).values.unique(dim=0)
     members = torch.zeros(len(sets), len(X), dtype=torch.bool, device=X.device).scatter(1, sets, True)
-    return list(members[log_determinants(X, sets).argsort()])
+    return list(members[log_determinants(X, sets, common).argsort()])
 
 
-def log_determinants(X: Tensor, sets: Tensor) -> Tensor:
+def log_determinants(X: Tensor, sets: Tensor, common: Common | None = None) -> Tensor:
     """Log determinant (T,) of the centred scatter of each set of clients (T, n), up to a common constant.
 
     A floor of rounding size on the diagonal stands in for the directions that n clients cannot span.
     """
-    _, p, q = X.shape
+    p, q = X.shape[1:]
     floor = LEAST_SPREAD * float(X.square().sum(dim=(1, 2)).mean()) + torch.finfo(X.dtype).tiny
     step = max(1, CHUNK_ENTRIES // (sets.shape[1] * p * q + p * p))
     result = []
     for part in sets.split(step):
-        D = X[part] - X[part].mean(dim=1, keepdim=True)
-        D = D.permute(0, 2, 1, 3).flatten(2)  # (T, p, n q)
-        gram = D @ D.mT if p <= D.shape[2] else D.mT @ D
+        D = _apart(X[part], common)
+        D = (D - D.mean(dim=1, keepdim=True)).permute(0, 2, 1, 3).flatten(2)  # (T, p, n q)
+        gram = D @ D.mT if D.shape[1] <= D.shape[2] else D.mT @ D
         gram.diagonal(dim1=1, dim2=2).add_(floor)
         result.append(torch.linalg.slogdet(gram).logabsdet)
     return torch.cat(result)
+
+
+def _apart(X: Tensor, common: Common | None) -> Tensor:
+    """Sets of n clients (T, n, p, q) in coordinates of the set: own rows and columns beside those of the others."""
+    T, n, p, q = X.shape
+    if common is None or (p, q) == common:
+        return X
+    rows, columns = common
+    own_rows, own_columns = p - rows, q - columns
+    placed = X.new_zeros(T, n, rows + n * own_rows, columns + n * own_columns)
+    for k in range(n):
+        at = torch.cat([torch.arange(rows), torch.arange(own_rows) + rows + k * own_rows])
+        beside = torch.cat([torch.arange(columns), torch.arange(own_columns) + columns + k * own_columns])
+        placed[:, k, at[:, None], beside] = X[:, k]
+    return placed
 
 
 def spread_starts(sets: list[Tensor]) -> list[Tensor]:
@@ -129,19 +152,19 @@ def _closest(distances: Tensor, count: int) -> Tensor:
     return members
 
 
-def robust_half(X: Tensor, weights: Tensor, rank: int | None, rounds: int = 15) -> Tensor:
+def robust_half(X: Tensor, weights: Tensor, rank: int | None, common: Common | None = None, rounds: int = 15) -> Tensor:
     """The half of the clients closest to a frame fitted to all of them with weights 1 / distance.
 
     Iteratively reweighted, as in FMS (Lerman and Maunu 2018), on matrices: a start that averages over every client
     where single pairs are too noisy.
     """
-    K, p, q = X.shape
-    width = rank if rank is not None else max(1, min(q, p // 4))
+    K, common = len(X), common or (X.shape[1], X.shape[2])
+    width = rank if rank is not None else max(1, min(common[1], common[0] // 4))
     everyone = torch.ones(K, dtype=torch.bool, device=X.device)
     v, floor = weights, floor_energy(X)
     for _ in range(rounds):
-        frame = fit_frame(X, v, everyone, width)
-        distance = project_out(frame.basis, X - frame.mean).square().sum(dim=(1, 2)) * weights
+        frame = fit_frame(X, v, everyone, width, common)
+        distance = project_out(frame.basis, centred(X, v, frame)).square().sum(dim=(1, 2)) * weights
         v = weights * distance.clamp(min=floor).rsqrt()
         v = v / v.mean()
     return _closest(distance, max(min(4, K), K // 2))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clairlib.factors import Cores, LowRank, cores_of_dense, cores_of_factors
+from clairlib.factors import LowRank
 
 SINGLE = "update"  # name of the module when updates are not given by module
 MINIMUM_CLIENTS = 3  # with two nobody can say which of them differs
@@ -40,13 +40,6 @@ class Module:
     def reference(self) -> Tensor:
         """A tensor with the dtype and device in which results are given back."""
         return self.updates if isinstance(self.updates, Tensor) else self.updates[0].B
-
-    def cores(self) -> Cores:
-        """The updates in orthonormal coordinates, float64."""
-        try:
-            return cores_of_dense(self.updates) if isinstance(self.updates, Tensor) else cores_of_factors(self.updates)
-        except OverflowError as error:
-            raise ValueError(f"updates{_where(self.name)} are too large: {error}") from None
 
     def out(self, tensor: Tensor) -> Any:
         """A result tensor in the input's dtype, numpy where the input was."""
@@ -87,7 +80,7 @@ def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list
             raise TypeError(f"module names must be text; got {module!r}")
         if not isinstance(group, Sequence | Tensor | np.ndarray) or getattr(group, "ndim", 1) == 0:
             what = f"a (K, p, q) array or a sequence of LowRank; got {type(group).__name__}"
-            raise TypeError(f"updates{_where(module)} must be {what}")
+            raise TypeError(f"updates{where(module)} must be {what}")
     counts = {module: len(group) for module, group in groups.items()}
     K = next(iter(counts.values()))
     for module, count in counts.items():
@@ -110,14 +103,15 @@ def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list
     return modules, clients, by_module
 
 
-def _where(module: str) -> str:
+def where(module: str) -> str:
+    """How a message names the module: not at all where there is only one."""
     return "" if module == SINGLE else f" in module {module!r}"
 
 
 def _read_module(name: str, group: Any, clients: list[str], transposed: bool) -> Module:
-    where = _where(name)
+    place = where(name)
     if isinstance(group, Sequence) and any(isinstance(update, LowRank) for update in group):
-        return Module(name, _read_factors(group, clients, transposed, where), transposed, False)
+        return Module(name, _read_factors(group, clients, transposed, place), transposed, False)
     numpy = not isinstance(group, Tensor) and not all(isinstance(update, Tensor) for update in group)
     try:
         if numpy:
@@ -125,13 +119,13 @@ def _read_module(name: str, group: Any, clients: list[str], transposed: bool) ->
         else:
             stack = group if isinstance(group, Tensor) else torch.stack(list(group))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"updates{where} must be a (K, p, q) array or a sequence of LowRank: {error}") from None
-    _check_tensor(stack, f"updates{where}")
+        raise ValueError(f"updates{place} must be a (K, p, q) array or a sequence of LowRank: {error}") from None
+    _check_tensor(stack, f"updates{place}")
     if stack.ndim != 3:
-        raise ValueError(f"updates{where} must have shape (K, p, q); got {tuple(stack.shape)}")
+        raise ValueError(f"updates{place} must have shape (K, p, q); got {tuple(stack.shape)}")
     finite = stack.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
-        raise ValueError(f"client {clients[int((~finite).nonzero()[0])]!r} has NaN or Inf{where}")
+        raise ValueError(f"client {clients[int((~finite).nonzero()[0])]!r} has NaN or Inf{place}")
     stack = stack.detach()
     return Module(name, stack.mT if transposed else stack, transposed, numpy)
 

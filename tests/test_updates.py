@@ -79,7 +79,7 @@ def test_summary_says_every_verdict_rank_and_gain():
     assert len(lines) == 1 + 1 + 8 + 1
     verdicts = [line.split()[1] for line in lines[2:10]]
     assert verdicts == ["benign" if ok else "contaminated" for ok in CLIENTS.benign.tolist()]
-    assert lines[-1].startswith("update 14x5: rank 2, estimated gain ")
+    assert lines[-1].startswith("update 14x5: rank 2, shared structure 0.")
 
 
 def test_progress_names_every_module_once():

@@ -1,0 +1,88 @@
+"""Cores of many adapters: the directions that clients have in common, and each client's own.
+
+K adapters of rank rho span N = K rho directions on either side. Only the leading ones of all clients together hold what
+clients share; the others are one client's each. In these coordinates an update is a matrix of (lead + rho) x
+(lead + rho), got from two Gram matrices alone. What is neglected is the part that other clients have in a client's own
+directions: in the mean it has 1 / K of the size of their noise there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from clairlib.grams import Stacked
+
+LEAD = 64  # leading directions of all clients together, on either side, that are kept in common
+GUARD = 16  # directions iterated on beyond those kept
+ROUNDS = 6  # of the subspace iteration: noise directions need not converge
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Theta_k in coordinates common to all clients and its own: ``core`` (K, d + w, d' + w), float64.
+
+    ``left`` (N, d) and ``right`` (N, d') are coefficients of orthonormal bases of the common directions: B @ left, and
+    A' @ right. ``common`` = (d, d').
+    """
+
+    core: Tensor
+    left: Tensor
+    right: Tensor
+
+    @property
+    def common(self) -> tuple[int, int]:
+        """Rows and columns that all clients have in common."""
+        return self.left.shape[1], self.right.shape[1]
+
+
+def compress(stacked: Stacked, *, generator: Generator, lead: int = LEAD) -> Compressed:
+    """Cores of the clients' updates in at most ``lead`` common directions a side and their own.
+
+    The common directions of the output side are the leading ones of sum_k Theta_k Theta_k' / ||Theta_k||^2, so that no
+    client counts more for being large; those of the input side likewise.
+    """
+    left, L = _side(stacked, lead, generator)
+    right, R = _side(stacked.transposed(), lead, generator)
+    return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right)
+
+
+def _side(stacked: Stacked, lead: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Basis (N, d), in B, of the output side's common directions, and the clients' B_k in coordinates (K, d + w, w)."""
+    own = stacked.blocks(stacked.G_B)
+    other = stacked.blocks(stacked.G_A)
+    energies = (own * other).sum(dim=(1, 2))  # ||B_k A_k||^2
+    shares = torch.where(energies > 0, energies, torch.inf).rsqrt()
+    basis = _leading(stacked, _root(other) * shares[:, None, None], lead, generator)
+    coordinates = stacked.by_client(basis.T @ stacked.G_B)  # (K, d, w)
+    rest = _root(own - coordinates.mT @ coordinates, own)
+    return basis, torch.cat([coordinates, rest], dim=1)
+
+
+def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> Tensor:
+    """Coefficients (N, d) in B of the ``lead`` leading left singular directions of B blockdiag(F).
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp 2011) in the precision of the factors, then one
+    Rayleigh-Ritz step in float64.
+    """
+    N, dtype = len(stacked.G_B), stacked.B.dtype
+    width = min(N, lead + GUARD)
+    G, root, back = stacked.G_B.to(dtype), F.to(dtype), F.mT.to(dtype)
+    Q = torch.randn(N, width, generator=generator, dtype=torch.float64).to(G)
+    for _ in range(ROUNDS):
+        Q = torch.linalg.qr(stacked.times_blocks(back, G @ stacked.times_blocks(root, Q)))[0]
+    V = stacked.times_blocks(F, Q.double())
+    values, E = torch.linalg.eigh(V.T @ (stacked.G_B @ V))
+    kept = values.flip(0)[:lead]
+    kept = kept[kept > ROUNDS * torch.finfo(dtype).eps * kept[0].clamp(min=torch.finfo(dtype).tiny)]
+    return V @ E.flip(1)[:, : len(kept)] * kept.rsqrt()
+
+
+def _root(blocks: Tensor, whole: Tensor | None = None) -> Tensor:
+    """Symmetric roots (K, w, w) of positive semidefinite blocks; what is rounding of ``whole`` counts as zero."""
+    values, vectors = torch.linalg.eigh(blocks)
+    size = (blocks if whole is None else whole).diagonal(dim1=1, dim2=2).sum(dim=1)
+    floor = 1e-14 if whole is None else 1e-7
+    return vectors * torch.where(values > floor * size[:, None], values, 0.0).sqrt()[:, None, :] @ vectors.mT

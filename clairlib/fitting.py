@@ -1,0 +1,86 @@
+"""A module during the fit: its cores, the frame of a set of clients, how everybody stands to it, and what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clairlib.assembly import GUARD, Shared, shared_part
+from clairlib.compress import Compressed
+from clairlib.detection import calibrate
+from clairlib.factors import Cores, LowRank
+from clairlib.frames import Frame, fit_frame, keep_directions
+from clairlib.grams import Stacked
+from clairlib.refinement import Gain, estimate_gain
+from clairlib.subspace import project_out
+from clairlib.verdict import Reading, wider
+
+
+class Fit:
+    """A module during the fit: its cores over ``size``, their largest entry, so that no square overflows or vanishes.
+
+    Remembers the frame of the set it was last asked about.
+    """
+
+    def __init__(self, name: str, cores: Cores | Compressed, weights: Tensor, rank: int | None) -> None:
+        self.name, self.cores, self.weights, self.rank = name, cores, weights, rank
+        self.size = float(cores.core.abs().max()) or 1.0
+        self.X = cores.core / self.size
+        self._frame: Frame | None = None
+
+    def frame(self, members: Tensor) -> Frame:
+        """Frame of a set of clients (K,) bool."""
+        if self._frame is None or not torch.equal(self._frame.members, members):
+            self._frame = fit_frame(self.X, self.weights, members, self.rank, self.cores.common)
+        return self._frame
+
+    def reading(self, members: Tensor) -> Reading:
+        """How the clients stand to it."""
+        return Reading.of(self.X, self.weights, self.frame(members))
+
+    def wider_reading(self, members: Tensor) -> Reading:
+        """How they stand to the frame of the same set with more directions."""
+        return Reading.of(self.X, self.weights, wider(self.X, self.weights, self.frame(members)))
+
+
+    def outcome(self, members: Tensor) -> Outcome:
+        """What is kept of the module when these clients are benign."""
+        frame, reading = self.frame(members), self.reading(members)
+        z = calibrate(reading.scores, members, reading.variance).z
+        kept = keep_directions(self.X, self.weights, frame) if self.rank is None else frame
+        spectrum = self.size * frame.eigenvalues.clamp(min=0.0).sqrt()
+        return Outcome(kept, z, estimate_gain(self.X, self.weights, kept), float(reading.structure), spectrum)
+
+    def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:
+        """Basis U (p, r) and common part P_perp M of a frame, from cores that hold them exactly."""
+        assert isinstance(self.cores, Cores)
+        off = self.cores.lift(self.size * project_out(frame.basis, frame.mean))
+        return self.cores.lift_rows(frame.basis), off
+
+    def shared(self, frame: Frame, stacked: Stacked) -> Shared:
+        """The same from the clients' factors, where the cores hold the frame's leading directions only."""
+        assert isinstance(self.cores, Compressed)
+        start = frame.eigenvectors[: self.cores.common[0], : frame.rank + GUARD]
+        return shared_part(stacked, frame.members, self.weights, self.cores.left @ start, frame.rank)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a module: ``frame`` with the directions to keep, z ``scores`` (K,) of the module alone, ``gain``
+    in units of the cores, ``structure`` shared by the members, ``spectrum`` of their centred stack.
+    """
+
+    frame: Frame
+    scores: Tensor
+    gain: Gain
+    structure: float
+    spectrum: Tensor
+
+    def is_refined(self, share: bool) -> bool:
+        """Does refinement pay, given that the clients ``share`` a subspace in some module?
+
+        Where they do not, differences are as likely each client's own as noise, and the estimate takes them for noise.
+        """
+        return share and self.gain.relative > 0

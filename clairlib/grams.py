@@ -1,0 +1,78 @@
+"""All clients' factors of one module side by side, and the two Gram matrices on which everything is computed.
+
+Nothing of size p x q is formed: with B (p, N) and A (N, q) the factors of all clients, N the sum of their ranks, every
+inner product of updates, means and projections follows from B' B and A A'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from clairlib.factors import LowRank
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Theta_k = scales[k] * B[:, k] @ A[k], the k-th blocks having ranks[k] columns and rows.
+
+    ``B`` (p, N), ``A`` (N, q): single precision, or double where a client's factors are. ``G_B`` = B' B and ``G_A`` =
+    A A' (N, N): products in that precision, kept as float64.
+    """
+
+    B: Tensor
+    A: Tensor
+    scales: Tensor
+    ranks: list[int]
+    G_B: Tensor
+    G_A: Tensor
+
+    @property
+    def width(self) -> int:
+        """Largest rank w of a client."""
+        return max(self.ranks)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """Client (N,) of every column of B."""
+        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.B.device)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Places (K, w) of each client's columns among the N; N where a client has fewer than w."""
+        ranks = torch.tensor(self.ranks)
+        slot = torch.arange(self.width)
+        places = (ranks.cumsum(0) - ranks)[:, None] + slot
+        return torch.where(slot < ranks[:, None], places, int(ranks.sum())).to(self.B.device)
+
+    def blocks(self, G: Tensor) -> Tensor:
+        """Diagonal blocks (K, w, w) of an (N, N) matrix, padded with zeros."""
+        padded = torch.nn.functional.pad(G, (0, 1, 0, 1))
+        return padded[self.places[:, :, None], self.places[:, None, :]]
+
+    def by_client(self, columns: Tensor) -> Tensor:
+        """Columns (m, N) as (K, m, w), padded with zeros."""
+        return torch.nn.functional.pad(columns, (0, 1))[:, self.places].permute(1, 0, 2)
+
+    def times_blocks(self, blocks: Tensor, rows: Tensor) -> Tensor:
+        """blockdiag(blocks) @ rows for blocks (K, w, w) and rows (N, m)."""
+        own = torch.nn.functional.pad(rows, (0, 0, 0, 1))[self.places]  # (K, w, m)
+        return (blocks @ own).flatten(0, 1)[self.places.flatten() < len(rows)]
+
+    def transposed(self) -> Stacked:
+        """The same for the transposed updates."""
+        return Stacked(self.A.T, self.B.T, self.scales, self.ranks, self.G_A, self.G_B)
+
+
+def stack(updates: Sequence[LowRank]) -> Stacked:
+    """Factors side by side and their Gram matrices, 2 (p + q) N^2 operations, the only large products there are."""
+    double = any(torch.float64 in (u.B.dtype, u.A.dtype) for u in updates)
+    dtype = torch.float64 if double else torch.float32
+    B = torch.cat([u.B for u in updates], dim=1).to(dtype)
+    A = torch.cat([u.A for u in updates], dim=0).to(dtype)
+    scales = torch.tensor([u.scale for u in updates], dtype=torch.float64, device=B.device)
+    return Stacked(B, A, scales, [u.rank for u in updates], (B.T @ B).double(), (A @ A.T).double())

@@ -1,0 +1,155 @@
+"""Cores from Gram matrices, and refined adapters put together from them, against the dense updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clairlib import CLAIR, LowRank
+from clairlib.assembly import assemble, refined_adapter
+from clairlib.compress import compress
+from clairlib.factors import cores_of_factors, truncate
+from clairlib.fitting import Fit
+from clairlib.frames import fit_frame, log_scores, shared_structure
+from clairlib.grams import stack
+from clairlib.refinement import estimate_gain
+from clairlib.seeds import derive
+from clairlib.subspace import project_out, sin_theta
+
+RANK, STRANGERS = 3, 5
+
+
+def adapters(K=16, p=300, q=280, *, noise=0.5, ranks=(16,), scales=(1.0,), dtype=torch.float64, seed=1):
+    """Benign: shared directions, a common part, own noise; the first ``STRANGERS`` have a frame of their own."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def frame():
+        return torch.linalg.qr(normal(p, RANK))[0], normal(p, 1) / p**0.5, normal(1, q) / q**0.5
+
+    shared, updates = frame(), []
+    for k in range(K):
+        U, left, right = frame() if k < STRANGERS else shared
+        rank, scale = ranks[k % len(ranks)], scales[k % len(scales)]
+        own = rank - RANK - 1
+        B = torch.cat([U, left, noise * normal(p, own) / p**0.5], dim=1)
+        A = torch.cat([normal(RANK, q) / q**0.5, right, noise * normal(own, q) / q**0.5])
+        gauge = torch.eye(rank, dtype=torch.float64) + 0.3 * normal(rank, rank) / rank**0.5
+        updates.append(LowRank((B @ gauge).to(dtype), torch.linalg.solve(gauge, A / scale).to(dtype), scale))
+    return updates
+
+
+MIXED = {"ranks": (4, 16, 7), "scales": (1.0, 0.25)}
+BENIGN = torch.arange(16) >= STRANGERS
+WEIGHTS = torch.linspace(0.5, 1.5, 16, dtype=torch.float64)
+
+
+def dense(updates):
+    return torch.stack([update.dense().double() for update in updates])
+
+
+@pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
+def test_cores_hold_everything_when_all_directions_are_common(how):
+    updates = adapters(**how)
+    X, exact = compress(stack(updates), generator=derive(0, "test"), lead=400), cores_of_factors(updates)
+    assert X.core.square().sum(dim=(1, 2)).tolist() == pytest.approx(exact.core.square().sum(dim=(1, 2)).tolist())
+    frame = fit_frame(X.core, WEIGHTS, BENIGN, None, X.common)
+    other = fit_frame(exact.core, WEIGHTS, BENIGN)
+    assert frame.rank == other.rank == RANK
+    ours, theirs = log_scores(X.core, WEIGHTS, frame), log_scores(exact.core, WEIGHTS, other)
+    assert torch.allclose(ours[0], theirs[0], atol=1e-8) and ours[1] == pytest.approx(theirs[1], rel=1e-6)
+    left = stack(updates).B @ X.left
+    assert torch.allclose(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64), atol=1e-8)
+
+
+@pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
+def test_own_coordinates_neglect_little(how):
+    """64 of some 200 directions in common: scores move by less than a quarter of their benign spread."""
+    updates = adapters(p=400, q=400, **how)
+    X, exact = compress(stack(updates), generator=derive(0, "test"), lead=64), cores_of_factors(updates).core
+    assert X.common == (64, 64) and X.core.shape[1:] == (80, 80)
+    frame, other = fit_frame(X.core, WEIGHTS, BENIGN, None, X.common), fit_frame(exact, WEIGHTS, BENIGN)
+    (x, _), (y, _) = log_scores(X.core, WEIGHTS, frame), log_scores(exact, WEIGHTS, other)
+    assert frame.rank == other.rank == RANK
+    assert float((x - y).abs().max()) < 0.25 * float(y[BENIGN].std())
+    structure = [float(shared_structure(stacked, WEIGHTS, f)) for stacked, f in ((X.core, frame), (exact, other))]
+    assert structure[0] == pytest.approx(structure[1], abs=0.02)
+    gains = [estimate_gain(stacked, WEIGHTS, f).relative for stacked, f in ((X.core, frame), (exact, other))]
+    assert gains[0] == pytest.approx(gains[1], abs=0.02)
+
+
+def shared_of(updates, lead=64):
+    stacked = stack(updates)
+    fit = Fit("m", compress(stacked, generator=derive(0, "test"), lead=lead), WEIGHTS, None)
+    return fit.shared(fit.frame(BENIGN), stacked)
+
+
+@pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
+def test_subspace_and_common_part_are_those_of_the_dense_updates(how):
+    updates = adapters(**how)
+    shared, exact = shared_of(updates), fit_frame(dense(updates), WEIGHTS, BENIGN, RANK)
+    assert sin_theta(shared.lifted_basis(), exact.basis) < 1e-10
+    off = project_out(exact.basis, exact.mean)
+    assert torch.linalg.matrix_norm(shared.common_part().dense() - off) < 1e-10 * torch.linalg.matrix_norm(off)
+
+
+@pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
+def test_refined_adapters_are_the_best_truncation_of_the_dense_ones(how):
+    updates = adapters(**how)
+    shared, D = shared_of(updates), dense(updates)
+    exact = fit_frame(D, WEIGHTS, BENIGN, RANK)
+    off = project_out(exact.basis, exact.mean)
+    everything, part = (assemble(shared, count, derive(0, "off")) for count in (len(shared.shares), 2 * 16))
+    for k in (6, 15):
+        refined = exact.basis @ (exact.basis.T @ D[k]) + off
+        identity = torch.eye(refined.shape[1], dtype=torch.float64)
+        best, least = truncate(LowRank(refined, identity), 4)  # where the spectrum has a gap, the best is one only
+        ours, error = refined_adapter(everything, k, 4)
+        assert torch.linalg.matrix_norm(ours.dense() - best.dense()) < 1e-8 * torch.linalg.matrix_norm(refined)
+        assert error == pytest.approx(least, abs=1e-8) and ours.rank == 4
+        best, least = truncate(LowRank(refined, identity), 8)
+        assert refined_adapter(everything, k, 8)[1] == pytest.approx(least, abs=1e-8)
+        near, error = refined_adapter(part, k, 8)
+        measured = torch.linalg.matrix_norm(near.dense() - refined) / torch.linalg.matrix_norm(refined)
+        assert float(measured) == pytest.approx(error, abs=1e-8)
+        assert least <= error < 1.02 * least
+
+
+def test_single_precision_moves_the_result_by_rounding():
+    updates = adapters()
+    single = [LowRank(u.B.float(), u.A.float(), u.scale) for u in updates]
+    exact = fit_frame(dense(updates), WEIGHTS, BENIGN, RANK)
+    assert sin_theta(shared_of(single).lifted_basis().double(), exact.basis) < 1e-5
+
+
+def test_no_noise_and_clients_without_update():
+    updates = adapters(noise=0.0)
+    updates[0] = LowRank(torch.zeros_like(updates[0].B), updates[0].A)
+    shared, exact = shared_of(updates), fit_frame(dense(updates), WEIGHTS, BENIGN, RANK)
+    assert sin_theta(shared.lifted_basis(), exact.basis) < 1e-7
+    adapter, error = refined_adapter(assemble(shared, 32, derive(0, "off")), 9, 16)
+    assert error < 1e-6 and torch.allclose(adapter.dense(), updates[9].dense(), atol=1e-6)
+
+
+def test_clair_finds_the_same_by_either_way(monkeypatch):
+    updates = adapters(noise=0.8)
+    by_gram = CLAIR().fit(updates)
+    monkeypatch.setattr("clairlib.clair.EXACT", 10**6)
+    exact = CLAIR().fit(updates)
+    assert by_gram.benign.tolist() == exact.benign.tolist() == BENIGN.tolist()
+    assert by_gram.rank == exact.rank == RANK
+    assert sin_theta(by_gram.basis, exact.basis) < 1e-10
+    for ours, theirs in zip(by_gram.refined, exact.refined, strict=True):
+        assert torch.linalg.matrix_norm(ours.dense() - theirs.dense()) < 1e-8 * torch.linalg.matrix_norm(theirs.dense())
+
+
+def test_no_p_times_q_array_is_formed():
+    """A module whose dense update would take 80 GB."""
+    g = torch.Generator().manual_seed(0)
+    p = q = 100_000
+    updates = [LowRank(torch.randn(p, 4, generator=g), torch.randn(4, q, generator=g)) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="alloc|memory"):
+        torch.empty(p * 10_000, q, dtype=torch.float64).fill_(1.0)
+    assert CLAIR().fit(updates).basis.shape[0] == p
