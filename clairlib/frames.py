@@ -238,8 +238,10 @@ def effective_dimensions(
 
 def _dimensions(R: Tensor, common: Common) -> Common:
     """Rows and columns of all clients together: what is common, and each client's own."""
-    K, p, q = R.shape
-    return common[0] + K * (p - common[0]), common[1] + K * (q - common[1])
+    rows, columns = common
+    size = R.abs()
+    own_rows, own_columns = size[:, rows:].amax(dim=2) > 0, size[:, :, columns:].amax(dim=1) > 0
+    return rows + int(own_rows.sum()), columns + int(own_columns.sum())
 
 
 def degrees_of_freedom(R: Tensor, common: Common) -> float:
@@ -257,8 +259,8 @@ def degrees_of_freedom(R: Tensor, common: Common) -> float:
 
 def _freedom(R: Tensor, inside: float, common: Common) -> float:
     """Effective rows over all clients times effective columns within a client, tr C^2 / (tr C)^2 ``inside`` it."""
-    n, q = len(R), R.shape[2]
-    p, _ = _dimensions(R, common)
+    n, (p, q) = len(R), _dimensions(R, common)
+    q = min(q, R.shape[2])
     across = _concentration(R, common[0])
     rows, columns = float(p), float(q)
     for _ in range(20):

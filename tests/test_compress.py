@@ -41,7 +41,7 @@ def adapters(K=16, p=300, q=280, *, noise=0.5, ranks=(16,), scales=(1.0,), dtype
     return updates
 
 
-MIXED = {"ranks": (4, 16, 7), "scales": (1.0, 0.25)}
+MIXED = {"ranks": (6, 16, 9), "scales": (1.0, 0.25)}
 BENIGN = torch.arange(16) >= STRANGERS
 WEIGHTS = torch.linspace(0.5, 1.5, 16, dtype=torch.float64)
 
