@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clairlib import provenance
-from clairlib.adapters import AdapterSet, blaming, client_folders, load_adapters
+from clairlib.adapter_files import AdapterFiles, blaming, client_folders, open_adapters
+from clairlib.alignment_page import write_alignment_page
+from clairlib.alignment_passes import settle_on_disk
 from clairlib.clair import CLAIR
-from clairlib.factors import LowRank, truncate
-from clairlib.folders import PICTURE, REPORT, AdapterError, regular_file, whole_folder
-from clairlib.lora import WEIGHTS, write_lora
+from clairlib.folders import PAGE, PICTURE, REPORT, AdapterError, regular_file, resumable_folder
 from clairlib.lora_config import CONFIG
-from clairlib.result import ClairResult, ModuleResult
+from clairlib.lora_tensors import WEIGHTS
+from clairlib.module_alignment import Job
+from clairlib.result import ClairResult
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Outcome of :func:`align`: the fit, the report as written to report.json, and the output folder."""
+    """Outcome of :func:`align`: the verdict, the report as written to report.json, and the output folder.
+
+    The modules of ``result`` are summaries: their refined updates are in the output folder.
+    """
 
     result: ClairResult
     report: dict[str, Any]
@@ -43,6 +50,8 @@ def align(
     seed: int = 0,
     keep_contaminated: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
+    jobs: int = 1,
     progress: Callable[[str, int], None] | None = None,
     draw: Callable[[ClairResult, Path], None] | None = None,
 ) -> Alignment:
@@ -50,8 +59,8 @@ def align(
 
     A client is judged once over all its modules; subspaces are per module. A benign client's refined update
     is truncated to ``adapter_rank`` (default: its own rank in that module); in a module where refinement was
-    refused it keeps its own update. ``output`` holds a folder for each benign client, report.json and, with
-    ``draw``, report.png.
+    refused it keeps its own update. ``output`` holds a folder for each benign client, report.json, report.html and,
+    with ``draw``, report.png.
 
     Parameters
     ----------
@@ -71,6 +80,10 @@ def align(
         Copy the two files of contaminated clients unchanged instead of leaving them out.
     overwrite : bool
         Replace an output folder that an earlier call wrote.
+    resume : bool
+        Go on from what a killed or interrupted run of the same clients and settings left, to the identical result.
+    jobs : int
+        Worker processes; 1 computes in this one. Memory is that of one module a process, whatever their number.
     progress : callable, optional
         Called with (module, number of modules) when a module is done.
     draw : callable, optional
@@ -82,25 +95,31 @@ def align(
         One line naming the client, module, option or file that cannot be used; nothing is left behind.
     """
     method = {"rank": rank, "solver": solver, "side": side, "seed": seed}
-    clair = _solver(method)
-    output, inputs = Path(output), [*map(Path, paths), *client_folders(paths).values()]
-    with whole_folder(output, overwrite=overwrite, inputs=inputs) as folder:
-        adapters = load_adapters(paths)
-        _check_adapter_rank(adapters, adapter_rank)
-        result = _fit(adapters, clair, device, progress)
-        errors = _write_benign(folder, adapters, result, adapter_rank)
+    clair, output = _solver(method), Path(output)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AdapterError("device cuda is not available here; use --device cpu")
+    inputs = [*map(Path, paths), *client_folders(paths).values()]
+    adapters = open_adapters(paths)
+    _check_adapter_rank(adapters, adapter_rank)
+    job = Job(adapters, clair, device, adapter_rank)
+    settings = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
+    with resumable_folder(output, _identity(adapters, settings), **how) as (folder, records):
+        try:
+            result, errors = settle_on_disk(job, folder, records, jobs=jobs, progress=progress)
+        except BrokenProcessPool as error:
+            raise AdapterError("a worker process ended; too little memory? Use fewer --jobs") from error
         if keep_contaminated:
             _copy_contaminated(folder, adapters, result)
-        options = {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
-        report = _report(result, errors, method | options)
-        text = json.dumps(report, indent=2, allow_nan=False)
-        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        report = _report(result, errors, settings)
+        (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_alignment_page(report, folder / PAGE)
         if draw is not None:
             draw(result, folder / PICTURE)
     return Alignment(result, report, output)
 
 
-def _check_adapter_rank(adapters: AdapterSet, rank: int | None) -> None:
+def _check_adapter_rank(adapters: AdapterFiles, rank: int | None) -> None:
     if rank is None:
         return
     if rank < 1:
@@ -119,70 +138,18 @@ def _solver(method: dict[str, Any]) -> CLAIR:
         raise AdapterError(str(error)) from error
 
 
-def _fit(adapters: AdapterSet, solver: CLAIR, device: str, progress: Callable[[str, int], None] | None) -> ClairResult:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise AdapterError("device cuda is not available here; use --device cpu")
-    waiting = list(adapters.modules)
-
-    def done(module: str) -> None:
-        waiting.remove(module)
-        if progress is not None:
-            progress(module, len(adapters.modules))
-
-    try:
-        modules = {module: _working_copy(updates, device) for module, updates in adapters.modules.items()}
-        return solver.fit(modules, names=adapters.names, progress=done)
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise AdapterError(_located(str(error), adapters, waiting)) from error
-    except torch.OutOfMemoryError as error:
-        raise AdapterError(_located(f"out of memory on device {device}", adapters, waiting)) from error
+def _identity(adapters: AdapterFiles, settings: dict[str, Any]) -> str:
+    """Tells whether a run can be resumed: the same files, settings and versions."""
+    files = [(name, *file.stamp) for name, file in zip(adapters.names, adapters.files, strict=True)]
+    facts = [files, settings, provenance.versions()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _located(message: str, adapters: AdapterSet, waiting: list[str]) -> str:
-    """The message, after the module at work where it names neither a client nor a module itself."""
-    if not waiting or any(repr(name) in message for name in (*adapters.names, *adapters.modules)):
-        return message
-    return f"module {waiting[0]!r}: {message}"
-
-
-def _working_copy(updates: list[LowRank], device: str) -> list[LowRank]:
-    """One dtype for a module, at least single, so that refined factors are rounded once, when written."""
-    double = any(torch.float64 in (update.B.dtype, update.A.dtype) for update in updates)
-    dtype = torch.float64 if double else torch.float32
-    return [replace(update, B=update.B.to(device, dtype), A=update.A.to(device, dtype)) for update in updates]
-
-
-def _write_benign(
-    folder: Path, adapters: AdapterSet, result: ClairResult, adapter_rank: int | None
-) -> dict[str, list[float]]:
-    """Write the benign clients' folders; relative truncation errors by module."""
-    errors: dict[str, list[float]] = {module: [] for module in adapters.modules}
-    for k, name in enumerate(adapters.names):
-        if not result.benign[k]:
-            continue
-        updates = {}
-        for module, originals in adapters.modules.items():
-            updates[module], error = _refined(result.modules[module], originals[k], k, adapter_rank)
-            errors[module].append(error)
-        with blaming(name):
-            write_lora(folder / name, adapters.configs[k], updates)
-    return errors
-
-
-def _refined(module: ModuleResult, original: LowRank, k: int, adapter_rank: int | None) -> tuple[LowRank, float]:
-    """Client k's update of one module at the rank asked for, in its file's dtype; the truncation error."""
-    rank = adapter_rank or original.rank
-    if not module.is_refined and rank == original.rank:
-        return original, 0.0
-    update, error = truncate(module.refined[k] if module.is_refined else original, rank)
-    return replace(update, B=update.B.to(original.B.dtype), A=update.A.to(original.A.dtype)), error
-
-
-def _copy_contaminated(folder: Path, adapters: AdapterSet, result: ClairResult) -> None:
+def _copy_contaminated(folder: Path, adapters: AdapterFiles, result: ClairResult) -> None:
     for k, name in enumerate(adapters.names):
         if result.benign[k]:
             continue
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         with blaming(name):
             for file in (CONFIG, WEIGHTS):  # checked again: the folder may have changed since it was read
                 shutil.copyfile(regular_file(adapters.folders[k], file), folder / name / file)
@@ -208,6 +175,7 @@ def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[
             "estimated_gain": _number(module.gain),
             "refined": bool(module.is_refined),
             "truncation_error": _spread(errors[name]),
+            "spectrum": [_number(value) for value in module.spectrum],
         }
         for name, module in result.modules.items()
     ]

@@ -17,7 +17,6 @@ GUARD = 8  # directions iterated on beyond those wanted
 MOST_ROUNDS = 60
 CONVERGED = 1e-11  # residual over the gap, which bounds the angle to the exact subspace
 ROUNDING = 1e-13
-OFF_DIRECTIONS = 2  # times the rank of the adapters written: directions of the common part that can enter them
 OFF_ROUNDS = 8
 
 

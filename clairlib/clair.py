@@ -9,19 +9,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from clairlib.compress import LEAD, Compressed, compress
+from clairlib.compress import LEAD, compress
 from clairlib.consensus import consensus
 from clairlib.decompose import Certificate, decompose
 from clairlib.detection import Calibration
 from clairlib.factors import Cores, LowRank, cores_of_dense, cores_of_factors
 from clairlib.fitting import Fit, Outcome
-from clairlib.frames import LITTLE_STRUCTURE, fit_frame, floor_energy, leave_one_out, shared_structure
+from clairlib.frames import LITTLE_STRUCTURE, Frame, fit_frame, floor_energy, leave_one_out, shared_structure
 from clairlib.grams import stack
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
 from clairlib.starts import robust_half
 from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, read_weights, transpose, where
-from clairlib.verdict import settle, vote
+from clairlib.verdict import Reading, settle, vote
 
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
 PILOTS = 8  # modules, at most, in which the first set is searched; all of them then judge it
@@ -119,42 +119,50 @@ class CLAIR:
         out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
 
-    def prepare(self, module: Module, weights: Tensor) -> Fit:
-        """A module's cores, ready to be asked for the frame of any set of clients; its updates are not kept."""
-        self._check_rank(module, len(weights))
-        return Fit(module.name, self._cores(module), weights, self.rank)
+    def prepare(self, module: Module, weights: Tensor, *, keep: bool = False) -> Fit:
+        """A module's cores, ready to be asked for the frame of any set of clients.
 
-    def _cores(self, module: Module) -> Cores | Compressed:
+        With ``keep`` the clients' factors stay with it where the cores do not hold them exactly.
+        """
+        self._check_rank(module, len(weights))
+        updates = module.updates
         try:
-            if isinstance(module.updates, Tensor):
-                return cores_of_dense(module.updates)
-            total = sum(update.rank for update in module.updates)
+            if isinstance(updates, Tensor):
+                return Fit(module.name, cores_of_dense(updates), weights, self.rank)
+            total = sum(update.rank for update in updates)
             if max(min(total, side) for side in module.shape) <= EXACT:
-                return cores_of_factors(module.updates)
-            lead = max(LEAD, 2 * (self.rank or 0))
-            return compress(stack(module.updates), lead=lead, generator=derive(self.seed, "compress", module.name))
+                return Fit(module.name, cores_of_factors(updates), weights, self.rank)
         except OverflowError as error:
             raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
+        stacked, lead = stack(updates), max(LEAD, 2 * (self.rank or 0))
+        cores = compress(stacked, lead=lead, generator=derive(self.seed, "compress", module.name))
+        return Fit(module.name, cores, weights, self.rank, stacked if keep else None)
 
     def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
         """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""
-        frames, certificates = [], {}
         by_name = {module.name: module for module in modules}
-        for fit in fits:
-            if self.solver == "consensus":
-                how: dict[str, Any] = {"rank": self.rank, "common": fit.cores.common}
-                frame = consensus(fit.X, fit.weights, generator=derive(self.seed, "tuples", fit.name), **how)
-            else:
-                members, certificates[fit.name] = self._convex_members(by_name[fit.name])
-                frame = fit.frame(members)
-            frames.append(frame)
+        found = [self.first_frame(by_name[fit.name], fit) for fit in fits]
+        frames = [frame for frame, _ in found]
+        certificates = {fit.name: proof for fit, (_, proof) in zip(fits, found, strict=True) if proof is not None}
         structure = [shared_structure(fit.X, fit.weights, frame) for fit, frame in zip(fits, frames, strict=True)]
         return vote(frames, structure), certificates
 
+    def first_frame(self, module: Module, fit: Fit) -> tuple[Frame, Certificate | None]:
+        """The frame that the clients of one module suggest by themselves."""
+        if self.solver == "consensus":
+            generator = derive(self.seed, "tuples", fit.name)
+            return consensus(fit.X, fit.weights, rank=self.rank, common=fit.cores.common, generator=generator), None
+        members, certificate = self._convex_members(module)
+        return fit.frame(members), certificate
+
     def settle(self, fits: Sequence[Fit], benign: Tensor) -> tuple[Tensor, Calibration]:
         """The set that stays when all these modules judge it."""
-        wider = None if self.rank is not None else (lambda members: [fit.wider_reading(members) for fit in fits])
-        return settle(benign, lambda members: [fit.reading(members) for fit in fits], wider)
+        return settle(benign, lambda members: [fit.reading(members) for fit in fits], self.wider(fits))
+
+    def wider(self, fits: Sequence[Fit]) -> Callable[[Tensor], list[Reading]] | None:
+        """Readings of a set by wider frames, in `pilots`; None where the rank is given."""
+        few = pilots(fits, "consensus")
+        return None if self.rank is not None else (lambda members: [fit.wider_reading(members) for fit in few])
 
     def _check_rank(self, module: Module, K: int) -> None:
         if self.rank is None:
@@ -184,7 +192,7 @@ class CLAIR:
 
 
 def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
-    """The modules in which the first set is searched: ``PILOTS`` spread over all, or all for the convex program."""
+    """The modules that find the first set: ``PILOTS`` spread over all, or all for the convex program."""
     if solver == "convex" or len(fits) <= PILOTS:
         return list(fits)
     return [fits[i * (len(fits) - 1) // (PILOTS - 1)] for i in range(PILOTS)]
@@ -198,7 +206,7 @@ def _module_result(
     if isinstance(fit.cores, Cores):
         basis, off = fit.lifted(frame)
     else:
-        shared = fit.shared(frame, stack(cast(list[LowRank], module.updates)))
+        shared = fit.shared(frame, fit.stacked or stack(cast(list[LowRank], module.updates)))
         basis, off = shared.lifted_basis(), shared.common_part()
     benign = frame.members
     return ModuleResult(

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from statsmodels.stats.proportion import proportion_confint
 from tqdm import tqdm
 
 from clairlib import provenance
+from clairlib.processes import workers
 
 Rows = list[dict[str, Any]]
 Cell = Callable[..., Mapping[str, Rows]]
@@ -56,8 +54,7 @@ def sweep(
     todo = [dict(c) for c in cells]
     folder = None if cache is None else Path(cache) / f"{cell.__module__.rsplit('.', 1)[-1]}.{cell.__name__}"
     if jobs > 1 and len(todo) > 1:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn, initializer=_end_with_parent) as pool:
+        with workers(min(jobs, len(todo))) as pool:
             results = pool.map(_run, *map(itertools.repeat, (cell, shared or {})), todo, itertools.repeat(folder))
             done = list(tqdm(results, total=len(todo), desc=cell.__name__, mininterval=1))
     else:
@@ -67,18 +64,6 @@ def sweep(
         for name, rows in result.items():
             tables.setdefault(name, []).extend({**parameters, **row} for row in rows)
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}
-
-
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is gone: a killed notebook leaves nothing running."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(

@@ -21,24 +21,32 @@ from clairlib.verdict import Reading, wider
 class Fit:
     """A module during the fit: its cores over ``size``, their largest entry, so that no square overflows or vanishes.
 
-    Remembers the frame of the set it was last asked about.
+    Remembers the frame of the set it was last asked about, and its reading. ``stacked`` are the clients' factors, where
+    they are kept.
     """
 
-    def __init__(self, name: str, cores: Cores | Compressed, weights: Tensor, rank: int | None) -> None:
-        self.name, self.cores, self.weights, self.rank = name, cores, weights, rank
+    def __init__(
+        self, name: str, cores: Cores | Compressed, weights: Tensor, rank: int | None, stacked: Stacked | None = None
+    ) -> None:
+        self.name, self.cores, self.weights, self.rank, self.stacked = name, cores, weights, rank, stacked
         self.size = float(cores.core.abs().max()) or 1.0
         self.X = cores.core / self.size
         self._frame: Frame | None = None
+        self._reading: Reading | None = None
 
     def frame(self, members: Tensor) -> Frame:
         """Frame of a set of clients (K,) bool."""
         if self._frame is None or not torch.equal(self._frame.members, members):
             self._frame = fit_frame(self.X, self.weights, members, self.rank, self.cores.common)
+            self._reading = None
         return self._frame
 
     def reading(self, members: Tensor) -> Reading:
         """How the clients stand to it."""
-        return Reading.of(self.X, self.weights, self.frame(members))
+        frame = self.frame(members)
+        if self._reading is None:
+            self._reading = Reading.of(self.X, self.weights, frame)
+        return self._reading
 
     def wider_reading(self, members: Tensor) -> Reading:
         """How they stand to the frame of the same set with more directions."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-REPORT, PICTURE = "report.json", "report.png"
+REPORT, PAGE, PICTURE = "report.json", "report.html", "report.png"
 
 
 class AdapterError(ValueError):
@@ -65,6 +65,76 @@ def whole_folder(output: Path, *, overwrite: bool = False, inputs: Iterable[Path
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def resumable_folder(
+    output: Path, identity: str, *, resume: bool = False, overwrite: bool = False, inputs: Iterable[Path] = ()
+) -> Iterator[tuple[Path, Path]]:
+    """As `whole_folder`, but what a killed or interrupted run leaves can be gone on with.
+
+    Gives the folder that becomes ``output``, and one beside it for records of what is done. Both are as the earlier run
+    left them where ``resume`` finds one of the same ``identity``, and empty else. An error removes them.
+
+    Raises
+    ------
+    AdapterError
+        As `whole_folder`; an unfinished run is there and not to be resumed, or of another identity, or still at work.
+    """
+    output = Path(os.path.abspath(output))
+    _check_output(output, overwrite, inputs)
+    staging = output.parent / f".{output.name}.partial"
+    fresh, records, run = staging / "new", staging / "records", staging / "run"
+    try:
+        _enter(staging, identity, resume)
+        with run.open("r+") as held:
+            _hold(held.fileno(), staging)
+            for folder in (fresh, records):
+                folder.mkdir(exist_ok=True)
+            yield fresh, records
+            _swap(fresh, output, staging / "old")
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise AdapterError(f"cannot write output {str(output)!r}: {error.strerror or error}") from error
+    except _Occupied as error:
+        raise AdapterError(str(error)) from error
+    except Exception:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+class _Occupied(Exception):
+    """The staging folder is not this run's to remove."""
+
+
+def _enter(staging: Path, identity: str, resume: bool) -> None:
+    """Make the staging folder, or find one of this identity."""
+    run = staging / "run"
+    if not os.path.lexists(staging):
+        staging.mkdir()
+        run.write_text(identity, encoding="utf-8")
+        return
+    if not resume:
+        raise _Occupied(f"an unfinished run left {str(staging)!r}; pass --resume to go on from it, or remove it")
+    try:
+        known = run.read_text(encoding="utf-8") if not staging.is_symlink() else ""
+    except (OSError, ValueError):
+        known = ""
+    if known != identity:
+        raise _Occupied(f"{str(staging)!r} is of other clients, settings or versions; remove it")
+
+
+def _hold(descriptor: int, staging: Path) -> None:
+    """Hold the staging folder against a second run, where the system can."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise _Occupied(f"another run is writing into {str(staging)!r}") from error
+
+
 def _check_output(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     real = output.resolve()
     for folder in (Path(path).resolve() for path in inputs):
@@ -90,7 +160,7 @@ def _written_names(output: Path) -> set[str]:
         complete = "modules" in report and "settings" in report
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    return {REPORT, PICTURE, *clients} if complete else set()
+    return {REPORT, PAGE, PICTURE, *clients} if complete else set()
 
 
 def _swap(fresh: Path, output: Path, aside: Path) -> None:

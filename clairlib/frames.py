@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clairlib.downdate import downdated_bases, held_out_energies
-from clairlib.subspace import estimate_rank, gap_rank, held_out_rank, project_out, resolved_rank
+from clairlib.subspace import EDGE_SPAN, estimate_rank, gap_rank, held_out_rank, project_out, resolved_rank
 
 LEAST_STRUCTURE = 1e-3  # stands for no structure at all among clients that differ
 LITTLE_STRUCTURE = 0.1  # strangers and very noisy clients stay below; from here on the subspace predicts something
@@ -135,16 +135,18 @@ def _rank(D: Tensor, values: Tensor, own: bool) -> int:
         others = [_gram(rest - rest.mean(dim=0)) for rest in (torch.cat([D[:k], D[k + 1 :]]) for k in range(n))]
         if all(resolved_rank(values) == resolved for values in torch.linalg.eigvalsh(torch.stack(others)).flip(1)):
             return resolved
+    if own:  # the last directions in common are there for the common part, or for the few clients that have them
+        resolved, limit = min(resolved, p // 2 + EDGE_SPAN), min(limit, p // 2)
     return estimate_rank(values[:resolved], limit)
 
 
-def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+def leave_one_out(X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None = None) -> Tensor:
     """Off-subspace residuals (K, p, q) of every client from a frame that it had no part in, on one scale.
 
     A member is compared with the frame refitted without it, an outsider with the frame itself:
     R_k = P_perp (X_k - M) / sqrt(1 / w_k + 1 / W), W the total weight behind M, so that under benign noise of
     variance sigma^2 / w_k every entry has variance sigma^2, apart from the error of P. In-sample residuals would be
-    too small for members and make every outsider look foreign.
+    too small for members and make every outsider look foreign. ``bases`` are the `left_out_bases`, where known.
     """
     inside, W, w = frame.members, weights[frame.members].sum(), weights
     D = centred(X, weights, frame)
@@ -154,7 +156,8 @@ def leave_one_out(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     R[outside] = project_out(frame.basis, D[outside]) * scale[:, None, None]
     # X_k - M_(-k) = D_k W / (W - w_k)
     loss = w[inside] * W / (W - w[inside])
-    R[inside] = project_out(left_out_bases(X, weights, frame), D[inside]) * loss.sqrt()[:, None, None]
+    bases = left_out_bases(X, weights, frame) if bases is None else bases
+    R[inside] = project_out(bases, D[inside]) * loss.sqrt()[:, None, None]
     return R
 
 
@@ -164,12 +167,13 @@ def left_out_bases(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     return frame.eigenvectors @ bases
 
 
-def inside_energy(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+def inside_energy(X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None = None) -> Tensor:
     """Energy (K,) of every update in the subspace; for a member, in the one fitted without it."""
     energy = torch.empty_like(X[:, 0, 0])
     outside = ~frame.members
     energy[outside] = (frame.basis.T @ X[outside]).square().sum(dim=(1, 2))
-    energy[frame.members] = (left_out_bases(X, weights, frame).mT @ X[frame.members]).square().sum(dim=(1, 2))
+    bases = left_out_bases(X, weights, frame) if bases is None else bases
+    energy[frame.members] = (bases.mT @ X[frame.members]).square().sum(dim=(1, 2))
     return energy
 
 
@@ -187,13 +191,13 @@ def filtered_energy(R: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigvalsh(gram)[:, -max(FILTER * rank, 1) :].clamp(min=0.0).sum(dim=1)
 
 
-def log_scores(X: Tensor, weights: Tensor, frame: Frame) -> tuple[Tensor, float]:
+def log_scores(X: Tensor, weights: Tensor, frame: Frame, R: Tensor | None = None) -> tuple[Tensor, float]:
     """Log of every client's filtered leave-one-out energy (K,), and the variance its log has under pure noise.
 
     The variance is 2 / dof with the ``degrees_of_freedom`` of the members' residuals. It is a scale for small sets, not
-    the law of the score.
+    the law of the score. ``R`` are the residuals left one out, where known.
     """
-    R = leave_one_out(X, weights, frame)
+    R = leave_one_out(X, weights, frame) if R is None else R
     energy = filtered_energy(R, frame.rank).clamp(min=floor_energy(X))
     variance = 2.0 / max(degrees_of_freedom(R[frame.members], frame.common), 1.0)
     sizes = X.square().sum(dim=(1, 2)).clamp(min=floor_energy(X)).log()
@@ -280,14 +284,14 @@ def _concentration(R: Tensor, rows: int) -> float:
     return float(square / trace.square().clamp(min=torch.finfo(R.dtype).tiny))
 
 
-def shared_structure(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+def shared_structure(X: Tensor, weights: Tensor, frame: Frame, R: Tensor | None = None) -> Tensor:
     """How much of the members' variation the subspace predicts for a client it has not seen, beyond chance; in [0, 1].
 
     1 - (energy of P_perp D left one out) / (energy of D left one out) less r / (p_eff + r), the part that any r
     directions of the noise take. 0 where the members do not differ; elsewhere at least ``LEAST_STRUCTURE``, so that
     modules without structure still count when there are no others.
     """
-    R = leave_one_out(X, weights, frame)[frame.members]
+    R = (leave_one_out(X, weights, frame) if R is None else R)[frame.members]
     w, W = weights[frame.members], weights[frame.members].sum()
     D = centred(X, weights, frame)[frame.members].square().sum(dim=(1, 2))
     total = (D * w * W / (W - w)).sum()

@@ -15,15 +15,12 @@ from clairlib.updates import SINGLE
 
 
 @dataclass(frozen=True)
-class ModuleResult:
-    """One weight matrix.
+class ModuleSummary:
+    """What is known of one weight matrix.
 
-    ``shape`` (p, q); ``rank`` r; ``basis`` U (p, r), or (q, r) for side "input", unique up to rotation: compare
-    subspaces with ``subspace.sin_theta``; ``common`` P_perp M (p, q); ``scores`` (K,) as in ClairResult, this module
-    alone; ``refined`` in the form of the input, a contaminated client's own update in its place; ``gain`` the estimated
-    share of the local squared error that refinement removes, ``gain_terms`` its parts; ``is_refined`` False where
-    refinement was refused, because the gain is not positive or no module shares a subspace: then ``refined`` are the
-    clients' own updates;
+    ``shape`` (p, q); ``rank`` r; ``scores`` (K,) as in ClairResult, this module alone; ``gain`` the estimated share of
+    the local squared error that refinement removes, ``gain_terms`` its parts; ``is_refined`` False where refinement was
+    refused, because the gain is not positive or no module shares a subspace: clients then have their own updates;
     ``shared_structure``, in [0, 1], how much of the benign clients' variation the subspace predicts for a client that
     it has not seen, beyond chance; ``spectrum`` the singular values of the benign clients' centred stack, in which the
     rank shows as a drop; ``certificate`` of the convex program, None for the consensus solver.
@@ -32,16 +29,27 @@ class ModuleResult:
     name: str
     shape: tuple[int, int]
     rank: int
-    basis: Any
-    common: Any
     scores: Any
-    refined: Any
     gain: float
     gain_terms: Gain
     is_refined: bool
     shared_structure: float
     spectrum: np.ndarray
     certificate: Certificate | None
+
+
+@dataclass(frozen=True)
+class ModuleResult(ModuleSummary):
+    """One weight matrix, and what refinement makes of it.
+
+    ``basis`` U (p, r), or (q, r) for side "input", unique up to rotation: compare subspaces with
+    ``subspace.sin_theta``; ``common`` P_perp M (p, q); ``refined`` in the form of the input, a contaminated client's
+    own update in its place.
+    """
+
+    basis: Any
+    common: Any
+    refined: Any
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,15 @@ class ClairResult:
     The family-wise error of the verdict, 1 % when nobody is contaminated, supposes that clients' noise variances are
     proportional to 1 / weights: a client with noisier data and no weight to say so looks contaminated.
     ``rank``, ``basis``, ``common``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of the
-    module, or dicts by module where the updates were given by module.
+    module, or dicts by module where the updates were given by module. ``modules`` holds a `ModuleResult` each, or a
+    `ModuleSummary` where the refined updates are on disk.
     """
 
     names: list[str]
     benign: Any
     scores: Any
     p_values: Any
-    modules: dict[str, ModuleResult]
+    modules: dict[str, Any]
     by_module: bool
 
     def _of_modules(self, value: Callable[[ModuleResult], Any]) -> Any:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from clairlib.detection import Calibration, benign_set, calibrate
-from clairlib.frames import Frame, fit_frame, floor_energy, inside_energy, log_scores, rank_limit, shared_structure
+from clairlib.frames import (
+    Frame,
+    fit_frame,
+    floor_energy,
+    inside_energy,
+    leave_one_out,
+    left_out_bases,
+    log_scores,
+    rank_limit,
+    shared_structure,
+)
 from clairlib.subspace import resolved_rank
 from clairlib.updates import MINIMUM_CLIENTS
 
@@ -30,9 +40,11 @@ class Reading:
     @classmethod
     def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> Reading:
         """Of the updates X (K, p, q) and a frame of some of them."""
-        scores, variance = log_scores(X, weights, frame)
-        inside = inside_energy(X, weights, frame).clamp(min=floor_energy(X)).log()
-        return cls(scores, variance, inside, shared_structure(X, weights, frame))
+        bases = left_out_bases(X, weights, frame)
+        R = leave_one_out(X, weights, frame, bases)
+        scores, variance = log_scores(X, weights, frame, R)
+        inside = inside_energy(X, weights, frame, bases).clamp(min=floor_energy(X)).log()
+        return cls(scores, variance, inside, shared_structure(X, weights, frame, R))
 
 
 def pool(readings: Sequence[Reading]) -> tuple[Tensor, float, Tensor]:
@@ -78,8 +90,8 @@ def settle(
 ) -> tuple[Tensor, Calibration]:
     """The set that stays when it is judged by its own frames, from ``benign`` (K,) bool, and the calibration on it.
 
-    ``read`` gives the readings of a set by its frames, ``read_wider`` by frames of more directions (`wider`): who is
-    benign by either is benign. None where the rank is given.
+    ``read`` gives the readings of a set by its frames, ``read_wider`` by frames of more directions (`wider`) in modules
+    enough to tell: who is benign by either is benign. None where the rank is given.
     """
     tried: list[Tensor] = []
     while True:
