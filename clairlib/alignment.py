@@ -94,14 +94,9 @@ def align(
     AdapterError
         One line naming the client, module, option or file that cannot be used; nothing is left behind.
     """
-    method = {"rank": rank, "solver": solver, "side": side, "seed": seed}
-    clair, output = _solver(method), Path(output)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise AdapterError("device cuda is not available here; use --device cpu")
-    inputs = [*map(Path, paths), *client_folders(paths).values()]
-    adapters = open_adapters(paths)
-    _check_adapter_rank(adapters, adapter_rank)
-    job = Job(adapters, clair, device, adapter_rank)
+    method, output = {"rank": rank, "solver": solver, "side": side, "seed": seed}, Path(output)
+    job = open_job(paths, adapter_rank=adapter_rank, device=device, **method)
+    adapters, inputs = job.adapters, [*map(Path, paths), *client_folders(paths).values()]
     settings = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
     with resumable_folder(output, _identity(adapters, settings), **how) as (folder, records):
@@ -119,6 +114,21 @@ def align(
     return Alignment(result, report, output)
 
 
+def open_job(
+    paths: Sequence[str | Path], *, adapter_rank: int | None = None, device: str = "cpu", **method: Any
+) -> Job:
+    """The clients' adapters, checked, and what is to be done with them; options as of :func:`align`."""
+    try:
+        clair = CLAIR(**method)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AdapterError("device cuda is not available here; use --device cpu")
+    adapters = open_adapters(paths)
+    _check_adapter_rank(adapters, adapter_rank)
+    return Job(adapters, clair, device, adapter_rank)
+
+
 def _check_adapter_rank(adapters: AdapterFiles, rank: int | None) -> None:
     if rank is None:
         return
@@ -129,13 +139,6 @@ def _check_adapter_rank(adapters: AdapterFiles, rank: int | None) -> None:
         if rank > min(p, q):
             what = f"adapter rank {rank} is larger than module {module!r} allows"
             raise AdapterError(f"{what}: its update is {p} x {q}, so at most {min(p, q)}")
-
-
-def _solver(method: dict[str, Any]) -> CLAIR:
-    try:
-        return CLAIR(**method)
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
 
 
 def _identity(adapters: AdapterFiles, settings: dict[str, Any]) -> str:

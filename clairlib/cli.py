@@ -83,13 +83,25 @@ def align(
         bool, typer.Option("--keep-contaminated", help="Copy contaminated clients' adapters unchanged.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an unfinished run left.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at work.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, say what it will take, and write nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Judge the clients' LoRA adapters, refine the benign ones and write them with a report."""
     from clairlib.alignment import align as run
+    from clairlib.alignment import open_job
     from clairlib.folders import AdapterError
+    from clairlib.forecast import forecast
 
     try:
+        if dry_run:
+            method: dict[str, Any] = {"rank": rank, "solver": solver.value, "side": side.value, "seed": seed}
+            job = open_job(clients, adapter_rank=adapter_rank, device=device.value, **method)
+            typer.echo(str(forecast(job, jobs)))
+            return
         with terminable(), progress("reading adapters", quiet=quiet) as bar:
             alignment = run(
                 clients,
@@ -102,6 +114,8 @@ def align(
                 seed=seed,
                 keep_contaminated=keep_contaminated,
                 overwrite=overwrite,
+                resume=resume,
+                jobs=jobs,
                 progress=lambda module, total: bar(advance=1, total=total, description=module),
                 draw=_save_overview,
             )

@@ -72,7 +72,8 @@ def resumable_folder(
     """As `whole_folder`, but what a killed or interrupted run leaves can be gone on with.
 
     Gives the folder that becomes ``output``, and one beside it for records of what is done. Both are as the earlier run
-    left them where ``resume`` finds one of the same ``identity``, and empty else. An error removes them.
+    left them where ``resume`` finds one of the same ``identity``, and empty else. Without ``resume`` only a process
+    that is killed leaves them; with it, one that is interrupted too.
 
     Raises
     ------
@@ -96,8 +97,9 @@ def resumable_folder(
         raise AdapterError(f"cannot write output {str(output)!r}: {error.strerror or error}") from error
     except _Occupied as error:
         raise AdapterError(str(error)) from error
-    except Exception:
-        shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, Exception) or not resume:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
     shutil.rmtree(staging, ignore_errors=True)
 

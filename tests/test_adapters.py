@@ -1,8 +1,8 @@
 """Adapter folders: what is read equals PEFT's update, what is written loads in PEFT, outputs are whole."""
 
-import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -12,11 +12,13 @@ from adapter_clients import BAD, BENIGN, RHO, lora_layers, plant, tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clairlib import alignment
+from clairlib import CLAIR
 from clairlib.adapters import load_adapters
 from clairlib.alignment import align
 from clairlib.factors import LowRank, truncate
+from clairlib.fitting import Fit
 from clairlib.lora import read_lora, write_lora
+from clairlib.refinement import Gain
 
 PATTERNS = {
     "rank_pattern": {"layers.0.self_attn.o_proj": 3, r"layers\.\d+\.mlp\.down_proj": 6},
@@ -118,16 +120,27 @@ def test_adapter_set_has_every_client_and_module(clients: Path) -> None:
     assert load_adapters([clients / name for name in ("hal", "ada", "bob")]).names == ["hal", "ada", "bob"]
 
 
+def refined_by_fit(clients: Path, **how) -> tuple[list[str], dict[str, list[torch.Tensor]]]:
+    """The names of the clients, and their dense refined updates by module, of a fit in memory."""
+    adapters = load_adapters([clients])
+    double = {
+        name: [LowRank(u.B.double(), u.A.double(), u.scale) for u in own] for name, own in adapters.modules.items()
+    }
+    result = CLAIR(**how).fit(double, names=adapters.names)
+    return adapters.names, {name: [u.dense() for u in module.refined] for name, module in result.modules.items()}
+
+
 def test_refined_folders_load_in_peft_and_equal_the_result(clients: Path, tmp_path: Path) -> None:
     outcome = align([clients], tmp_path / "out", rank=2)
     assert [n for n, good in zip(outcome.result.names, outcome.result.benign, strict=True) if not good] == BAD
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {*BENIGN, "report.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*BENIGN, "report.json", "report.html"}
+    names, by_fit = refined_by_fit(clients, rank=2)
     errors: dict[str, list[float]] = {name: [] for name in MODULES}
     for client in BENIGN:
         model = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out" / client)
-        k = outcome.result.names.index(client)
+        k = names.index(client)
         for name, layer in lora_layers(model).items():
-            refined = outcome.result.modules[name].refined[k].dense()
+            refined = by_fit[name][k]
             errors[name].append(float((layer.get_delta_weight("default") - refined).norm() / refined.norm()))
     for module in outcome.report["modules"]:
         stated, found = module["truncation_error"], errors[module["name"]]
@@ -141,7 +154,9 @@ def test_adapter_rank_is_written_and_smaller_ranks_lose_more(clients: Path, tmp_
     for rank in (1, 3, 6):
         outcome = align([clients], tmp_path / str(rank), adapter_rank=rank)
         config, updates = read_lora(tmp_path / str(rank) / "ada")
-        assert {u.rank for u in updates.values()} == {rank} and config["r"] == config["lora_alpha"] == rank
+        assert {u.rank for u in updates.values()} == {rank} and config["r"] == rank
+        own = read_lora(clients / "ada")[1]
+        assert {name: u.scale for name, u in updates.items()} == {name: u.scale for name, u in own.items()}
         assert not config["rank_pattern"] and not config["alpha_pattern"]
         worst[rank] = [module["truncation_error"]["max"] for module in outcome.report["modules"]]
     assert all(a > b >= c for a, b, c in zip(worst[1], worst[3], worst[6], strict=True))
@@ -149,16 +164,13 @@ def test_adapter_rank_is_written_and_smaller_ranks_lose_more(clients: Path, tmp_
 
 
 def test_refused_module_keeps_the_clients_own_update(clients: Path, tmp_path: Path, monkeypatch) -> None:
-    fit = alignment.CLAIR.fit
+    outcome_of = Fit.outcome
 
-    def refusing(self, *args, **kwargs):
-        result = copy.copy(fit(self, *args, **kwargs))
-        module = copy.copy(result.modules[REFUSED])
-        object.__setattr__(module, "is_refined", False)
-        object.__setattr__(result, "modules", result.modules | {REFUSED: module})
-        return result
+    def refusing(self, members):
+        outcome = outcome_of(self, members)
+        return replace(outcome, gain=Gain(1.0, 2.0, 0.0, 0.0, 0.0)) if self.name == REFUSED else outcome
 
-    monkeypatch.setattr(alignment.CLAIR, "fit", refusing)
+    monkeypatch.setattr(Fit, "outcome", refusing)
     outcome = align([clients], tmp_path / "out")
     assert [m["name"] for m in outcome.report["modules"] if not m["refined"]] == [REFUSED]
     own, written = read_lora(clients / "bob")[1], read_lora(tmp_path / "out" / "bob")[1]
@@ -171,13 +183,13 @@ def test_refused_module_keeps_the_clients_own_update(clients: Path, tmp_path: Pa
 
 def test_bfloat16_clients_get_bfloat16_back(tmp_path: Path) -> None:
     plant(tmp_path / "clients", torch.bfloat16)
-    outcome = align([tmp_path / "clients"], tmp_path / "out")
+    align([tmp_path / "clients"], tmp_path / "out")
     _, updates = read_lora(tmp_path / "out" / "cleo")
-    k = outcome.result.names.index("cleo")
+    names, by_fit = refined_by_fit(tmp_path / "clients")
     for name, update in updates.items():
         assert update.B.dtype == update.A.dtype == torch.bfloat16
-        refined = outcome.result.modules[name].refined[k].dense().float()
-        written = LowRank(update.B.float(), update.A.float()).dense()
+        refined = by_fit[name][names.index("cleo")].float()
+        written = LowRank(update.B.float(), update.A.float(), update.scale).dense()
         assert float((written - refined).norm() / refined.norm()) < 0.02
 
 
@@ -190,13 +202,12 @@ def test_clients_may_differ_in_dtype(clients: Path, tmp_path: Path) -> None:
         cast = {name: LowRank(own.B.to(dtype), own.A.to(dtype), own.scale) for name, own in updates.items()}
         write_lora(tmp_path / "clients" / client, config, cast)
     outcome = align([tmp_path / "clients"], tmp_path / "out", adapter_rank=6)
+    names, by_fit = refined_by_fit(tmp_path / "clients")
     for client, (dtype, tolerance) in {"ada": (torch.bfloat16, 0.02), "dan": (torch.float64, 1e-9)}.items():
-        k = outcome.result.names.index(client)
         for name, update in read_lora(tmp_path / "out" / client)[1].items():
             assert update.B.dtype == update.A.dtype == dtype
-            refined = outcome.result.modules[name].refined[k].dense()
-            assert refined.dtype == torch.float64  # one dtype for all: the widest
-            written = LowRank(update.B.double(), update.A.double()).dense()
+            refined = by_fit[name][names.index(client)]
+            written = LowRank(update.B.double(), update.A.double(), update.scale).dense()
             lost = max(m["truncation_error"]["max"] for m in outcome.report["modules"])
             assert float((written - refined).norm() / refined.norm()) < lost + tolerance
 
@@ -225,6 +236,6 @@ def test_report_is_strict_json_in_the_agreed_shape(clients: Path, tmp_path: Path
     assert list(report) == ["clients", "modules", "settings", "provenance"]
     assert list(report["clients"][0]) == ["name", "contaminated", "score", "p_value", "modules"]
     assert set(report["clients"][0]["modules"]) == MODULES
-    keys = ["name", "shape", "rank", "estimated_gain", "refined", "truncation_error"]
+    keys = ["name", "shape", "rank", "shared_structure", "estimated_gain", "refined", "truncation_error", "spectrum"]
     assert all(list(module) == keys for module in report["modules"])
     assert report["settings"]["seed"] == 4 and report["provenance"]["versions"]["peft"] == peft.__version__

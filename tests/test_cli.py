@@ -13,7 +13,7 @@ from adapter_clients import BAD, BENIGN, CONFIG, WEIGHTS, clair, snapshot
 def test_align_writes_folders_report_and_picture_and_says_the_same(work: Path) -> None:
     result = clair("align", work / "clients", "--output", work / "out")
     assert result.exit_code == 0 and result.stderr == ""
-    assert {path.name for path in (work / "out").iterdir()} == {*BENIGN, "report.json", "report.png"}
+    assert {path.name for path in (work / "out").iterdir()} == {*BENIGN, "report.json", "report.html", "report.png"}
     assert (work / "out/report.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((work / "out/report.json").read_text())
     assert [client["name"] for client in report["clients"] if client["contaminated"]] == BAD
@@ -112,11 +112,11 @@ import sys, time
 import clairlib.alignment
 from clairlib.cli import app
 
-def fit(*_):
+def settle(*_, **__):
     print("fitting", flush=True)
     time.sleep(60)
 
-clairlib.alignment._fit = fit
+clairlib.alignment.settle_on_disk = settle
 app()
 """
     before = snapshot(work)

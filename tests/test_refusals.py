@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,10 @@ from adapter_clients import (
     scaled,
     truncate_file,
 )
+
+from clairlib import CLAIR
+from clairlib.fitting import Fit
+from clairlib.updates import Module
 
 
 class Bomb:
@@ -142,11 +145,14 @@ FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj
 def test_refusal_of_the_fit_is_one_line(
     work: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
 ) -> None:
-    def fit(*_: object, progress: Callable[[str], None], **__: object) -> None:
-        progress(FIRST)
+    first_frame = CLAIR.first_frame
+
+    def failing(self: CLAIR, module: Module, fit: Fit) -> Any:
+        if module.name == FIRST:
+            return first_frame(self, module, fit)
         raise error
 
-    monkeypatch.setattr("clairlib.alignment.CLAIR.fit", fit)
+    monkeypatch.setattr(CLAIR, "first_frame", failing)
     refused(work, f"clair: {line}\n")
 
 
@@ -159,14 +165,15 @@ def test_adapters_that_all_overflow_are_refused(work: Path) -> None:
 def test_file_that_changes_after_the_check_is_not_copied(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clairlib import alignment
 
-    fit, bad = alignment._fit, work / "clients/bad_1"
+    settle, bad = alignment.settle_on_disk, work / "clients/bad_1"
 
-    def swap_and_fit(*arguments: Any) -> Any:
+    def settle_and_swap(*arguments: Any, **options: Any) -> Any:
+        settled = settle(*arguments, **options)
         (bad / CONFIG).unlink()
         (bad / CONFIG).symlink_to("/etc/passwd")
-        return fit(*arguments)
+        return settled
 
-    monkeypatch.setattr(alignment, "_fit", swap_and_fit)
+    monkeypatch.setattr(alignment, "settle_on_disk", settle_and_swap)
     arguments = ("align", work / "clients", "--output", work / "out", "--keep-contaminated")
     result = clair(*arguments)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
