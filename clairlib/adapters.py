@@ -1,22 +1,16 @@
-"""The clients' PEFT adapter folders as one set: names, one base model, the same modules and shapes."""
+"""The clients' PEFT adapters, all of them in memory."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clairlib.adapter_files import RESERVED, blaming, client_folders, open_adapters
 from clairlib.factors import LowRank
-from clairlib.folders import PICTURE, REPORT, AdapterError
-from clairlib.lora import PICKLE, WEIGHTS, read_lora
-from clairlib.lora_config import CONFIG
-from clairlib.updates import MINIMUM_CLIENTS
 
-RESERVED = {REPORT, PICTURE}
+__all__ = ["RESERVED", "AdapterSet", "blaming", "client_folders", "load_adapters"]
 
 
 @dataclass(frozen=True)
@@ -41,37 +35,6 @@ class AdapterSet:
     modules: dict[str, list[LowRank]]
 
 
-def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
-    """Client name -> adapter folder, from adapter folders or from one parent folder of them.
-
-    In a parent folder every subfolder is a client, hidden ones aside; none is skipped for lacking a file.
-
-    Raises
-    ------
-    AdapterError
-        Fewer than three clients, two of one name (case aside), a name unfit for a folder of the output, no such folder.
-    """
-    folders = [Path(os.path.abspath(path)) for path in paths]
-    for folder in folders:
-        if not folder.is_dir():
-            raise AdapterError(f"{str(folder)!r} is not a folder")
-    if len(folders) == 1 and not any((folders[0] / name).exists() for name in (CONFIG, WEIGHTS, PICKLE)):
-        folders = sorted(path for path in folders[0].iterdir() if path.is_dir() and path.name[0] != ".")
-    clients: dict[str, Path] = {}
-    taken: dict[str, Path] = {}
-    for folder in folders:
-        name = folder.name
-        if not name or not name.isprintable() or name.casefold() in RESERVED:
-            raise AdapterError(f"{name!r} cannot be a client's name; rename the folder")
-        if (twin := taken.setdefault(name.casefold(), folder)) is not folder:  # on some file systems one folder
-            raise AdapterError(f"two clients have the name {name!r}, case aside: {str(twin)!r} and {str(folder)!r}")
-        clients[name] = folder
-    if len(clients) < MINIMUM_CLIENTS:
-        found = f"{len(clients)} ({', '.join(clients)})" if clients else "none"
-        raise AdapterError(f"at least {MINIMUM_CLIENTS} clients are needed, got {found}")
-    return clients
-
-
 def load_adapters(paths: Sequence[str | Path]) -> AdapterSet:
     """Read the clients' adapters and check that they can be compared.
 
@@ -85,49 +48,6 @@ def load_adapters(paths: Sequence[str | Path]) -> AdapterSet:
     AdapterError
         One line naming the client and what is wrong with its folder, or how it differs from the others.
     """
-    clients = client_folders(paths)
-    configs, updates = {}, {}
-    for name, folder in clients.items():
-        with blaming(name):
-            configs[name], updates[name] = read_lora(folder)
-    _check_agreement(configs, updates)
-    modules = {module: [updates[name][module] for name in clients] for module in next(iter(updates.values()))}
-    return AdapterSet(list(clients), list(clients.values()), list(configs.values()), modules)
-
-
-@contextmanager
-def blaming(client: str) -> Iterator[None]:
-    """Put the client's name before whatever AdapterError the block raises."""
-    try:
-        yield
-    except AdapterError as error:
-        raise AdapterError(f"client {client!r}: {error}") from error
-
-
-def _check_agreement(configs: dict[str, dict[str, Any]], updates: dict[str, dict[str, LowRank]]) -> None:
-    if (odd := _odd_one_out({name: _base(config) for name, config in configs.items()})) is not None:
-        name, base, usual = odd
-        raise AdapterError(f"client {name!r} has base model {base}, other clients have {usual}")
-    if (odd := _odd_one_out({name: frozenset(own) for name, own in updates.items()})) is not None:
-        name, own, usual = odd
-        missing, extra = sorted(usual - own), sorted(own - usual)
-        what = f"lacks module {missing[0]!r}" if missing else f"has module {extra[0]!r}"
-        more = len(missing) + len(extra) - 1
-        rest = f" ({more} more {'difference' if more == 1 else 'differences'})" if more else ""
-        raise AdapterError(f"client {name!r} {what}, unlike the other clients{rest}")
-    for module in next(iter(updates.values())):
-        if (odd := _odd_one_out({name: own[module].shape for name, own in updates.items()})) is not None:
-            name, shape, usual = odd
-            raise AdapterError(f"client {name!r}: module {module!r} has shape {shape}, expected {usual}")
-
-
-def _odd_one_out(values: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """First client whose value is not the most frequent one: (client, its value, the usual value)."""
-    counts: Counter[Hashable] = Counter(values.values())
-    usual = counts.most_common(1)[0][0]
-    return next(((name, value, usual) for name, value in values.items() if value != usual), None)
-
-
-def _base(config: dict[str, Any]) -> str:
-    name, revision = config.get("base_model_name_or_path"), config.get("revision") or "main"
-    return repr(name) if revision == "main" else f"{name!r} revision {revision!r}"
+    files = open_adapters(paths)
+    modules = {module: files.read(module) for module in files.modules}
+    return AdapterSet(files.names, files.folders, files.configs, modules)

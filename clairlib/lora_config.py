@@ -11,13 +11,12 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import regex
 
-from clairlib.factors import LowRank
 from clairlib.folders import AdapterError, regular_file
 
 CONFIG = "adapter_config.json"
@@ -37,6 +36,16 @@ INERT = {
 }  # fmt: skip
 STARTS = ("gaussian", "eva", "orthogonal", "mica")  # initialisations that leave the base model's weight as it is
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # PEFT's
+
+
+class Scaled(Protocol):
+    """A module's update, or what is known of it beforehand."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def scale(self) -> float: ...
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def scales_of(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, float]
     return {module: alphas[module] / (math.sqrt(rank) if rslora else rank) for module, rank in ranks.items()}
 
 
-def config_for(config: dict[str, Any], updates: dict[str, LowRank]) -> dict[str, Any]:
+def config_for(config: dict[str, Any], updates: Mapping[str, Scaled]) -> dict[str, Any]:
     """Configuration of plain LoRA with the ranks and scales of ``updates`` (by module), for ``config``'s base model.
 
     Each module gets its own rank and alpha = scale * rho; the most frequent pair becomes ``r`` and ``lora_alpha``,
