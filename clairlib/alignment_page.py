@@ -145,14 +145,14 @@ def _heat(clients: list[dict[str, Any]], modules: list[str]) -> _Markup:
     columns = clients[: max(1, MOST_CELLS // max(len(modules), 1))][::-1]
     width = min(max((WIDTH - 200) / max(len(columns), 1), 2.0), 22.0)
     height = min(max(900 / max(len(modules), 1), 4.0), 18.0)
-    bottom, right = height * len(modules), 200 + width * len(columns)
+    bottom, right = 6 + height * len(modules), 200 + width * len(columns)
     cells = [
-        _cell(client, module, 200 + width * k, height * row, width, height)
+        _cell(client, module, 200 + width * k, 6 + height * row, width, height)
         for row, module in enumerate(modules)
         for k, client in enumerate(columns)
     ]
     names = [
-        _tag("text", _shorten(module), _tag("title", module), x=194, y=height * (row + 0.5) + 4, text_anchor="end")
+        _tag("text", _shorten(module), _tag("title", module), x=194, y=height * (row + 0.5) + 10, text_anchor="end")
         for row, module in _thinned(modules, height)
     ]
     for k, client in _thinned(columns, width):
@@ -164,7 +164,7 @@ def _heat(clients: list[dict[str, Any]], modules: list[str]) -> _Markup:
         caption += f" The {len(columns)} clients with the highest scores of {len(clients)}."
     drawing = [_tag("g", *cells, class_="cells"), *names]
     longest = min(SHORT, max(len(str(client.get("name"))) for client in columns))
-    return _figure(_svg(drawing, right + 10, bottom + 12 + 7 * longest, "Scores by module and client"), caption)
+    return _figure(_svg(drawing, right + 10, bottom + 12 + 6.5 * longest, "Scores by module and client"), caption)
 
 
 def _cell(client: dict[str, Any], module: str, x: float, y: float, width: float, height: float) -> _Markup:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clairlib.cli_bench import bench
+from clairlib.cli_synth import synth
 from clairlib.console import console, progress, quiet_libraries, show, stop, terminable
 
 if TYPE_CHECKING:  # torch and what builds on it load inside the commands, so that --help answers at once
@@ -234,6 +235,9 @@ def report() -> None:
         stop(error)
     holding = sum(entry["holds"] for entry in entries)
     typer.echo(f"{holding} of {len(entries)} claims hold; written to figures/claims.json and README.md")
+
+
+app.command()(synth)
 
 
 def _save_overview(result: ClairResult, path: Path) -> None:

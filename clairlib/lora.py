@@ -95,7 +95,7 @@ def open_lora(folder: Path) -> LoraFile:
     config = read_config(folder)
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
         raise AdapterError(f"{PICKLE} is a pickle and is never opened; save the adapter as {WEIGHTS}")
-    path = regular_file(folder, WEIGHTS).resolve()
+    path = Path(os.path.realpath(regular_file(folder, WEIGHTS)))
     stamp = _stamp(path.stat())
     pairs = {module: _pair(module, factors) for module, factors in read_header(path).items()}
     with unchanged(path, stamp):
@@ -132,17 +132,12 @@ def write_lora(folder: Path, config: dict[str, Any], updates: dict[str, LowRank]
 
 @contextmanager
 def unchanged(path: Path, stamp: Stamp) -> Iterator[FileIO]:
-    """Open a file that must still be the one of the stamp, as the block begins and as it ends."""
-    changed = f"{WEIGHTS} changed while it was being read; run again when nothing writes to {str(path.parent)!r}"
+    """Open a file that must be the one of the stamp, and unchanged, when the block ends."""
     try:
         with FileIO(path, opener=_open_regular) as file:
-            if _stamp(os.fstat(file.fileno())) != stamp:
-                raise AdapterError(changed)
             yield file
             if _stamp(os.fstat(file.fileno())) != stamp:
-                raise AdapterError(changed)
-    except FileNotFoundError as error:
-        raise AdapterError(changed) from error
+                raise AdapterError(f"{WEIGHTS} changed while it was being read; run again when nothing writes to it")
     except OSError as error:
         raise AdapterError(f"{WEIGHTS} cannot be read: {error.strerror or error}") from error
 

@@ -101,11 +101,11 @@ def synthesise(
 ) -> dict[str, Any]:
     """Write ``output``/clients, a PEFT folder for each planted client, and ``output``/truth.json.
 
-    A benign client is Theta_k = M + U A_k + E_k, of rank rho exactly (r + 1 without noise), in factors B = [C, U, 0] + N_k and
-    A = [d; A_k; W_k]. M = C d has rank one and is the same in all, U (p, r) is shared, the coefficients A_k (r, q)
-    are its own, and so are the rho - r - 1 rows W_k, which hold noise alone; the noise is E_k = N_k A, of as many
-    rank-one terms as the rank allows, with a squared norm of noise^2 / rho each. U and M differ by module. A random
-    rotation between the factors spreads everything over all columns, as training would.
+    A benign client is Theta_k = M + U A_k + E_k, in factors B = [C, U, 0] + N_k and A = [d; A_k; W_k] of rank rho
+    exactly (r + 1 without noise). M = C d has rank one and is the same in all, U (p, r) is shared, the coefficients A_k
+    (r, q) are its own, and so are the rho - r - 1 rows W_k, which hold noise alone; the noise is E_k = N_k A, of as
+    many rank-one terms as the rank allows, with a squared norm of noise^2 / rho each. U and M differ by module. A
+    random rotation between the factors spreads everything over all columns, as training would.
 
     A contaminated client has, at the same rank, ``unstructured``: a U and an M of its own; ``coalition``: those of the
     coalition; ``stealth``: its honest update and a step u d of norm ``distance``, u off the subspace, its own or that
