@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from clairlib.factors import LowRank
-from clairlib.folders import PICTURE, REPORT, AdapterError
+from clairlib.folders import PAGE, PICTURE, REPORT, AdapterError
 from clairlib.lora import PICKLE, LoraFile, StoredFactors, open_lora
 from clairlib.lora_config import CONFIG
 from clairlib.lora_tensors import WEIGHTS, room_for
 from clairlib.updates import MINIMUM_CLIENTS
 
-RESERVED = {REPORT, PICTURE}
+RESERVED = {REPORT, PAGE, PICTURE}
 
 
 @dataclass(frozen=True)

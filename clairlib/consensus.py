@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 
 from clairlib.description import best_set
 from clairlib.detection import FAMILY_ERROR, benign_set, calibrate
+from clairlib.dimensions import Common
 from clairlib.frames import (
     LITTLE_STRUCTURE,
-    Common,
     Frame,
     fit_frame,
     floor_energy,

@@ -122,9 +122,12 @@ def _aligned(run: TrainedFederation) -> tuple[ClairResult, dict[str, Updates], d
         save_adapters(run.base.model, run.trained, folder / "clients")
         aligned = align([folder / "clients"], folder / "aligned", keep_contaminated=True)
         written = load_updates(run.base, [aligned.output / name for name in run.names])
-    refined: dict[str, Updates] = {"CLAIR": written, UNTRUNCATED: as_dense(aligned.result.refined)}
     (module,) = aligned.report["modules"]
-    return aligned.result, refined, {"rank": module["rank"], "truncation_error": module["truncation_error"]["mean"]}
+    result = CLAIR().fit(run.updates, names=run.names)
+    if result.contaminated != aligned.result.contaminated:
+        raise RuntimeError("the verdict on adapter folders differs from the one on the same updates in memory")
+    refined: dict[str, Updates] = {"CLAIR": written, UNTRUNCATED: as_dense(result.refined)}
+    return result, refined, {"rank": module["rank"], "truncation_error": module["truncation_error"]["mean"]}
 
 
 def judge(

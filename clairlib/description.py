@@ -13,7 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 from clairlib.detection import FAMILY_ERROR
-from clairlib.frames import Frame, centred, effective_dimensions, floor_energy, leave_one_out, rank_limit
+from clairlib.dimensions import effective_dimensions
+from clairlib.frames import Frame, centred, floor_energy, leave_one_out, rank_limit
 from clairlib.subspace import project_out, resolved_rank
 
 OWN_RANK = 16  # directions of its own that an outlier is described with at most

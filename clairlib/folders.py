@@ -28,7 +28,7 @@ def regular_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not os.path.lexists(path):
         raise AdapterError(f"{name} is missing in {str(folder)!r}")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise AdapterError(f"{name} is a link that leads outside {str(folder)!r}; copy the file there")
     if not path.is_file():
         raise AdapterError(f"{name} in {str(folder)!r} is not a regular file")

@@ -7,7 +7,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from clairlib.frames import Frame, centred, effective_dimensions, floor_energy, leave_one_out
+from clairlib.dimensions import effective_dimensions
+from clairlib.frames import Frame, centred, floor_energy, leave_one_out
 from clairlib.subspace import gap_rank, project_out
 
 FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors

@@ -11,7 +11,8 @@ from math import ceil, comb
 import torch
 from torch import Generator, Tensor
 
-from clairlib.frames import Common, centred, fit_frame, floor_energy
+from clairlib.dimensions import Common
+from clairlib.frames import centred, fit_frame, floor_energy
 from clairlib.subspace import project_out
 
 # At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
@@ -159,7 +160,7 @@ def robust_half(X: Tensor, weights: Tensor, rank: int | None, common: Common | N
     where single pairs are too noisy.
     """
     K, common = len(X), common or (X.shape[1], X.shape[2])
-    width = rank if rank is not None else max(1, min(common[1], common[0] // 4))
+    width = rank if rank is not None else max(1, min(max(common[1], START_RANK), common[0] // 4))
     everyone = torch.ones(K, dtype=torch.bool, device=X.device)
     v, floor = weights, floor_energy(X)
     for _ in range(rounds):

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from clairlib.clients import planted, random_frame
+from clairlib.dimensions import effective_dimensions
 from clairlib.factors import LowRank, cores_of_factors
 from clairlib.frames import (
     FILTER,
-    effective_dimensions,
     filtered_energy,
     fit_frame,
     floor_energy,
