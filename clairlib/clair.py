@@ -20,7 +20,7 @@ from clairlib.grams import stack
 from clairlib.result import ClairResult, ModuleResult
 from clairlib.seeds import derive
 from clairlib.starts import robust_half
-from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, read_weights, transpose, where
+from clairlib.updates import MINIMUM_CLIENTS, Module, read_modules, read_noise, read_weights, transpose, where
 from clairlib.verdict import Reading, settle, vote
 
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
@@ -78,6 +78,7 @@ class CLAIR:
         updates: Any,
         names: list[str] | None = None,
         weights: Any = None,
+        noise: Any = None,
         *,
         progress: Callable[[str], None] | None = None,
     ) -> ClairResult:
@@ -92,6 +93,9 @@ class CLAIR:
         weights : array (K,), optional
             Positive; the noise variance of client k is proportional to 1 / weights[k] (its sample size, say). The
             convex program takes every client alike; weights enter with the frames fitted to its benign clients.
+        noise : array (K,), or dict of module name -> array, optional
+            Expected squared error ||E_k||_F^2 of each update where known, as from the standard errors of a regression:
+            refinement is then refused where benign clients differ by more than it pays for.
         progress : callable, optional
             Called with each module's name when its subspace is found.
 
@@ -102,9 +106,10 @@ class CLAIR:
         """
         modules, clients, by_module = read_modules(updates, names, self.side)
         w = read_weights(weights, clients).to(modules[0].reference.device)
+        known = read_noise(noise, [module.name for module in modules], clients)
         fits = []
         for module in modules:
-            fits.append(self.prepare(module, w))
+            fits.append(self.prepare(module, w, noise=known.get(module.name)))
             if progress is not None:
                 progress(module.name)
         benign, certificates = self.search(modules, pilots(fits, self.solver))
@@ -119,7 +124,7 @@ class CLAIR:
         out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
 
-    def prepare(self, module: Module, weights: Tensor, *, keep: bool = False) -> Fit:
+    def prepare(self, module: Module, weights: Tensor, *, noise: Tensor | None = None, keep: bool = False) -> Fit:
         """A module's cores, ready to be asked for the frame of any set of clients.
 
         With ``keep`` the clients' factors stay with it where the cores do not hold them exactly.
@@ -128,15 +133,15 @@ class CLAIR:
         updates = module.updates
         try:
             if isinstance(updates, Tensor):
-                return Fit(module.name, cores_of_dense(updates), weights, self.rank)
+                return Fit(module.name, cores_of_dense(updates), weights, self.rank, noise=noise)
             total = sum(update.rank for update in updates)
             if max(min(total, side) for side in module.shape) <= EXACT:
-                return Fit(module.name, cores_of_factors(updates), weights, self.rank)
+                return Fit(module.name, cores_of_factors(updates), weights, self.rank, noise=noise)
         except OverflowError as error:
             raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
         stacked, lead = stack(updates), max(LEAD, 2 * (self.rank or 0))
         cores = compress(stacked, lead=lead, generator=derive(self.seed, "compress", module.name))
-        return Fit(module.name, cores, weights, self.rank, stacked if keep else None)
+        return Fit(module.name, cores, weights, self.rank, stacked=stacked if keep else None, noise=noise)
 
     def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
         """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""

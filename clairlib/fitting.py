@@ -22,13 +22,21 @@ class Fit:
     """A module during the fit: its cores over ``size``, their largest entry, so that no square overflows or vanishes.
 
     Remembers the frame of the set it was last asked about, and its reading. ``stacked`` are the clients' factors, where
-    they are kept.
+    they are kept; ``noise`` (K,) the expected squared errors of their updates, where they are known.
     """
 
     def __init__(
-        self, name: str, cores: Cores | Compressed, weights: Tensor, rank: int | None, stacked: Stacked | None = None
+        self,
+        name: str,
+        cores: Cores | Compressed,
+        weights: Tensor,
+        rank: int | None,
+        *,
+        stacked: Stacked | None = None,
+        noise: Tensor | None = None,
     ) -> None:
         self.name, self.cores, self.weights, self.rank, self.stacked = name, cores, weights, rank, stacked
+        self.noise = noise
         self.size = float(cores.core.abs().max()) or 1.0
         self.X = cores.core / self.size
         self._frame: Frame | None = None
@@ -59,7 +67,10 @@ class Fit:
         z = calibrate(reading.scores, members, reading.variance).z
         kept = keep_directions(self.X, self.weights, frame) if self.rank is None else frame
         spectrum = self.size * frame.eigenvalues.clamp(min=0.0).sqrt()
-        return Outcome(kept, z, estimate_gain(self.X, self.weights, kept), float(reading.structure), spectrum)
+        known = None
+        if self.noise is not None:
+            known = float((self.weights * self.noise)[members].mean()) / self.size**2
+        return Outcome(kept, z, estimate_gain(self.X, self.weights, kept, known), float(reading.structure), spectrum)
 
     def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:
         """Basis U (p, r) and common part P_perp M of a frame, from cores that hold them exactly."""

@@ -45,7 +45,7 @@ def refined_core(X: Tensor, frame: Frame) -> Tensor:
     return X - project_out(frame.basis, X - frame.mean)
 
 
-def estimate_gain(X: Tensor, weights: Tensor, frame: Frame) -> Gain:
+def estimate_gain(X: Tensor, weights: Tensor, frame: Frame, known: float | None = None) -> Gain:
     """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
 
     With s members, off-subspace noise N per member, effective dimensions p_e, q_e and structured heterogeneity h^2:
@@ -56,7 +56,8 @@ def estimate_gain(X: Tensor, weights: Tensor, frame: Frame) -> Gain:
     loses that much of it. h^2 is what stands above the noise in the members' own spectra (gap of the mean squared
     singular values), less the noise in it; 0 for adapters of rank below 8. Not guaranteed: differences between benign
     clients that look like noise, spread over all directions, cannot be told from noise by any method that sees one
-    update a client.
+    update a client. With ``known``, the expected ||E_k||_F^2 of a client of weight 1, they can: what residuals have
+    beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity.
     """
     R = leave_one_out(X, weights, frame)[frame.members]
     s, r = frame.size, frame.rank
@@ -68,6 +69,9 @@ def estimate_gain(X: Tensor, weights: Tensor, frame: Frame) -> Gain:
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
     h2 = _kept_out(X, weights, frame, p_eff, q_eff)
+    if known is not None:
+        noise = min(noise, known * p_eff / (p_eff + r))
+        h2 = max(h2, V - noise)
     inside = noise * r / p_eff
     return Gain(noise + inside, inside, noise / s, h2 * (1 - 1 / s), r * (noise - h2) / (q_eff * s))
 

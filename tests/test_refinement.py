@@ -172,3 +172,27 @@ def test_singular_values_raised_by_noise_are_inverted():
     V = x2 + sigma2 * rows * columns
     squares = torch.full((5, 1), y2, dtype=torch.float64)
     assert refinement._energy_above_noise(squares, V, rows, columns) == pytest.approx(x2, rel=1e-6)
+
+
+def test_known_noise_shows_differences_that_look_like_noise():
+    """Dense heterogeneity as large as the noise: taken for noise where that is unknown, refused where it is known."""
+    noise = 0.3 / 10**0.5
+    truth = planted(share=0.0, noise=noise, heterogeneity=2 * noise * (47 * 10) ** 0.5, q=10, generator=derive(0, "known"))
+    energy = torch.full((24,), 50 * 10 * noise**2, dtype=torch.float64)
+    blind, told = CLAIR().fit(truth.updates), CLAIR().fit(truth.updates, noise=energy)
+    assert blind.modules["update"].is_refined and not told.modules["update"].is_refined
+    honest = planted(share=0.0, noise=noise, q=10, generator=derive(1, "known")).updates
+    assert CLAIR().fit(honest, noise=energy).gain == pytest.approx(CLAIR().fit(honest).gain, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ([1.0], r"noise must have shape \(24,\)"),
+        ([-1.0] * 24, "not negative"),
+        ({"other": [1.0] * 24}, "module 'other'"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(noise, message):
+    with pytest.raises(ValueError, match=message):
+        CLAIR().fit(planted(share=0.0, generator=derive(0, "known")).updates, noise=noise)

@@ -1,0 +1,85 @@
+"""Tables of the language study, and what a GPU would take for the models of a hub."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from clairlib.attack_tables import TOLD_NOTHING
+from clairlib.experiments import mean_interval
+from clairlib.language_study import LEFT_OUT, Sizes
+
+BY = ["setting", "kind"]  # what names a cell
+RULES_TOLD_NOTHING = [name for name in TOLD_NOTHING if name not in LEFT_OUT]
+HUB = {
+    "SmolLM2-135M": (134.5e6, 49152, 576),
+    "SmolLM2-360M": (361.8e6, 49152, 960),
+    "Qwen2.5-0.5B": (494.0e6, 151936, 896),
+}
+"""Parameters, vocabulary and hidden size, from the models' cards."""
+GPUS = {"T4": (8.1, 16), "A100": (19.5, 40)}
+"""Peak float32 TFLOP/s and memory in GB, from NVIDIA's data sheets."""
+REACHED = 0.4  # of the peak, a guess
+TRAINED = 2  # times that every honest client is trained: on all examples, and with early stopping
+
+
+def language_draws(accuracy: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
+    """Draws for `attack_tables.stress_table`: the value is the benign clients' mean accuracy in a seed.
+
+    ``over="client"`` takes each client of each seed for a draw of its own, which is all a single seed allows.
+    """
+    unit = {"seed": ["seed"], "client": ["seed", "client"]}[over]
+    each = accuracy.groupby([*BY, *unit, "method"], sort=False).accuracy
+    table = each.agg(value="mean", worst="min").reset_index()
+    return table.assign(draw=table[unit].astype(str).agg(" ".join, axis=1))
+
+
+def structure_table(structure: pd.DataFrame) -> pd.DataFrame:
+    """Shared structure by setting, kind and module: mean over seeds with its 95 % t interval, median rank, refined."""
+    rows = []
+    for (setting, kind, module), table in structure.groupby([*BY, "module"], sort=False):
+        mean, low, high = mean_interval(table.shared_structure)
+        row = {"setting": setting, "kind": kind, "module": module, "shared_structure": mean, "low": low, "high": high}
+        rows.append(row | {"rank": table["rank"].median(), "refined": table.refined.mean()})
+    return pd.DataFrame(rows)
+
+
+def drop_after(spectrum: pd.DataFrame, rank: int) -> pd.DataFrame:
+    """Singular value number rank + 1 over number rank, geometric mean over seeds, beside the largest other such ratio.
+
+    By setting, kind and module; ``largest_drop``: share of seeds in which the ratio is the smallest of the first ones.
+    """
+    wide = spectrum.pivot(index=[*BY, "module", "seed"], columns="direction", values="value")
+    ratios = (wide.shift(-1, axis=1) / wide).iloc[:, :-1]
+    largest = ratios.loc[:, : 2 * rank].idxmin(axis=1) == rank
+    table = pd.DataFrame({"ratio": ratios[rank], "largest_drop": largest.astype(float)})
+    return table.groupby(level=[*BY, "module"], sort=False).mean().reset_index()
+
+
+def gpu_table(sizes: Sizes, length: int, seeds: int, kinds: int, test: int = 120) -> pd.DataFrame:
+    """Estimated minutes and GB of the hub's models, from the arithmetic below; nothing of it was measured.
+
+    With one layer adapted at one position a text, nearly all work is the frozen part's one forward pass over every
+    text: 2 N operations a token, N parameters without the embedding. Memory: float32 weights, and per label of a
+    step's group three times its logits (themselves, their softmax, their gradient), 2048 labels at most.
+    """
+    rows = []
+    texts = TRAINED * (sizes.clients - sizes.contaminated) + kinds * sizes.contaminated
+    tokens = seeds * length * (texts * sizes.examples + kinds * test)
+    for model, (parameters, words, hidden) in HUB.items():
+        flops = 2 * (parameters - words * hidden) * tokens
+        labels = min(2048, sizes.clients * sizes.examples)
+        gigabytes = (4 * parameters + 3 * 4 * labels * words) / 1e9
+        for gpu, (peak, room) in GPUS.items():
+            row = {"model": model, "gpu": gpu, "minutes": flops / (REACHED * peak * 1e12) / 60, "GB": gigabytes}
+            rows.append(row | {"fits": gigabytes < 0.9 * room})
+    return pd.DataFrame(rows)
+
+
+def writers_against_readers(structure: pd.DataFrame, readers: tuple[str, ...]) -> tuple[float, float, float]:
+    """Shared structure of the modules that write to the residual stream, less that of those that read it.
+
+    Mean over modules of a seed; the mean difference over seeds with its 95 % t interval.
+    """
+    reads = structure.module.str.endswith(readers)
+    means = structure.assign(reads=reads).groupby(["seed", "reads"]).shared_structure.mean().unstack("reads")
+    return mean_interval(means[False] - means[True])
