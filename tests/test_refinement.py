@@ -177,7 +177,8 @@ def test_singular_values_raised_by_noise_are_inverted():
 def test_known_noise_shows_differences_that_look_like_noise():
     """Dense heterogeneity larger than the noise: taken for noise where that is unknown, refused where it is known."""
     noise = 0.3 / 10**0.5
-    truth = planted(share=0.0, noise=noise, heterogeneity=1.5 * noise * (47 * 10) ** 0.5, q=10, generator=derive(0, "known"))
+    size = 1.5 * noise * (47 * 10) ** 0.5
+    truth = planted(share=0.0, noise=noise, heterogeneity=size, q=10, generator=derive(0, "known"))
     energy = torch.full((24,), 50 * 10 * noise**2, dtype=torch.float64)
     blind, told = CLAIR().fit(truth.updates), CLAIR().fit(truth.updates, noise=energy)
     assert blind.modules["update"].is_refined and not told.modules["update"].is_refined
