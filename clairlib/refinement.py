@@ -96,14 +96,20 @@ def _structure(R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     as many directions as the median update has rank are looked at: an adapter of rank rho confines its noise to rho
     directions, and where those are few nothing can be told.
     """
-    own = torch.linalg.svdvals(X)
-    rank = int((own > own[:, :1] * FLOAT32_ROUNDING).sum(dim=1).median())
-    S = torch.linalg.svdvals(R)
-    g = gap_rank(S.square().mean(dim=0)[:rank], rank // 2)
+    own = _squares(X)
+    rank = int((own > own[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1).median())
+    squares = _squares(R)
+    g = gap_rank(squares.mean(dim=0)[:rank], rank // 2)
     if not g:
-        return S[:, :0], R
+        return squares[:, :0], R
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)
     return S[:, :g].square(), (U[:, :, g:] * S[:, None, g:]) @ Vh[:, g:]
+
+
+def _squares(X: Tensor) -> Tensor:
+    """Squared singular values (n, min(p, q)) of matrices (n, p, q), descending."""
+    gram = X.mT @ X if X.shape[2] <= X.shape[1] else X @ X.mT
+    return torch.linalg.eigvalsh(gram).flip(1).clamp(min=0.0)
 
 
 def _energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -> float:
