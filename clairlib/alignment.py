@@ -96,6 +96,8 @@ def align(
     """
     method, output = {"rank": rank, "solver": solver, "side": side, "seed": seed}, Path(output)
     job = open_job(paths, adapter_rank=adapter_rank, device=device, **method)
+    if device == "cuda" and jobs > 1:
+        raise AdapterError("one process serves one GPU; leave out --jobs")
     adapters, inputs = job.adapters, [*map(Path, paths), *client_folders(paths).values()]
     settings = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}

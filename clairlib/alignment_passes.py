@@ -27,6 +27,7 @@ from clairlib.result import ClairResult
 from clairlib.verdict import Reading, settle, vote
 
 Progress = Callable[[str, int], None]
+Read = Callable[[Tensor], list[Reading]]
 
 
 def settle_on_disk(
@@ -38,7 +39,7 @@ def settle_on_disk(
         fits, benign = _first_set(crew, pilots(names, job.clair.solver))
         share = max(float(fit.reading(benign).structure) for fit in fits) >= LITTLE_STRUCTURE
         passes = Passes(crew, folder, records, share, progress)
-        benign, pooled = settle(benign, passes.read, job.clair.wider(fits))
+        benign, pooled = settle(benign.cpu(), passes.read, _in_memory(job.clair.wider(fits), job.device))
         if passes.share_found != passes.share:
             passes.share = passes.share_found
             passes.read(benign)
@@ -46,7 +47,7 @@ def settle_on_disk(
         job.writer(folder, client).finish()
     done = passes.done
     modules = {name: done[name].summary for name in names}
-    result = ClairResult(job.adapters.names, benign.cpu(), pooled.z.cpu(), pooled.p_values.cpu(), modules, True)
+    result = ClairResult(job.adapters.names, benign, pooled.z, pooled.p_values, modules, True)
     return result, {name: done[name].errors for name in names}
 
 
@@ -56,6 +57,11 @@ def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[Fit], Tensor]:
     fits = [fit for fit, _, _ in found]
     benign = vote([frame for _, frame, _ in found], [structure for _, _, structure in found])
     return fits, crew.job.clair.settle(fits, benign)[0]
+
+
+def _in_memory(read: Read | None, device: str) -> Read | None:
+    """Readings computed on the device, for sets and readings in main memory."""
+    return None if read is None else (lambda members: [reading.cpu() for reading in read(members.to(device))])
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""``clair bench``: the convex solver against cvxpy, the batched trainer against one client after the other."""
+"""``clair bench``: the solvers, the trainer and alignment against what else there is, and against their floors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from rich.table import Table
 
 from clairlib.console import console, progress, quiet_libraries, show, stop
 
-bench = typer.Typer(help="Measure the solvers and the trainer.", no_args_is_help=True)
+bench = typer.Typer(help="Measure the solvers, the trainer and alignment.", no_args_is_help=True)
+
+
+class Model(StrEnum):
+    llama = "llama-2-7b"
+    qwen = "qwen2.5-0.5b"
 
 
 class Device(StrEnum):
@@ -80,4 +85,49 @@ def training(
         values = (row[name] for name in SHOWN)
         table.add_row(*(str(value) if isinstance(value, str | int) else show(value) for value in values))
     console().print(table)
+    typer.echo(EXPLANATION)
+
+
+@bench.command()
+def align(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[CLIENTS_DIR]", help="Adapter folders; default: planted for the occasion.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=3, help="Planted clients, an eighth of them contaminated.")] = 64,
+    rank: Annotated[int, typer.Option(min=5, help="Rank of their adapters.")] = 16,
+    model: Annotated[Model, typer.Option(help="Whose modules they adapt.")] = Model.llama,
+    layers: Annotated[int, typer.Option(min=1, help="Layers with adapters; 32 of them are 5.1 GB.")] = 4,
+    jobs: Annotated[str, typer.Option(help="Numbers of processes to try, with commas.")] = "1,2",
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for what is written meanwhile; default: the system's.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table there, too.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of planted clients.")] = 0,
+) -> None:
+    """Time `clair align` against the floor, reading and Gram products, and against the dense route, side by side."""
+    from clairlib.bench_align import EXPLANATION, measure, measure_planted
+    from clairlib.folders import AdapterError
+    from clairlib.synthesis import Plan
+
+    try:
+        counts = [int(count) for count in jobs.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise typer.BadParameter(f"must be whole numbers from 1 on with commas, got {jobs!r}", param_hint="--jobs")
+    try:
+        if folder is not None:
+            table = measure(folder, scratch=scratch, jobs=counts)
+        else:
+            plan = Plan(clients=clients, rank=rank, contaminated=clients // 8, seed=seed)
+            table = measure_planted(plan, scratch=scratch, jobs=counts, model=model.value, layers=layers)
+        if csv is not None:
+            table.to_csv(csv, index=False)
+    except (AdapterError, OSError) as error:
+        stop(error)
+    numbers = table.drop(columns="contaminated")
+    shown = Table(*(name.replace("_", " ") for name in numbers))
+    for row in numbers.itertuples(index=False):
+        shown.add_row(*(show(value) if isinstance(value, float) else str(value) for value in row))
+    console().print(shown)
     typer.echo(EXPLANATION)

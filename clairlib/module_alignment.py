@@ -113,7 +113,7 @@ def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path)
 
     ``share`` says whether the clients share a subspace in some module; else nothing is refined.
     """
-    module = read_module(job, name)
+    module, benign = read_module(job, name), benign.to(job.device)
     with located(job, name):
         fit = job.clair.prepare(module, job.weights, keep=True)
         reading = fit.reading(benign)
@@ -131,7 +131,7 @@ def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path)
         name, shape, outcome.frame.rank, outcome.scores.cpu(), outcome.gain.relative, terms, is_refined,
         outcome.structure, spectrum.cpu().numpy(), None,
     )  # fmt: skip
-    return Aligned(summary, reading, errors)
+    return Aligned(summary, reading.cpu(), errors)
 
 
 def _own(module: Module) -> Adapters:

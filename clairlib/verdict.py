@@ -46,6 +46,10 @@ class Reading:
         inside = inside_energy(X, weights, frame, bases).clamp(min=floor_energy(X)).log()
         return cls(scores, variance, inside, shared_structure(X, weights, frame, R))
 
+    def cpu(self) -> Reading:
+        """The same in main memory."""
+        return Reading(self.scores.cpu(), self.variance, self.inside.cpu(), self.structure.cpu())
+
 
 def pool(readings: Sequence[Reading]) -> tuple[Tensor, float, Tensor]:
     """Pooled log score of every client (K,), its variance, and the pooled log energy inside the subspaces (K,).
