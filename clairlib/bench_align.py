@@ -18,14 +18,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from clairlib import floor
 from clairlib.adapter_files import AdapterFiles, open_adapters
 from clairlib.alignment import align
-from clairlib.bench_training import one_thread
+from clairlib.factors import LowRank
 from clairlib.grams import gram
 from clairlib.processes import workers
 from clairlib.synthesis import CLIENTS, Plan, synthesise
 
+Shape = tuple[int, int, int, int]  # as of clairlib.floor
 BUFFER = 2**25  # bytes a call reads
 EXPLANATION = (
     "seconds of wall time; floor = read + copy + Gram: the files' bytes at the rate at which these files are read, and "
@@ -70,8 +70,7 @@ def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] =
     adapters = open_adapters([clients])
     _read_files([file.path for file in adapters.files])
     cases = [("cpu", count) for count in jobs] + [("cuda", 1)] * torch.cuda.is_available()
-    with one_thread():
-        dense = {device: dense_route(adapters, device) for device in dict(cases)}
+    dense = {device: dense_route(adapters, device) for device in dict(cases)}
     rows = []
     for device, count in cases:
         parts, (own, memory) = floor_seconds(adapters, count, device), _alignment(clients, scratch, count, device)
@@ -98,9 +97,9 @@ def floor_seconds(adapters: AdapterFiles, jobs: int, device: str = "cpu") -> dic
     }
 
 
-def gram_products(adapters: AdapterFiles) -> list[tuple[floor.Shape, float]]:
+def gram_products(adapters: AdapterFiles) -> list[tuple[Shape, float]]:
     """B' B and A A' of every module as products, and how often each is taken: half, as they are symmetric."""
-    often: Counter[floor.Shape] = Counter()
+    often: Counter[Shape] = Counter()
     for own in adapters.modules.values():
         N = sum(client.rank for client in own)
         often.update((1, N, side, N) for side in own[0].shape)
@@ -116,8 +115,10 @@ def _meet(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _rates(paths: Sequence[Path], products: list[tuple[floor.Shape, float]], device: str) -> tuple[float, float, float]:
+def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: str) -> tuple[float, float, float]:
     """Of this process: bytes read a second, all the products a second, bytes copied to the device a second."""
+    from clairlib import floor  # with transformers, which would count as memory of an alignment
+
     assert _barrier is not None
     _barrier.wait()
     began = time.perf_counter()
@@ -151,20 +152,29 @@ def dense_route(adapters: AdapterFiles, device: str = "cpu", clients: int = 2) -
     """
     shapes = {name: own[0].shape for name, own in adapters.modules.items()}
     name = min(shapes, key=lambda module: shapes[module][0] ** 2 * shapes[module][1])
-    (p, q), K = shapes[name], len(adapters.names)
-    updates = adapters.read(name)[:clients]
-    scatter = torch.zeros(p, p, device=device)
-    began = floor.now(device)
-    for update in updates:
-        dense = update.scale * (update.B.to(device).float() @ update.A.to(device).float())
-        scatter += gram(dense.T)
-    formed = floor.now(device) - began
-    torch.linalg.eigh(scatter)
-    decomposed = floor.now(device) - began - formed
+    (p, q), K, updates = shapes[name], len(adapters.names), adapters.read(name)[:clients]
+    formed, decomposed = _dense_parts(updates, device)
     total = 0.0
     for rows, columns in shapes.values():
         total += K / len(updates) * formed * rows**2 * columns / (p**2 * q) + decomposed * (rows / p) ** 3
     return total, total / (formed + decomposed)
+
+
+def _dense_parts(updates: Sequence[LowRank], device: str) -> tuple[float, float]:
+    """Seconds in which updates are formed and their scatter added up, and of its eigenvectors; on one thread."""
+    from clairlib import floor
+    from clairlib.bench_training import one_thread
+
+    p, _ = updates[0].shape
+    with one_thread():
+        scatter = torch.zeros(p, p, device=device)
+        began = floor.now(device)
+        for update in updates:
+            dense = update.scale * (update.B.to(device).float() @ update.A.to(device).float())
+            scatter += gram(dense.T)
+        formed = floor.now(device) - began
+        torch.linalg.eigh(scatter)
+        return formed, floor.now(device) - began - formed
 
 
 def _alignment(clients: Path, scratch: Path | None, jobs: int, device: str) -> tuple[dict[str, Any], int]:

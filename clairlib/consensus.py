@@ -94,11 +94,11 @@ def larger_group(X: Tensor, weights: Tensor, rank: int | None, best: Frame, gene
         return best
     rest, w = X[others], weights[others]
     group = consensus(rest, w, rank=rank, common=best.common, generator=generator)
-    alike = like_members(rest, w, group)
-    if int(alike.sum()) <= best.size or shared_structure(rest, w, group) < LITTLE_STRUCTURE:
+    group = fit_frame(rest, w, like_members(rest, w, group), rank, best.common)
+    if group.size <= best.size or shared_structure(rest, w, group) < LITTLE_STRUCTURE:
         return best
     members = torch.zeros_like(others)
-    members[others] = alike
+    members[others] = group.members
     return fit_frame(X, weights, members, rank, best.common)
 
 

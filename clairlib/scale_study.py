@@ -5,6 +5,7 @@ Everything here is this project's own; the paper's abstract (arXiv:2605.21217) s
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,12 +31,11 @@ from clairlib.subspace import project_out
 from clairlib.synthesis import CLIENTS, Plan, module_shapes, synthesise
 
 SHARED_RANK = 2  # of clients whose adapters have few ranks
-BASE: dict[str, int] = {"clients": 64, "rank": 8, "p": 4096, "modules": 1}
-"""What grows in turn: clients, rank of their adapters, p = q, modules."""
 BAD = 1 / 8  # contaminated share where the verdict is not the question, each with a subspace of its own
 VERDICTS: list[dict[str, Any]] = [
     {"kind": "stealth", "share": 1 / 8, "in_common": False, "times": 1.0},
     {"kind": "stealth", "share": 1 / 8, "in_common": True, "times": 1.0},
+    {"kind": "stealth", "share": 1 / 8, "in_common": True, "times": 3.0},
     {"kind": "stealth", "share": 1 / 8, "in_common": True, "times": 6.0},
     {"kind": "coalition", "share": 25 / 64, "in_common": True, "times": 1.0},
 ]
@@ -95,6 +95,11 @@ def verdict_cell(
     return {"verdicts": [row | {"rank": max(result.rank.values())}]}
 
 
+def promised(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Those of kinds that ought to be found: coalitions, and stealth steps that the clients do not have in common."""
+    return verdicts[(verdicts.kind != "stealth") | ~verdicts.in_common]
+
+
 def exactness_cell(
     ranks: list[int], rslora: bool, dtype: str, clients: int, p: int, q: int, seed: int, scratch: str
 ) -> dict[str, Rows]:
@@ -103,6 +108,7 @@ def exactness_cell(
     Client k has adapter rank ranks[k mod n], every third another one in the second module; with ``rslora`` every
     second client states its scale as rsLoRA does. ``error``: largest relative Frobenius error of a benign client.
     ``rounding``: that of the refined adapters computed in float64 from what the files hold, rounded to ``dtype`` last.
+    Modules in which refinement was refused are left out.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         plan = Plan(clients, max(ranks), SHARED_RANK, dtype=dtype, seed=seed)
@@ -117,11 +123,12 @@ def exactness_cell(
     read, exact = CLAIR(seed=seed).fit(adapters.modules), CLAIR(seed=seed).fit(held)
     rows = []
     for module, updates in held.items():
-        dense = dense_refined(torch.stack([u.dense() for u in updates]), read.benign, read.modules[module].rank)
+        if not exact.modules[module].is_refined:
+            continue
+        dense = dense_refined(torch.stack([u.dense() for u in updates]), exact.benign, exact.modules[module].rank)
         rounded = [replace(u, B=_as(u.B, dtype), A=_as(u.A, dtype)) for u in exact.modules[module].refined]
-        errors = [_largest_error(own, dense, read.benign) for own in (read.modules[module].refined, rounded)]
-        refined = bool(read.modules[module].is_refined)
-        rows.append({"module": module, "refined": refined, "error": errors[0], "rounding": errors[1]})
+        errors = [_largest_error(own, dense, exact.benign) for own in (read.modules[module].refined, rounded)]
+        rows.append({"module": module, "error": errors[0], "rounding": errors[1]})
     return {"exactness": rows}
 
 
@@ -170,6 +177,27 @@ def _as(values: Tensor, dtype: str) -> Tensor:
 
 def _shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return module_shapes(*(sizes.get(name) for name in ("model", "shape", "modules", "layers")))
+
+
+def bench_study(*, seed: int, scratch: Path, cache: Path | None = None, **setting: Any) -> pd.DataFrame:
+    """``bench_cell`` of one setting: a row per device and number of processes, of one run."""
+    cells = [{**setting, "seed": seed}]
+    return sweep(bench_cell, cells, shared={"scratch": str(scratch)}, cache=cache)["bench"].drop(columns=list(cells[0]))
+
+
+def verdict_study(setting: Mapping[str, Any], draws: int, *, seed: int, scratch: Path, **how: Any) -> pd.DataFrame:
+    """``verdict_cell`` of ``VERDICTS``, over seeds; ``how`` goes to ``sweep``, here and below: cache, jobs."""
+    cells = [{**point, **setting, "seed": s} for point in VERDICTS for s in range(seed, seed + draws)]
+    return sweep(verdict_cell, cells, shared={"scratch": str(scratch)}, **how)["verdicts"]
+
+
+def exactness_study(
+    ranks: Sequence[Sequence[int]], setting: Mapping[str, Any], draws: int, *, seed: int, scratch: Path, **how: Any
+) -> pd.DataFrame:
+    """``exactness_cell`` at lists of ranks, plain and with rsLoRA in some clients, in float64 and bfloat16."""
+    kinds = itertools.product(map(list, ranks), (False, True), ("float64", "bfloat16"), range(seed, seed + draws))
+    cells = [{"ranks": own, "rslora": rs, "dtype": dtype, **setting, "seed": s} for own, rs, dtype, s in kinds]
+    return sweep(exactness_cell, cells, shared={"scratch": str(scratch)}, **how)["exactness"]
 
 
 def growth_study(
