@@ -102,4 +102,4 @@ def test_every_notebook_has_the_badge_and_the_first_cell_of_colab_toml(tmp_path)
     assert changed == sorted(path.stem for path in tmp_path.glob("*.ipynb"))
     for name in changed:
         text = (tmp_path / f"{name}.ipynb").read_text()
-        assert f"github/somebody/else/blob/v2/notebooks/{name}.ipynb" in text and "OWNER/REPO" not in text
+        assert f"github/somebody/else/blob/v2/notebooks/{name}.ipynb" in text and "NOT_PUBLISHED" not in text
