@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from clairlib.compress import LEAD, compress
+from clairlib.compress import FILLED, compress, leads
 from clairlib.consensus import consensus
 from clairlib.decompose import Certificate, decompose
 from clairlib.detection import Calibration
@@ -25,7 +25,7 @@ from clairlib.verdict import Reading, settle, vote
 
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
 PILOTS = 8  # modules, at most, in which the first set is searched; all of them then judge it
-EXACT = 128  # directions that adapters span on a side, up to which their cores are exact
+CROWD = 256  # clients, at most, among whom the first set is searched; the others are then judged by its frame
 
 
 class CLAIR:
@@ -134,13 +134,12 @@ class CLAIR:
         try:
             if isinstance(updates, Tensor):
                 return Fit(module.name, cores_of_dense(updates), weights, self.rank, noise=noise)
-            total = sum(update.rank for update in updates)
-            if max(min(total, side) for side in module.shape) <= EXACT:
+            if max(module.shape) <= FILLED:
                 return Fit(module.name, cores_of_factors(updates), weights, self.rank, noise=noise)
         except OverflowError as error:
             raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
-        stacked, lead = stack(updates), max(LEAD, 2 * (self.rank or 0))
-        cores = compress(stacked, lead=lead, generator=derive(self.seed, "compress", module.name))
+        stacked = stack(updates)
+        cores = compress(stacked, leads(stacked, self.rank), generator=derive(self.seed, "compress", module.name))
         return Fit(module.name, cores, weights, self.rank, stacked=stacked if keep else None, noise=noise)
 
     def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
@@ -155,8 +154,14 @@ class CLAIR:
     def first_frame(self, module: Module, fit: Fit) -> tuple[Frame, Certificate | None]:
         """The frame that the clients of one module suggest by themselves."""
         if self.solver == "consensus":
-            generator = derive(self.seed, "tuples", fit.name)
-            return consensus(fit.X, fit.weights, rank=self.rank, common=fit.cores.common, generator=generator), None
+            generator, K = derive(self.seed, "tuples", fit.name), len(fit.X)
+            how: dict[str, Any] = {"rank": self.rank, "common": fit.cores.common, "generator": generator}
+            if K <= CROWD:
+                return consensus(fit.X, fit.weights, **how), None
+            crowd = torch.randperm(K, generator=generator)[:CROWD].to(fit.X.device)
+            members = torch.zeros(K, dtype=torch.bool, device=fit.X.device)
+            members[crowd] = consensus(fit.X[crowd], fit.weights[crowd], **how).members
+            return fit.frame(members), None
         members, certificate = self._convex_members(module)
         return fit.frame(members), certificate
 

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from clairlib.grams import Stacked
 
 LEAD = 64  # leading directions of all clients together, on either side, that are kept in common
+FILLED = 128  # rows or columns up to which the noise of adapters fills them all, and cores hold everything
 GUARD = 16  # directions iterated on beyond those kept
 ROUNDS = 6  # of the subspace iteration: noise directions need not converge
 
@@ -38,14 +39,27 @@ class Compressed:
         return self.left.shape[1], self.right.shape[1]
 
 
-def compress(stacked: Stacked, *, generator: Generator, lead: int = LEAD) -> Compressed:
-    """Cores of the clients' updates in at most ``lead`` common directions a side and their own.
+def leads(stacked: Stacked, rank: int | None = None) -> tuple[int, int]:
+    """Common directions to keep on the output and the input side.
+
+    At most three quarters of all, unless the side is so short that clients' directions fill it: the others are each client's own,
+    which would else pass for shared where few clients span few directions. Twice the shared ``rank`` at least, where it
+    is given, and twice a client's.
+    """
+    N = sum(stacked.ranks)
+    most = max(min(LEAD, 3 * N // 4), 2 * stacked.width, 2 * (rank or 0))
+    p, q = stacked.B.shape[0], stacked.A.shape[1]
+    return p if p <= FILLED else most, q if q <= FILLED else most
+
+
+def compress(stacked: Stacked, lead: tuple[int, int], *, generator: Generator) -> Compressed:
+    """Cores of the clients' updates in at most ``lead`` common directions on either side, and their own.
 
     The common directions of the output side are the leading ones of sum_k Theta_k Theta_k' / ||Theta_k||^2, so that no
     client counts more for being large; those of the input side likewise.
     """
-    left, L = _side(stacked, lead, generator)
-    right, R = _side(stacked.transposed(), lead, generator)
+    left, L = _side(stacked, lead[0], generator)
+    right, R = _side(stacked.transposed(), lead[1], generator)
     return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right)
 
 

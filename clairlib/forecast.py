@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from clairlib.clair import EXACT, pilots
-from clairlib.compress import LEAD
+from clairlib.clair import pilots
+from clairlib.compress import FILLED, LEAD
 from clairlib.module_alignment import Job, pilot, read_module
 
 PROCESS = 450e6  # bytes of a process that has loaded PyTorch
@@ -65,6 +65,6 @@ def memory_of_a_process(job: Job) -> float:
     for clients in job.adapters.modules.values():
         N, w = sum(own.rank for own in clients), max(own.rank for own in clients)
         (p, q), read = clients[0].shape, sum(own.bytes for own in clients)
-        side = LEAD + w if max(min(N, p), min(N, q)) > EXACT else EXACT
+        side = LEAD + w if max(p, q) > FILLED else FILLED
         most = max(most, COPIES * max(read, 2 * N * (p + q)) + 8.0 * (SQUARES * N * N + STACKS * K * side * side))
     return PROCESS + most

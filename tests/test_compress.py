@@ -53,7 +53,7 @@ def dense(updates):
 @pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
 def test_cores_hold_everything_when_all_directions_are_common(how):
     updates = adapters(**how)
-    X, exact = compress(stack(updates), generator=derive(0, "test"), lead=400), cores_of_factors(updates)
+    X, exact = compress(stack(updates), (400, 400), generator=derive(0, "test")), cores_of_factors(updates)
     assert X.core.square().sum(dim=(1, 2)).tolist() == pytest.approx(exact.core.square().sum(dim=(1, 2)).tolist())
     frame = fit_frame(X.core, WEIGHTS, BENIGN, None, X.common)
     other = fit_frame(exact.core, WEIGHTS, BENIGN)
@@ -68,7 +68,7 @@ def test_cores_hold_everything_when_all_directions_are_common(how):
 def test_own_coordinates_neglect_little(how):
     """64 of some 200 directions in common: scores move by less than a quarter of their benign spread."""
     updates = adapters(p=400, q=400, **how)
-    X, exact = compress(stack(updates), generator=derive(0, "test"), lead=64), cores_of_factors(updates).core
+    X, exact = compress(stack(updates), (64, 64), generator=derive(0, "test")), cores_of_factors(updates).core
     assert X.common == (64, 64) and X.core.shape[1:] == (80, 80)
     frame, other = fit_frame(X.core, WEIGHTS, BENIGN, None, X.common), fit_frame(exact, WEIGHTS, BENIGN)
     (x, _), (y, _) = log_scores(X.core, WEIGHTS, frame), log_scores(exact, WEIGHTS, other)
@@ -82,7 +82,7 @@ def test_own_coordinates_neglect_little(how):
 
 def shared_of(updates, lead=64):
     stacked = stack(updates)
-    fit = Fit("m", compress(stacked, generator=derive(0, "test"), lead=lead), WEIGHTS, None)
+    fit = Fit("m", compress(stacked, (lead, lead), generator=derive(0, "test")), WEIGHTS, None)
     return fit.shared(fit.frame(BENIGN), stacked)
 
 
@@ -136,7 +136,7 @@ def test_no_noise_and_clients_without_update():
 def test_clair_finds_the_same_by_either_way(monkeypatch):
     updates = adapters(noise=0.8)
     by_gram = CLAIR().fit(updates)
-    monkeypatch.setattr("clairlib.clair.EXACT", 10**6)
+    monkeypatch.setattr("clairlib.clair.FILLED", 10**6)
     exact = CLAIR().fit(updates)
     assert by_gram.benign.tolist() == exact.benign.tolist() == BENIGN.tolist()
     assert by_gram.rank == exact.rank == RANK
