@@ -91,7 +91,7 @@ def training(
 @bench.command()
 def align(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[CLIENTS_DIR]", help="Adapter folders; default: planted for the occasion.")
+        Path | None, typer.Argument(metavar="CLIENTS_DIR", help="Adapter folders; default: planted for the occasion.")
     ] = None,
     clients: Annotated[int, typer.Option(min=3, help="Planted clients, an eighth of them contaminated.")] = 64,
     rank: Annotated[int, typer.Option(min=5, help="Rank of their adapters.")] = 16,

@@ -42,9 +42,9 @@ class Compressed:
 def leads(stacked: Stacked, rank: int | None = None) -> tuple[int, int]:
     """Common directions to keep on the output and the input side.
 
-    At most three quarters of all, unless the side is so short that clients' directions fill it: the others are each client's own,
-    which would else pass for shared where few clients span few directions. Twice the shared ``rank`` at least, where it
-    is given, and twice a client's.
+    At most three quarters of all, unless the side is so short that clients' directions fill it: the others are each
+    client's own, which would else pass for shared where few clients span few directions. Twice the shared ``rank`` at
+    least, where it is given, and twice a client's.
     """
     N = sum(stacked.ranks)
     most = max(min(LEAD, 3 * N // 4), 2 * stacked.width, 2 * (rank or 0))

@@ -45,7 +45,7 @@ def test_every_claim_has_a_check_and_every_check_a_claim(name):
 
 
 def test_every_claim_belongs_to_a_notebook():
-    assert {claim.notebook for claim in CLAIMS.values()} == set(NOTEBOOKS)
+    assert {claim.notebook for claim in CLAIMS.values()} <= set(NOTEBOOKS)  # one may record without claiming
 
 
 def test_the_committed_claims_and_readme_are_what_report_writes():
