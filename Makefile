@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/mypy clairlib
 	@$(BIN)/nbstripout --verify $(STRIP) notebooks/*.ipynb \
 	  || { echo "A notebook was saved with outputs. Clear them: make strip"; exit 1; }
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 reproduce: setup
 	$(BIN)/clair reproduce --profile $(PROFILE) --jobs $(JOBS)

@@ -279,6 +279,7 @@ def test_every_profile_fits_the_notebooks_it_names():
 def test_notebook_runs_at_the_smoke_profile(tmp_path, name):
     [result] = reproduce([name], source=ROOT / "notebooks", output=tmp_path, progress=False)
     assert result.status == "ran", result.error
-    claims = json.loads((result.output / "claims.json").read_text())["claims"]
-    assert claims and all(claim["holds"] for claim in claims.values())
+    log = json.loads((result.output / "claims.json").read_text())
+    assert log["claims"] or log["records"], "a notebook measures something"
+    assert all(claim["holds"] for claim in log["claims"].values())
     assert os.listdir(result.output) != ["claims.json"], "a notebook shows and keeps a figure or a table"
