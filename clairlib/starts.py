@@ -18,7 +18,6 @@ from clairlib.subspace import project_out
 # At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
 # benign a quarter of the pairs is, and even at 90 % contamination 300 pairs hold three benign ones on average.
 TUPLE_LIMIT = 300
-SHORTLIST = 100  # tuples, the best, made into start sets
 STARTS = 6  # start sets from which a set is grown: the first three, then disjoint ones
 START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
 LEAST_SPREAD = 1e-12  # energies below this part of the mean client's do not tell tuples apart
@@ -81,14 +80,15 @@ def start_sets(
     order: list[int],
     distances: Tensor,
     allowed: Tensor,
-    shortlist: int = SHORTLIST,
+    shortlist: int = TUPLE_LIMIT,
     common: Common | None = None,
 ) -> list[Tensor]:
     """Start sets (K,) bool among the allowed clients, most concentrated first.
 
     The best ``shortlist`` tuples, each with the two clients closest to its frame; ordered by the determinant of the
     set's centred scatter, as in the minimum covariance determinant (Rousseeuw 1984): one client too many adds
-    directions of its own, and what the score of a pair misses, the spectrum of four clients shows.
+    directions of its own, and what the score of a pair misses, the spectrum of four clients shows. A pair with one
+    client of each of two groups holds both subspaces and scores best of all; its set has twice the directions.
     """
     size = tuples.shape[1] + 2
     if int(allowed.sum()) < size:

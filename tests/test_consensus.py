@@ -9,6 +9,9 @@ import torch
 from clairlib import CLAIR, consensus, description, starts
 from clairlib.clients import planted
 from clairlib.frames import fit_frame
+from clairlib.identifiability import rivals
+from clairlib.regression import least_squares
+from clairlib.regression_clients import tian_gu_feng
 from clairlib.seeds import derive
 from clairlib.subspace import project_out, sin_theta
 
@@ -303,3 +306,30 @@ def test_without_a_larger_group_that_shares_a_subspace_the_minority_stays():
     """Five benign clients among 24, the others strangers to one another."""
     c = planted(K=24, share=0.8, noise=0.0, generator=derive(2, "quiet"))
     assert torch.equal(CLAIR().fit(c.updates).benign, c.benign)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_halves_of_one_normal_are_not_two_groups(seed):
+    x = torch.randn(100, generator=derive(seed, "one"), dtype=torch.float64)
+    assert not consensus.are_two_groups(x, consensus.closer_part(x), variance=0.5)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_normals_apart_are_two_groups(seed):
+    x = torch.randn(100, generator=derive(seed, "two"), dtype=torch.float64)
+    x[60:] += 4.0
+    assert consensus.are_two_groups(x, consensus.closer_part(x), variance=0.5)
+
+
+@pytest.mark.parametrize("seed", [2, 3])  # half of the vectors were flagged, as those with more noise
+def test_vectors_of_unequal_noise_are_not_split_where_nobody_is_contaminated(seed):
+    tasks = tian_gu_feng(100, 50, 5, 0.0, generator=derive(seed, "regression", "small", "0.0"))
+    fits = least_squares(tasks.X, tasks.Y)
+    assert bool(CLAIR().fit(fits.estimates, weights=fits.weights).benign.all())
+
+
+@pytest.mark.parametrize("seed", [10, 40])  # pairs of one client of either set made every start, and one frame held all
+def test_sets_that_share_a_client_are_not_merged(seed):
+    truth, rival = rivals("anchored coalition", 12, 11, 1e-3 / 10**0.5, generator=derive(seed, "shared client"))
+    found = CLAIR().fit(truth.updates).benign
+    assert torch.equal(found, truth.benign) or torch.equal(found, rival)
