@@ -107,27 +107,46 @@ class CLAIR:
         modules, clients, by_module = read_modules(updates, names, self.side)
         w = read_weights(weights, clients).to(modules[0].reference.device)
         known = read_noise(noise, [module.name for module in modules], clients)
-        fits = []
-        for module in modules:
-            fits.append(self.prepare(module, w, noise=known.get(module.name)))
-            if progress is not None:
-                progress(module.name)
-        benign, certificates = self.search(modules, pilots(fits, self.solver))
-        benign, pooled = self.settle(fits, benign)
-        outcomes = [fit.outcome(benign) for fit in fits]
+        few = pilots(modules, self.solver)
+        first = [self.prepare(module, w, noise=known.get(module.name)) for module in few]
+        benign, certificates = self.search(few, first)
+        fits = {fit.name: fit for fit in first}
+
+        def fitted(members: Tensor) -> list[Fit]:
+            for module in modules:
+                if module.name not in fits or not fits[module.name].suits(members):
+                    fits[module.name] = self.prepare(module, w, members, noise=known.get(module.name))
+                    if progress is not None:
+                        progress(module.name)
+            return [fits[module.name] for module in modules]
+
+        def read(members: Tensor) -> list[Reading]:
+            return [fit.reading(members) for fit in fitted(members)]
+
+        benign, pooled = settle(self.settle(first, benign)[0], read, self.wider(first))
+        outcomes = [fit.outcome(benign) for fit in fitted(benign)]
         share = max(outcome.structure for outcome in outcomes) >= LITTLE_STRUCTURE
         results = {
             module.name: _module_result(module, fit, outcome, share, certificates.get(module.name))
-            for module, fit, outcome in zip(modules, fits, outcomes, strict=True)
+            for module, fit, outcome in zip(modules, fitted(benign), outcomes, strict=True)
         }
         numpy = modules[0].numpy
         out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
 
-    def prepare(self, module: Module, weights: Tensor, *, noise: Tensor | None = None, keep: bool = False) -> Fit:
+    def prepare(
+        self,
+        module: Module,
+        weights: Tensor,
+        members: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        keep: bool = False,
+    ) -> Fit:
         """A module's cores, ready to be asked for the frame of any set of clients.
 
-        With ``keep`` the clients' factors stay with it where the cores do not hold them exactly.
+        Cores that do not hold the updates exactly are for sets close to ``members``. With ``keep`` the clients' factors
+        stay with those.
         """
         self._check_rank(module, len(weights))
         updates = module.updates
@@ -139,8 +158,10 @@ class CLAIR:
         except OverflowError as error:
             raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
         stacked = stack(updates)
-        cores = compress(stacked, leads(stacked, self.rank), generator=derive(self.seed, "compress", module.name))
-        return Fit(module.name, cores, weights, self.rank, stacked=stacked if keep else None, noise=noise)
+        generator = derive(self.seed, "compress", module.name)
+        cores = compress(stacked, leads(stacked, self.rank), members=members, generator=generator)
+        kept = stacked if keep else None
+        return Fit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, noise=noise)
 
     def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
         """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""

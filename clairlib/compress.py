@@ -52,23 +52,27 @@ def leads(stacked: Stacked, rank: int | None = None) -> tuple[int, int]:
     return p if p <= FILLED else most, q if q <= FILLED else most
 
 
-def compress(stacked: Stacked, lead: tuple[int, int], *, generator: Generator) -> Compressed:
+def compress(
+    stacked: Stacked, lead: tuple[int, int], *, members: Tensor | None = None, generator: Generator
+) -> Compressed:
     """Cores of the clients' updates in at most ``lead`` common directions on either side, and their own.
 
     The common directions of the output side are the leading ones of sum_k Theta_k Theta_k' / ||Theta_k||^2, so that no
-    client counts more for being large; those of the input side likewise.
+    client counts more for being large; those of the input side likewise. The sum is over ``members`` (K,) bool, or
+    everybody: the spectrum of a set's scatter only ends in its own noise where the others chose no direction.
     """
-    left, L = _side(stacked, lead[0], generator)
-    right, R = _side(stacked.transposed(), lead[1], generator)
+    members = torch.ones_like(stacked.scales, dtype=torch.bool) if members is None else members
+    left, L = _side(stacked, lead[0], members, generator)
+    right, R = _side(stacked.transposed(), lead[1], members, generator)
     return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right)
 
 
-def _side(stacked: Stacked, lead: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def _side(stacked: Stacked, lead: int, members: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """Basis (N, d), in B, of the output side's common directions, and the clients' B_k in coordinates (K, d + w, w)."""
     own = stacked.blocks(stacked.G_B)
     other = stacked.blocks(stacked.G_A)
     energies = (own * other).sum(dim=(1, 2))  # ||B_k A_k||^2
-    shares = torch.where(energies > 0, energies, torch.inf).rsqrt()
+    shares = torch.where(members & (energies > 0), energies, torch.inf).rsqrt()
     basis = _leading(stacked, _root(other) * shares[:, None, None], lead, generator)
     coordinates = stacked.by_client(basis.T @ stacked.G_B)  # (K, d, w)
     rest = _root(own - coordinates.mT @ coordinates, own)

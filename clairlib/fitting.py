@@ -22,7 +22,8 @@ class Fit:
     """A module during the fit: its cores over ``size``, their largest entry, so that no square overflows or vanishes.
 
     Remembers the frame of the set it was last asked about, and its reading. ``stacked`` are the clients' factors, where
-    they are kept; ``noise`` (K,) the expected squared errors of their updates, where they are known.
+    they are kept; ``noise`` (K,) the expected squared errors of their updates, where they are known. Compressed cores
+    are ``compressed_for`` a set of clients (K,) bool, or everybody.
     """
 
     def __init__(
@@ -32,15 +33,22 @@ class Fit:
         weights: Tensor,
         rank: int | None,
         *,
+        compressed_for: Tensor | None = None,
         stacked: Stacked | None = None,
         noise: Tensor | None = None,
     ) -> None:
         self.name, self.cores, self.weights, self.rank, self.stacked = name, cores, weights, rank, stacked
-        self.noise = noise
+        self.compressed_for, self.noise = compressed_for, noise
         self.size = float(cores.core.abs().max()) or 1.0
         self.X = cores.core / self.size
         self._frame: Frame | None = None
         self._reading: Reading | None = None
+
+    def suits(self, members: Tensor) -> bool:
+        """Are the cores those to judge by when these clients (K,) bool are taken for benign?"""
+        if isinstance(self.cores, Cores):
+            return True
+        return self.compressed_for is not None and torch.equal(self.compressed_for, members)
 
     def frame(self, members: Tensor) -> Frame:
         """Frame of a set of clients (K,) bool."""
@@ -59,7 +67,6 @@ class Fit:
     def wider_reading(self, members: Tensor) -> Reading:
         """How they stand to the frame of the same set with more directions."""
         return Reading.of(self.X, self.weights, wider(self.X, self.weights, self.frame(members)))
-
 
     def outcome(self, members: Tensor) -> Outcome:
         """What is kept of the module when these clients are benign."""

@@ -115,7 +115,7 @@ def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path)
     """
     module, benign = read_module(job, name), benign.to(job.device)
     with located(job, name):
-        fit = job.clair.prepare(module, job.weights, keep=True)
+        fit = job.clair.prepare(module, job.weights, benign, keep=True)
         reading = fit.reading(benign)
         outcome = fit.outcome(benign)
         is_refined = outcome.is_refined(share)
