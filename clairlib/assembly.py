@@ -5,6 +5,7 @@ Everything is a combination of the clients' factors: a direction of the output s
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ MOST_ROUNDS = 60
 CONVERGED = 1e-11  # residual over the gap, which bounds the angle to the exact subspace
 ROUNDING = 1e-13
 OFF_ROUNDS = 8
+PARTS = 4  # of the clients, whose refined adapters are computed at a time
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,20 @@ def _angle(G: Tensor, residual: Tensor, values: Tensor, rank: int) -> float:
 
 
 def leading_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
-    """At most ``count`` leading left singular directions of P_perp M, as orthonormal combinations (N, t)."""
+    """At most ``count`` leading left singular directions of P_perp M, as orthonormal combinations (N, t).
+
+    Randomised subspace iteration in the precision of the factors, then a Rayleigh-Ritz step in float64.
+    """
     s, w = shared.stacked, shared.shares[:, None]
-    N = len(s.G_B)
-    V = torch.randn(N, min(count + GUARD, N), generator=generator, dtype=torch.float64).to(s.G_B.device)
-    V = orthonormal(s.G_B, shared.off(w * V))
+    N, low = len(s.G_B), s.B.dtype
+    inside = shared.basis.T @ s.G_B  # (r, N)
+    G_B, G_A, basis, part, by = (x.to(low) for x in (s.G_B, s.G_A, shared.basis, inside, w))
+    V = by * torch.randn(N, min(count + GUARD, N), generator=generator, dtype=torch.float64).to(G_B)
     for _ in range(OFF_ROUNDS):
-        V = orthonormal(s.G_B, shared.off(w * (s.G_A @ (w * (s.G_B @ V)))))
+        V = torch.linalg.qr(V - basis @ (part @ V))[0]
+        V = by * (G_A @ (by * (G_B @ V)))
+    V = V.double()
+    V = orthonormal(s.G_B, V - shared.basis @ (inside @ V))
     y = w * (s.G_B @ V)  # A' y = M' Q
     values, E = torch.linalg.eigh(y.T @ (s.G_A @ y))
     return V @ E.flip(1)[:, :count]
@@ -126,35 +135,51 @@ def assemble(shared: Shared, count: int, generator: Generator) -> Assembly:
     Q = leading_off_part(shared, count, generator)
     rows = (s.G_B @ Q * shared.shares[:, None]).T  # (t, N) in A
     cross = rows @ s.G_A
-    y = shared.shares[:, None] * s.G_A * shared.shares
-    inside = shared.basis.T @ s.G_B  # (r, N)
-    energy = float((s.G_B * y).sum() - ((inside @ y) * inside).sum())
+    inside = shared.basis.T @ s.G_B * shared.shares  # U' M = inside @ A
+    energy = float(shared.shares @ (s.G_A * s.G_B) @ shared.shares - ((inside @ s.G_A) * inside).sum())
     left = s.B @ torch.cat([shared.basis, Q], dim=1).to(dtype)
     return Assembly(shared, left, rows.to(dtype) @ s.A, cross @ rows.T, cross, energy)
 
 
-def refined_adapter(assembly: Assembly, client: int, rank: int) -> tuple[LowRank, float]:
-    """P Theta_k + P_perp M of one client at adapter rank ``rank``, and the relative error of the truncation.
+def refined_adapters(
+    assembly: Assembly, clients: Sequence[int], ranks: Sequence[int]
+) -> Iterator[tuple[LowRank, float]]:
+    """P Theta_k + P_perp M of ``clients`` at adapter ranks ``ranks``, each with the truncation's relative error.
 
-    Balanced factors, scale 1, of inner dimension exactly ``rank``, padded with zeros. Best in Frobenius norm among the
-    updates that use the directions of ``assembly``.
+    Balanced factors, scale 1, of inner dimension exactly the rank, padded with zeros. Best in Frobenius norm among the
+    updates that use the directions of ``assembly``. So many clients at once that their factors are few beside B and A.
     """
+    step = max(1, len(assembly.shared.stacked.ranks) // PARTS)
+    for i in range(0, len(clients), step):
+        yield from _refined(assembly, clients[i : i + step], ranks[i : i + step])
+
+
+def _refined(assembly: Assembly, clients: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[LowRank, float]]:
     s, r = assembly.shared.stacked, assembly.shared.basis.shape[1]
-    own = assembly.shared.stacked.owner == client
-    inside = s.scales[client] * (assembly.shared.basis.T @ s.G_B[:, own])  # U' Theta_k = inside @ A_k
-    corner = inside @ assembly.cross[:, own].T
-    upper = torch.cat([inside @ s.G_A[own][:, own] @ inside.T, corner], dim=1)
-    gram = torch.cat([upper, torch.cat([corner.T, assembly.gram], dim=1)])  # of the rows of [U' Theta_k; Q' M]
+    n, dtype, chosen = len(clients), s.B.dtype, torch.tensor(clients, device=s.B.device)
+    coordinates = s.by_client(assembly.shared.basis.T @ s.G_B)[chosen]
+    inside = s.scales[chosen, None, None] * coordinates  # (n, r, w): U' Theta_k = inside @ A_k
+    corner = inside @ s.by_client(assembly.cross)[chosen].mT
+    upper = torch.cat([inside @ s.blocks(s.G_A)[chosen] @ inside.mT, corner], dim=2)
+    lower = torch.cat([corner.mT, assembly.gram.expand(n, -1, -1)], dim=2)
+    gram = torch.cat([upper, lower], dim=1)  # of the rows of [U' Theta_k; Q' M]
     values, E = torch.linalg.eigh(gram)
-    keep = min(rank, len(values))
-    values, E = values.flip(0)[:keep].clamp(min=0.0), E.flip(1)[:, :keep]
+    most, least = max(ranks), min(max(ranks), values.shape[1])
+    values, E = values.flip(1)[:, :least].clamp(min=0.0), E.flip(2)[:, :, :least]
+    kept = torch.arange(least, device=values.device) < torch.tensor(ranks, device=values.device)[:, None]
+    values = torch.where(kept, values, 0.0)
     root = values.sqrt()
-    up = torch.where(root > 0, root.rsqrt(), 0.0)
-    dtype = s.B.dtype
-    B, A = s.B.new_zeros(s.B.shape[0], rank), s.A.new_zeros(rank, s.A.shape[1])
-    B[:, :keep] = assembly.left @ (E * root.sqrt()).to(dtype)
-    weights = (E * up).T  # rows of A: up' [U' Theta_k; Q' M]
-    A[:keep] = (weights[:, :r] @ inside).to(dtype) @ s.A[own] + weights[:, r:].to(dtype) @ assembly.outside
-    total = float(gram[:r, :r].trace()) + assembly.energy
-    error = max(total - float(values.sum()), 0.0) / total if total > 0 else 0.0
-    return LowRank(B, A), error**0.5
+    down, up = (E * root.sqrt()[:, None]).mT, (E * torch.where(root > 0, root.rsqrt(), 0.0)[:, None]).mT
+    padding = (0, 0, 0, most - least)
+    down, up = (torch.nn.functional.pad(side, padding) for side in (down, up))  # (n, most, r + t)
+    Bs = (down.flatten(0, 1).to(dtype) @ assembly.left.T).unflatten(0, (n, most))
+    As = (up[..., r:].flatten(0, 1).to(dtype) @ assembly.outside).unflatten(0, (n, most))
+    weights = (up[..., :r] @ inside).to(dtype)  # (n, most, w)
+    total = gram[:, :r, :r].diagonal(dim1=1, dim2=2).sum(dim=1) + assembly.energy
+    lost = ((total - values.sum(dim=1)) / total).clamp(min=0.0).sqrt()
+    errors = torch.where(total > 0, lost, 0.0).tolist()
+    starts = s.starts.tolist()
+    for i, (k, rank) in enumerate(zip(clients, ranks, strict=True)):
+        own = s.A[starts[k] : starts[k] + s.ranks[k]]
+        A = torch.addmm(As[i, :rank], weights[i, :rank, : s.ranks[k]], own)
+        yield LowRank(Bs[i, :rank].T, A), errors[i]

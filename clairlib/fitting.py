@@ -42,7 +42,7 @@ class Fit:
         self.size = float(cores.core.abs().max()) or 1.0
         self.X = cores.core / self.size
         self._frame: Frame | None = None
-        self._reading: Reading | None = None
+        self._reading: tuple[Reading, Tensor] | None = None
 
     def suits(self, members: Tensor) -> bool:
         """Are the cores those to judge by when these clients (K,) bool are taken for benign?"""
@@ -59,6 +59,9 @@ class Fit:
 
     def reading(self, members: Tensor) -> Reading:
         """How the clients stand to it."""
+        return self._read(members)[0]
+
+    def _read(self, members: Tensor) -> tuple[Reading, Tensor]:
         frame = self.frame(members)
         if self._reading is None:
             self._reading = Reading.of(self.X, self.weights, frame)
@@ -66,18 +69,19 @@ class Fit:
 
     def wider_reading(self, members: Tensor) -> Reading:
         """How they stand to the frame of the same set with more directions."""
-        return Reading.of(self.X, self.weights, wider(self.X, self.weights, self.frame(members)))
+        return Reading.of(self.X, self.weights, wider(self.X, self.weights, self.frame(members)))[0]
 
     def outcome(self, members: Tensor) -> Outcome:
         """What is kept of the module when these clients are benign."""
-        frame, reading = self.frame(members), self.reading(members)
+        frame, (reading, R) = self.frame(members), self._read(members)
         z = calibrate(reading.scores, members, reading.variance).z
         kept = keep_directions(self.X, self.weights, frame) if self.rank is None else frame
         spectrum = self.size * frame.eigenvalues.clamp(min=0.0).sqrt()
         known = None
         if self.noise is not None:
             known = float((self.weights * self.noise)[members].mean()) / self.size**2
-        return Outcome(kept, z, estimate_gain(self.X, self.weights, kept, known), float(reading.structure), spectrum)
+        gain = estimate_gain(self.X, self.weights, kept, known, R if kept is frame else None)
+        return Outcome(kept, z, gain, float(reading.structure), spectrum)
 
     def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:
         """Basis U (p, r) and common part P_perp M of a frame, from cores that hold them exactly."""

@@ -44,17 +44,24 @@ class Stacked:
         return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.B.device)
 
     @cached_property
+    def starts(self) -> Tensor:
+        """Place (K,) of each client's first column."""
+        ranks = torch.tensor(self.ranks)
+        return ranks.cumsum(0) - ranks
+
+    @cached_property
     def places(self) -> Tensor:
         """Places (K, w) of each client's columns among the N; N where a client has fewer than w."""
         ranks = torch.tensor(self.ranks)
         slot = torch.arange(self.width)
-        places = (ranks.cumsum(0) - ranks)[:, None] + slot
+        places = self.starts[:, None] + slot
         return torch.where(slot < ranks[:, None], places, int(ranks.sum())).to(self.B.device)
 
     def blocks(self, G: Tensor) -> Tensor:
         """Diagonal blocks (K, w, w) of an (N, N) matrix, padded with zeros."""
-        padded = torch.nn.functional.pad(G, (0, 1, 0, 1))
-        return padded[self.places[:, :, None], self.places[:, None, :]]
+        own, places = self.places < len(G), self.places.clamp(max=len(G) - 1)
+        blocks = G[places[:, :, None], places[:, None, :]]
+        return torch.where(own[:, :, None] & own[:, None, :], blocks, 0.0)
 
     def by_client(self, columns: Tensor) -> Tensor:
         """Columns (m, N) as (K, m, w), padded with zeros."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clairlib.adapter_files import AdapterFiles, blaming
 from clairlib.adapter_writer import AdapterWriter
-from clairlib.assembly import assemble, refined_adapter
+from clairlib.assembly import assemble, refined_adapters
 from clairlib.clair import CLAIR
 from clairlib.factors import Cores, LowRank, truncate
 from clairlib.fitting import Fit, Outcome
@@ -29,7 +29,7 @@ from clairlib.verdict import Reading
 SHOWN = 32  # singular values of the spectrum that are reported
 OFF_DIRECTIONS = 2  # times the rank of the adapters written: directions of the common part that can enter them
 
-Adapters = Callable[[int, int], tuple[LowRank, float]]
+Adapters = Callable[[Sequence[int], Sequence[int]], Iterator[tuple[LowRank, float]]]  # of clients, at ranks
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,16 @@ def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path)
         reading = fit.reading(benign)
         outcome = fit.outcome(benign)
         is_refined = outcome.is_refined(share)
-        make = _refined(job, fit, module, outcome) if is_refined else _own(module)
+        clients = benign.nonzero()[:, 0].tolist()
+        ranks = [job.writer(folder, k).modules[name].rank for k in clients]
+        how = _refined(job, fit, module, outcome) if is_refined else _own(module)
+        adapters = how(clients, ranks)
     errors = []
-    for k in benign.nonzero()[:, 0].tolist():
+    for k in clients:
         with blaming(job.adapters.names[k]), located(job, name):
-            errors.append(_write(job, folder, module, k, make))
+            update, error = next(adapters)
+            _write(job, folder, module, k, update)
+            errors.append(error)
     spectrum = outcome.spectrum[:SHOWN]
     terms = outcome.gain.scaled(fit.size * fit.size)
     shape = module.shape[::-1] if module.transposed else module.shape
@@ -137,9 +142,10 @@ def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path)
 def _own(module: Module) -> Adapters:
     """Clients keep their own updates, cut to the rank asked for."""
 
-    def make(client: int, rank: int) -> tuple[LowRank, float]:
-        own = cast(list[LowRank], module.updates)[client]
-        return (own, 0.0) if own.rank == rank else truncate(_single(own), rank)
+    def make(clients: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[LowRank, float]]:
+        for client, rank in zip(clients, ranks, strict=True):
+            own = cast(list[LowRank], module.updates)[client]
+            yield (own, 0.0) if own.rank == rank else truncate(_single(own), rank)
 
     return make
 
@@ -150,10 +156,11 @@ def _refined(job: Job, fit: Fit, module: Module, outcome: Outcome) -> Adapters:
     if isinstance(fit.cores, Cores):
         basis, off = fit.lifted(outcome.frame)
 
-        def exact(client: int, rank: int) -> tuple[LowRank, float]:
-            own = updates[client]
-            inside = own.scale * (basis.T @ own.B.double()) @ own.A.double()  # (r, q)
-            return truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), rank)
+        def exact(clients: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[LowRank, float]]:
+            for client, rank in zip(clients, ranks, strict=True):
+                own = updates[client]
+                inside = own.scale * (basis.T @ own.B.double()) @ own.A.double()  # (r, q)
+                yield truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), rank)
 
         return exact
     stacked = fit.stacked
@@ -161,7 +168,7 @@ def _refined(job: Job, fit: Fit, module: Module, outcome: Outcome) -> Adapters:
     most = job.adapter_rank or max(update.rank for update in updates)
     generator = derive(job.clair.seed, "off", fit.name)
     assembly = assemble(fit.shared(outcome.frame, stacked), OFF_DIRECTIONS * most, generator)
-    return lambda client, rank: refined_adapter(assembly, client, rank)
+    return lambda clients, ranks: refined_adapters(assembly, clients, ranks)
 
 
 def _single(update: LowRank) -> LowRank:
@@ -169,15 +176,13 @@ def _single(update: LowRank) -> LowRank:
     return replace(update, B=update.B.to(dtype), A=update.A.to(dtype))
 
 
-def _write(job: Job, folder: Path, module: Module, client: int, make: Adapters) -> float:
-    """Write a client's adapter of the module, in its file's dtypes and at its own scale; the truncation error."""
+def _write(job: Job, folder: Path, module: Module, client: int, update: LowRank) -> None:
+    """Write a client's adapter of the module, in its file's dtypes and at its own scale."""
     writer = job.writer(folder, client)
     place = writer.modules[module.name]
-    update, error = make(client, place.rank)
     update = transpose(update) if module.transposed else update
     if update.scale != place.scale:  # the scale is known before the update is
         ratio = update.scale / place.scale
         size = abs(ratio) ** 0.5
         update = LowRank(update.B * (ratio / size if size else 0.0), update.A * size, place.scale)
     writer.write(module.name, replace(update, B=update.B.to(place.B_dtype), A=update.A.to(place.A_dtype)))
-    return error

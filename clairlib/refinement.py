@@ -45,7 +45,9 @@ def refined_core(X: Tensor, frame: Frame) -> Tensor:
     return X - project_out(frame.basis, X - frame.mean)
 
 
-def estimate_gain(X: Tensor, weights: Tensor, frame: Frame, known: float | None = None) -> Gain:
+def estimate_gain(
+    X: Tensor, weights: Tensor, frame: Frame, known: float | None = None, R: Tensor | None = None
+) -> Gain:
     """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
 
     With s members, off-subspace noise N per member, effective dimensions p_e, q_e and structured heterogeneity h^2:
@@ -57,18 +59,20 @@ def estimate_gain(X: Tensor, weights: Tensor, frame: Frame, known: float | None 
     singular values), less the noise in it; 0 for adapters of rank below 8. Not guaranteed: differences between benign
     clients that look like noise, spread over all directions, cannot be told from noise by any method that sees one
     update a client. With ``known``, the expected ||E_k||_F^2 of a client of weight 1, they can: what residuals have
-    beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity.
+    beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``R`` (K, p, q) are the residuals
+    left one out, where known.
     """
-    R = leave_one_out(X, weights, frame)[frame.members]
+    R = (leave_one_out(X, weights, frame) if R is None else R)[frame.members]
     s, r = frame.size, frame.rank
     V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:
         return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
-    squares, rest = _structure(R, X[frame.members])
+    rank = _median_rank(X[frame.members])
+    squares, rest = _structure(R, rank)
     p_eff, q_eff = effective_dimensions(rest, frame.common)
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
-    h2 = _kept_out(X, weights, frame, p_eff, q_eff)
+    h2 = _kept_out(X, weights, frame, rank, p_eff, q_eff)
     if known is not None:
         noise = min(noise, known * p_eff / (p_eff + r))
         h2 = max(h2, V - noise)
@@ -76,28 +80,32 @@ def estimate_gain(X: Tensor, weights: Tensor, frame: Frame, known: float | None 
     return Gain(noise + inside, inside, noise / s, h2 * (1 - 1 / s), r * (noise - h2) / (q_eff * s))
 
 
-def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rows: float, columns: float) -> float:
+def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, columns: float) -> float:
     """h^2 of the structure that the subspace, fitted with everybody in it, leaves outside: what averaging wipes out.
 
     Where the subspace has grown to hold each client's own differences, they stand out in the residuals left one out,
     and yet refinement keeps them.
     """
-    own, s = X[frame.members], frame.size
+    s = frame.size
     residuals = project_out(frame.basis, centred(X, weights, frame)[frame.members])  # H_k enters times 1 - 1/s
     energy = float(residuals.square().sum(dim=(1, 2)).mean())
-    squares, _ = _structure(residuals, own)
+    squares, _ = _structure(residuals, rank)
     return _energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2
 
 
-def _structure(R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+def _median_rank(X: Tensor) -> int:
+    """Numerical rank of the median update of (n, p, q)."""
+    own = _squares(X)
+    return int((own > own[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1).median())
+
+
+def _structure(R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Squared singular values (s, g) of the residuals that stand apart from the noise, and the residuals without them.
 
     g is one number for all clients, from the gap of their mean spectrum: one client's own is too rough to show it. Only
-    as many directions as the median update has rank are looked at: an adapter of rank rho confines its noise to rho
+    as many directions as the median update has ``rank`` are looked at: an adapter of rank rho confines its noise to rho
     directions, and where those are few nothing can be told.
     """
-    own = _squares(X)
-    rank = int((own > own[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1).median())
     squares = _squares(R)
     g = gap_rank(squares.mean(dim=0)[:rank], rank // 2)
     if not g:

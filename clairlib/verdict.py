@@ -38,13 +38,13 @@ class Reading:
     structure: Tensor
 
     @classmethod
-    def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> Reading:
-        """Of the updates X (K, p, q) and a frame of some of them."""
+    def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> tuple[Reading, Tensor]:
+        """Of the updates X (K, p, q) and a frame of some of them; with the residuals left one out (K, p, q)."""
         bases = left_out_bases(X, weights, frame)
         R = leave_one_out(X, weights, frame, bases)
         scores, variance = log_scores(X, weights, frame, R)
         inside = inside_energy(X, weights, frame, bases).clamp(min=floor_energy(X)).log()
-        return cls(scores, variance, inside, shared_structure(X, weights, frame, R))
+        return cls(scores, variance, inside, shared_structure(X, weights, frame, R)), R
 
     def cpu(self) -> Reading:
         """The same in main memory."""

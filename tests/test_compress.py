@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clairlib import CLAIR, LowRank
-from clairlib.assembly import assemble, refined_adapter
+from clairlib.assembly import assemble, refined_adapters
 from clairlib.compress import compress
 from clairlib.factors import cores_of_factors, truncate
 from clairlib.fitting import Fit
@@ -95,6 +95,20 @@ def test_subspace_and_common_part_are_those_of_the_dense_updates(how):
     assert torch.linalg.matrix_norm(shared.common_part().dense() - off) < 1e-10 * torch.linalg.matrix_norm(off)
 
 
+def one_refined(assembly, client, rank):
+    (adapter,) = refined_adapters(assembly, [client], [rank])
+    return adapter
+
+
+def test_refined_adapters_are_the_same_one_by_one_and_together():
+    assembly = assemble(shared_of(adapters(**MIXED)), 32, derive(0, "off"))
+    clients, ranks = [0, 3, 6, 7, 15], [4, 16, 1, 8, 16]
+    for k, rank, (ours, error) in zip(clients, ranks, refined_adapters(assembly, clients, ranks), strict=True):
+        alone, its_error = one_refined(assembly, k, rank)
+        assert ours.rank == rank and error == pytest.approx(its_error, abs=1e-12)
+        assert torch.allclose(ours.dense(), alone.dense(), atol=1e-10)
+
+
 @pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
 def test_refined_adapters_are_the_best_truncation_of_the_dense_ones(how):
     updates = adapters(**how)
@@ -106,12 +120,12 @@ def test_refined_adapters_are_the_best_truncation_of_the_dense_ones(how):
         refined = exact.basis @ (exact.basis.T @ D[k]) + off
         identity = torch.eye(refined.shape[1], dtype=torch.float64)
         best, least = truncate(LowRank(refined, identity), 4)  # where the spectrum has a gap, the best is one only
-        ours, error = refined_adapter(everything, k, 4)
+        ours, error = one_refined(everything, k, 4)
         assert torch.linalg.matrix_norm(ours.dense() - best.dense()) < 1e-8 * torch.linalg.matrix_norm(refined)
         assert error == pytest.approx(least, abs=1e-8) and ours.rank == 4
         best, least = truncate(LowRank(refined, identity), 8)
-        assert refined_adapter(everything, k, 8)[1] == pytest.approx(least, abs=1e-8)
-        near, error = refined_adapter(part, k, 8)
+        assert one_refined(everything, k, 8)[1] == pytest.approx(least, abs=1e-8)
+        near, error = one_refined(part, k, 8)
         measured = torch.linalg.matrix_norm(near.dense() - refined) / torch.linalg.matrix_norm(refined)
         assert float(measured) == pytest.approx(error, abs=1e-8)
         assert least <= error < 1.02 * least
@@ -129,7 +143,7 @@ def test_no_noise_and_clients_without_update():
     updates[0] = LowRank(torch.zeros_like(updates[0].B), updates[0].A)
     shared, exact = shared_of(updates), fit_frame(dense(updates), WEIGHTS, BENIGN, RANK)
     assert sin_theta(shared.lifted_basis(), exact.basis) < 1e-7
-    adapter, error = refined_adapter(assemble(shared, 32, derive(0, "off")), 9, 16)
+    adapter, error = one_refined(assemble(shared, 32, derive(0, "off")), 9, 16)
     assert error < 1e-6 and torch.allclose(adapter.dense(), updates[9].dense(), atol=1e-6)
 
 
