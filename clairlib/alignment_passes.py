@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from clairlib.alignment_records import Records
-from clairlib.clair import pilots
+from clairlib.clair import AGREED, first_set, pilots
 from clairlib.fitting import Fit
 from clairlib.frames import LITTLE_STRUCTURE
-from clairlib.module_alignment import Aligned, Job, align_module, pilot
+from clairlib.module_alignment import Aligned, Job, align_module, pilot, prepared
 from clairlib.processes import workers
 from clairlib.result import ClairResult
-from clairlib.verdict import Reading, settle, vote
+from clairlib.verdict import Reading, settle
 
 Progress = Callable[[str, int], None]
 Read = Callable[[Tensor], list[Reading]]
@@ -53,10 +53,12 @@ def settle_on_disk(
 
 def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[Fit], Tensor]:
     """Fits of some of the modules, and the set (K,) bool that stays when they judge it."""
-    found = list(crew.run(pilot, names))
-    fits = [fit for fit, _, _ in found]
-    benign = vote([frame for _, frame, _ in found], [structure for _, _, structure in found])
-    return fits, crew.job.clair.settle(fits, benign)[0]
+    found = list(crew.run(pilot, names[:AGREED]))
+    work = prepared if crew.job.clair.agree([frame for _, frame in found]) else pilot
+    more = list(crew.run(work, names[AGREED:]))
+    frames = [frame for _, frame in found] + [own[1] for own in more if own[1] is not None]
+    fits = [fit for fit, _ in [*found, *more]]
+    return fits, crew.job.clair.settle(fits, first_set(fits, frames))[0]
 
 
 def _in_memory(read: Read | None, device: str) -> Read | None:

@@ -25,6 +25,7 @@ from clairlib.verdict import Reading, settle, vote
 
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
 PILOTS = 8  # modules, at most, in which the first set is searched; all of them then judge it
+AGREED = 3  # modules that find the same set: then no more of the pilots are searched
 CROWD = 256  # clients, at most, among whom the first set is searched; the others are then judged by its frame
 
 
@@ -165,12 +166,21 @@ class CLAIR:
 
     def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
         """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""
-        by_name = {module.name: module for module in modules}
-        found = [self.first_frame(by_name[fit.name], fit) for fit in fits]
-        frames = [frame for frame, _ in found]
-        certificates = {fit.name: proof for fit, (_, proof) in zip(fits, found, strict=True) if proof is not None}
-        structure = [shared_structure(fit.X, fit.weights, frame) for fit, frame in zip(fits, frames, strict=True)]
-        return vote(frames, structure), certificates
+        frames: list[Frame] = []
+        certificates = {}
+        for module, fit in zip(modules, fits, strict=True):
+            frame, proof = self.first_frame(module, fit)
+            frames.append(frame)
+            if proof is not None:
+                certificates[fit.name] = proof
+            if self.agree(frames):
+                break
+        return first_set(fits, frames), certificates
+
+    def agree(self, frames: Sequence[Frame]) -> bool:
+        """Have modules enough found the same set? The convex program is solved in all, for its certificates."""
+        same = all(torch.equal(frame.members, frames[0].members) for frame in frames)
+        return self.solver == "consensus" and len(frames) == AGREED and same
 
     def first_frame(self, module: Module, fit: Fit) -> tuple[Frame, Certificate | None]:
         """The frame that the clients of one module suggest by themselves."""
@@ -227,6 +237,12 @@ def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
     if solver == "convex" or len(fits) <= PILOTS:
         return list(fits)
     return [fits[i * (len(fits) - 1) // (PILOTS - 1)] for i in range(PILOTS)]
+
+
+def first_set(fits: Sequence[Fit], frames: Sequence[Frame]) -> Tensor:
+    """The set (K,) bool that most modules have found, of the first of ``fits``."""
+    searched = zip(fits, frames, strict=False)
+    return vote(frames, [shared_structure(fit.X, fit.weights, frame) for fit, frame in searched])
 
 
 def _module_result(

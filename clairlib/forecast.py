@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clairlib.clair import pilots
+from clairlib.clair import AGREED, pilots
 from clairlib.compress import FILLED, LEAD
 from clairlib.module_alignment import Job, pilot, read_module
 
@@ -47,13 +47,15 @@ def forecast(job: Job, jobs: int = 1) -> Forecast:
     job.adapters.read(middle)
     reading = time.perf_counter() - start
     start = time.perf_counter()
-    fit, frame, _ = pilot(job, middle)
+    fit, frame = pilot(job, middle)
     searching = time.perf_counter() - start
     start = time.perf_counter()
     job.clair.prepare(read_module(job, middle), job.weights)
     fit.outcome(torch.ones_like(frame.members))
     working = 2 * (time.perf_counter() - start) + reading  # writing
-    searched = len(pilots(list(sizes), job.clair.solver)) * searching
+    few = len(pilots(list(sizes), job.clair.solver))
+    found = few if job.clair.solver == "convex" else min(AGREED, few)  # more are searched where those do not agree
+    searched = found * searching + (few - found) * working
     seconds = (working * job.adapters.bytes / sizes[middle] + searched) / min(jobs, len(sizes))
     return Forecast(len(job.adapters.names), len(sizes), job.adapters.bytes, jobs * memory_of_a_process(job), seconds)
 

@@ -19,7 +19,7 @@ from clairlib.clair import CLAIR
 from clairlib.factors import Cores, LowRank, truncate
 from clairlib.fitting import Fit, Outcome
 from clairlib.folders import AdapterError
-from clairlib.frames import Frame, shared_structure
+from clairlib.frames import Frame
 from clairlib.lora_tensors import Factors
 from clairlib.result import ModuleSummary
 from clairlib.seeds import derive
@@ -99,13 +99,19 @@ def located(job: Job, name: str) -> Iterator[None]:
         raise AdapterError(str(error) if named else f"module {name!r}: {error}") from error
 
 
-def pilot(job: Job, name: str) -> tuple[Fit, Frame, Tensor]:
-    """A module's fit, the frame that its clients suggest by themselves, and its shared structure."""
+def prepared(job: Job, name: str) -> tuple[Fit, None]:
+    """A module's fit, in which nothing is searched."""
+    module = read_module(job, name)
+    with located(job, name):
+        return job.clair.prepare(module, job.weights), None
+
+
+def pilot(job: Job, name: str) -> tuple[Fit, Frame]:
+    """A module's fit, and the frame that its clients suggest by themselves."""
     module = read_module(job, name)
     with located(job, name):
         fit = job.clair.prepare(module, job.weights)
-        frame, _ = job.clair.first_frame(module, fit)
-        return fit, frame, shared_structure(fit.X, fit.weights, frame)
+        return fit, job.clair.first_frame(module, fit)[0]
 
 
 def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path) -> Aligned:

@@ -320,3 +320,15 @@ def test_clients_that_share_nothing_keep_their_own_updates():
     result = CLAIR().fit(updates)
     assert not result.has_shared_subspace and not result.modules[SINGLE].is_refined
     assert torch.equal(result.refined, updates)
+
+
+@pytest.mark.parametrize(("bad", "searched"), [(True, 3), (False, 5)])
+def test_the_search_ends_when_three_modules_agree(monkeypatch, bad, searched):
+    """Where the second module's clients are clean, the modules find different sets and all of them are searched."""
+    c = planted(share=0.3, noise=0.02, generator=derive(0, "agree"))
+    clean = planted(share=0.0, noise=0.02, generator=derive(1, "agree"))
+    asked = []
+    first_frame = CLAIR.first_frame
+    monkeypatch.setattr(CLAIR, "first_frame", lambda *a: asked.append(a[1].name) or first_frame(*a))
+    CLAIR().fit({f"m{i}": c.updates if bad or i != 1 else clean.updates for i in range(5)})
+    assert len(asked) == searched
