@@ -18,7 +18,7 @@ from clairlib.grams import Stacked
 LEAD = 64  # leading directions of all clients together, on either side, that are kept in common
 FILLED = 128  # rows or columns up to which the noise of adapters fills them all, and cores hold everything
 GUARD = 16  # directions iterated on beyond those kept
-ROUNDS = 6  # of the subspace iteration: noise directions need not converge
+ROUNDS = 4  # of the subspace iteration: noise directions need not converge
 
 
 @dataclass(frozen=True)
