@@ -27,6 +27,7 @@ from clairlib.frames import (
 from clairlib.starts import candidate_tuples, robust_half, score_tuples, spread_starts, start_sets
 
 SHORTLIST_OF_REST = 20  # tuples among the clients that a set left out, of which one start is taken
+GROWTH = 1.5  # times as many clients a round, at most
 MOST = 0.75  # part of the clients from which on a set is checked for a smaller group in it
 CUT_LOSS = 0.05  # of log-likelihood a client that two groups may lose against one: a quarter of what halves of one lose
 SPLITS = 10  # times in a row, at most, that a set is replaced by the closer part of the clients
@@ -202,7 +203,7 @@ def grow_twice(judge: Judge, start: Tensor) -> list[Frame]:
 
 
 def grow(judge: Judge, members: Tensor, level: float) -> Frame | None:
-    """Grow a set of clients by a quarter a round, refitting, until the same set returns.
+    """Grow a set of clients by at most half a round, refitting, until the same set returns.
 
     A round scores every client against the frame left one out and keeps the closest that fit, that is whose p-value
     against the members exceeds ``level``. None when fewer than three clients fit together.
@@ -211,7 +212,7 @@ def grow(judge: Judge, members: Tensor, level: float) -> Frame | None:
     while int(members.sum()) >= 3:
         frame, x, variance = judge(members)
         fits = calibrate(x, members, variance).p_values > level
-        target = max(frame.size + 1, ceil(1.25 * frame.size))
+        target = max(frame.size + 1, ceil(GROWTH * frame.size))
         order = x.argsort()[:target]
         grown = torch.zeros_like(members)
         grown[order[fits[order]]] = True
