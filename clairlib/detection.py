@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor
 
 FAMILY_ERROR = 0.01
@@ -47,7 +47,7 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
     freedom = PRIOR_CLIENTS + left - 1
     spread = ((PRIOR_CLIENTS * variance + rest) / freedom).sqrt()
     z = deviation * shift / (spread * (1 + 1 / left).sqrt())
-    p_values = stats.t.sf(z.cpu().numpy(), freedom.cpu().numpy())
+    p_values = special.stdtr(freedom.cpu().numpy(), -z.cpu().numpy())  # that of Student's t beyond z
     return Calibration(z, torch.as_tensor(p_values, device=x.device))
 
 

@@ -55,8 +55,9 @@ def gap_rank(eigenvalues: Tensor, limit: int) -> int:
         start = min(candidate, len(values) - EDGE_SPAN)
         if start < 0 or limit < 1:
             return 0
-        places = np.arange(start, start + EDGE_SPAN) + 1.0
-        slope = abs(np.polyfit(places ** (2 / 3), values[start : start + EDGE_SPAN], 1)[0])
+        places = (np.arange(start, start + EDGE_SPAN) + 1.0) ** (2 / 3)
+        places -= places.mean()
+        slope = abs(places @ values[start : start + EDGE_SPAN]) / (places @ places)  # of ordinary least squares
         apart = np.flatnonzero(gaps > EDGE_FACTOR * slope + ROUNDING * values[0])
         rank = int(apart[-1]) + 1 if len(apart) else 0
         if rank == candidate:
