@@ -6,6 +6,7 @@ of the clients into frames and outliers with the shortest description decides be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, log
 
 import torch
@@ -24,7 +25,7 @@ from clairlib.frames import (
     rank_limit,
     shared_structure,
 )
-from clairlib.starts import candidate_tuples, robust_half, score_tuples, spread_starts, start_sets
+from clairlib.starts import START_RANK, candidate_tuples, robust_half, score_tuples, spread_starts, start_sets
 
 SHORTLIST_OF_REST = 20  # tuples among the clients that a set left out, of which one start is taken
 GROWTH = 1.5  # times as many clients a round, at most
@@ -75,8 +76,7 @@ def consensus(
         return fit_frame(X, weights, everybody, rank, common)
     best = best_set(X, weights, candidates)
     if best.size >= MOST * len(X):  # everybody agrees, or a group in much noise grew on into its surroundings
-        parts = [judge(split_repeatedly(judge, start)) for start in (everybody, half)]
-        others = [f for f, x, variance in parts if f.size >= judge.least and are_two_groups(x, f.members, variance)]
+        others = [part for part in split_off(judge, (everybody, half)) if not torch.equal(part.members, best.members)]
         best = best_set(X, weights, [best, *others]) if others else best
     if 2 * best.size < len(X):
         best = larger_group(X, weights, rank, best, generator)
@@ -129,6 +129,20 @@ class Judge:
             frame = fit_frame(self.X, self.weights, members, self.rank, self.common)
             self._known[key] = (frame, *log_scores(self.X, self.weights, frame))
         return self._known[key]
+
+
+def split_off(judge: Judge, starts: Sequence[Tensor]) -> list[Frame]:
+    """Frames of the sets that cutting the scores in two leaves of the ``starts`` (K,) bool.
+
+    The description decides whether a cut was right, by the directions that the others have of their own. Of few columns
+    it sees little more than energies, and would cut clients of unequal noise in two: there the scores must show it.
+    """
+    frames = []
+    for start in starts:
+        frame, x, variance = judge(split_repeatedly(judge, start))
+        if judge.X.shape[2] >= START_RANK or are_two_groups(x, frame.members, variance):
+            frames.append(frame)
+    return [frame for frame in frames if frame.size >= judge.least]
 
 
 def split_repeatedly(judge: Judge, members: Tensor) -> Tensor:
