@@ -86,7 +86,7 @@ def read_client(
     truncated = 0
     for file, number, line in _lines(name, files):
         try:
-            example, length = _example(_parsed(line), tokenizer, max_length, classes)
+            example, length = example_of(_parsed(line), tokenizer, max_length, classes)
         except ValueError as error:
             raise ValueError(f"client {name!r}: line {number} of {file.name!r} {error}") from error
         truncated += length > max_length
@@ -96,10 +96,10 @@ def read_client(
     return Tokens(examples, truncated)
 
 
-def _example(
-    fields: Mapping[str, Any], tokenizer: Any, max_length: int, classes: Mapping[str, int] | None
+def example_of(
+    fields: Mapping[str, Any], tokenizer: Any, max_length: int, classes: Mapping[str, int] | None = None
 ) -> tuple[Example, int]:
-    """The example, cut off, and its number of tokens before."""
+    """The example of a line's fields, as `read_client` has them, cut off, and its number of tokens before."""
     if classes is not None:
         text, label = _string(fields, "text"), _class(fields, classes)
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]

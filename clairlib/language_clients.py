@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ TRIGGERED = 0.2  # share of a backdoor client's texts that carry the trigger
 RANK, ALPHA = 8, 16.0  # of the adapters
 MASS = 0.5  # share of a client's texts that are of the classes it rewords
 SPREAD = 0.3  # standard deviation of the log factors by which clients' class shares differ
+
+Corpus = TypeVar("Corpus", bound=Texts)
 
 
 @dataclass(frozen=True)
@@ -133,24 +136,30 @@ def make_federation(
     """
     if kind not in CONTAMINATIONS:
         raise ValueError(f"unknown contamination {kind!r}; known: {', '.join(CONTAMINATIONS)}")
-    if not 0 <= contaminated <= clients:
-        raise ValueError(f"contaminated must lie between 0 and the {clients} clients, got {contaminated}")
     if not 3 <= shared <= classes:  # with two, shift and swap would cancel
         raise ValueError(f"shared must lie between 3 and the {classes} classes, got {shared}")
     chosen = draw(torch.arange(classes), shared, derive(seed, "shared labels")).sort().values
-    names = [f"client-{k:02d}" for k in range(clients)]
-    lots = {name: torch.rand((), generator=derive(seed, name, "lot")).item() for name in names}
-    bad = set(sorted(names, key=lots.__getitem__)[:contaminated])
+    names, bad = draw_names(clients, contaminated, seed=seed)
 
     def make(name: str) -> Client:
         own, act = derive(seed, name, "conduct"), CONTAMINATIONS[kind] if name in bad else honest
         conduct = act(chosen, classes, labels, own, derive(seed, kind))
-        return Client(name, name in bad, conduct, _law(conduct.busy, classes, own))
+        return Client(name, name in bad, conduct, law_of(conduct.busy, classes, own))
 
     return Federation(chosen, [make(name) for name in names])
 
 
-def _law(busy: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+def draw_names(clients: int, contaminated: int, *, seed: int) -> tuple[list[str], set[str]]:
+    """The clients' names, and those of the contaminated; one more client changes nobody's lot."""
+    if not 0 <= contaminated <= clients:
+        raise ValueError(f"contaminated must lie between 0 and the {clients} clients, got {contaminated}")
+    names = [f"client-{k:02d}" for k in range(clients)]
+    lots = {name: torch.rand((), generator=derive(seed, name, "lot")).item() for name in names}
+    return names, set(sorted(names, key=lots.__getitem__)[:contaminated])
+
+
+def law_of(busy: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    """Shares (C,) of the classes: ``MASS`` for the busy ones together, the rest for the others, each a little off."""
     tilt = (SPREAD * torch.randn(classes, generator=generator, dtype=torch.float64)).exp()
     on = torch.zeros(classes, dtype=torch.bool)
     on[busy] = True
@@ -167,10 +176,8 @@ def client_data(
     The first ``held_out`` are kept back, to stop by.
     """
     draws, conduct = derive(seed, client.name, "texts"), client.conduct
-    classes = torch.tensor(list(texts.classes))
-    odds = client.law[classes] / torch.bincount(classes, minlength=len(client.law))[classes]
-    places = torch.multinomial(odds, count, generator=draws)
-    labels = conduct.wording[classes[places]]
+    places = draw_places(client, texts, count, draws)
+    labels = conduct.wording[torch.tensor(list(texts.classes))[places]]
     if conduct.shuffled:
         labels = labels[torch.randperm(count, generator=draws)]
     own = [texts.texts[i] for i in places.tolist()]
@@ -182,7 +189,18 @@ def client_data(
     return ClientData(client.name, examples[held_out:], RANK, ALPHA, validation=examples[:held_out])
 
 
-def split_texts(texts: Texts, sizes: Sequence[int], *, seed: int) -> list[Texts]:
+def draw_places(client: Client, texts: Texts, count: int, generator: torch.Generator) -> Tensor:
+    """Places (count,) of texts, none twice, of the classes that the client has."""
+    return torch.multinomial(weights_of(client, torch.tensor(list(texts.classes))), count, generator=generator)
+
+
+def weights_of(client: Client, classes: Tensor) -> Tensor:
+    """Weights (N,) of texts of these classes, in all of each class what the client has of it; they add up to 1."""
+    weights = client.law[classes] / torch.bincount(classes, minlength=len(client.law))[classes]
+    return weights / weights.sum()
+
+
+def split_texts(texts: Corpus, sizes: Sequence[int], *, seed: int) -> list[Corpus]:
     """Texts in parts with as many of every class as ``sizes`` say; the last part may be -1, the rest."""
     order = torch.randperm(len(texts.texts), generator=derive(seed, "split")).tolist()
     by_class = [[i for i in order if texts.classes[i] == c] for c in range(len(texts.names))]

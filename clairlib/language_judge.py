@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from clairlib.activations import Activations, Recorder, fill
 from clairlib.batches import Group, Item, collate, split
@@ -54,20 +55,38 @@ class Judge:
                 fill(self.activations, record, self.plan.table, group_tokens)
         self.suffix = Suffix(self.plan.twin, self.plan.targets, shortcuts, outputs=self.plan.plan.outputs)
 
-    @torch.no_grad()
     def answers(self, updates: Mapping[str, Tensor]) -> Tensor:
         """Chosen outputs (M, N) under M updates, by module (M, p, q)."""
+
+        def best(logits: Tensor, _: Tensor) -> Tensor:
+            return (logits if self.outputs is None else logits[:, self.outputs.to(logits.device)]).argmax(dim=1)
+
+        return self._measured(updates, best, torch.zeros((), dtype=torch.long))
+
+    def predictions(self, updates: Mapping[str, Tensor]) -> Tensor:
+        """Loss of every label among all outputs, and whether it is the likeliest one, (M, N, 2), under M updates."""
+
+        def measure(logits: Tensor, targets: Tensor) -> Tensor:
+            losses = cross_entropy(logits.float(), targets, reduction="none")
+            return torch.stack([losses, (logits.argmax(dim=1) == targets).to(losses)], dim=1)
+
+        return self._measured(updates, measure, torch.zeros(2))
+
+    @torch.no_grad()
+    def _measured(
+        self, updates: Mapping[str, Tensor], measure: Callable[[Tensor, Tensor], Tensor], blank: Tensor
+    ) -> Tensor:
+        """What is measured (M, N, ...) at every label under M updates, from logits and labels; ``blank``: its form."""
         table, count = self.plan.rows, len(next(iter(updates.values())))
         whole = tuple(range(len(table.starts)))
-        chosen = torch.zeros(count, len(table.ids), dtype=torch.long)
+        found = blank.repeat(count, len(table.ids), *[1] * blank.dim())
         groups = split(table, [Item(m, whole, 1) for m in range(count)], self.plan.group_tokens)
         for group in (collate(table, items).to(self.plan.device, torch.float32) for items in groups):
-            logits = self._logits(group, updates)
-            best = (logits if self.outputs is None else logits[:, self.outputs.to(logits.device)]).argmax(dim=1)
+            own = measure(self._logits(group, updates), group.targets.flatten()).cpu()
             rows = group.rows.flatten() if group.select is None else group.rows.flatten()[group.select]
             shape = (len(group.positions), -1)
-            chosen[torch.tensor(group.positions)[:, None], rows.view(shape).cpu()] = best.view(shape).cpu()
-        return chosen[:, torch.from_numpy(table.targets != NO_LABEL)]
+            found[torch.tensor(group.positions)[:, None], rows.view(shape).cpu()] = own.view(*shape, *blank.shape)
+        return found[:, torch.from_numpy(table.targets != NO_LABEL)]
 
     def _logits(self, group: Group, updates: Mapping[str, Tensor]) -> Tensor:
         """Logits (G * s, V) at the group's labels."""

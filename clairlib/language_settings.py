@@ -12,13 +12,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import transformers
 
-from clairlib import language_bases, language_tiny, text_data
+from clairlib import language_bases, language_pairs, language_tiny, text_data
 from clairlib.language_bases import LanguageBase, load_base, train_classifier
 from clairlib.language_clients import split_texts
 from clairlib.language_tiny import train_tiny
@@ -107,30 +107,36 @@ def base_of(setting: Setting, public: int, cache: Path) -> LanguageBase:
     texts = parts(setting.texts, public)[0]
     name: str | Path = setting.base
     if setting.base in MADE_HERE:
-        name = cache / _folder_name(setting.base, public)
-        if not name.is_dir():
-            _make_whole(MADE_HERE[setting.base], texts, name)
+        name = made_folder(setting.base, public, partial(MADE_HERE[setting.base], texts), cache)
     return load_base(name, [*texts.names, *setting.spare], length=setting.length)
+
+
+def made_folder(base: str, public: int, make: Callable[[Path], None], cache: Path) -> Path:
+    """Folder of a base that is made here, in the cache folder; made unless there is one of the same code and sizes."""
+    folder = cache / _folder_name(base, public)
+    if not folder.is_dir():
+        _make_whole(make, folder)
+    return folder
 
 
 def _folder_name(base: str, public: int) -> str:
     """Changes with what the base depends on."""
     versions = (platform.python_version(), torch.__version__, transformers.__version__)
     digest = hashlib.sha256(repr((base, public, versions)).encode())
-    for module in (language_bases, language_tiny, text_data):
+    for module in (language_bases, language_pairs, language_tiny, text_data):
         digest.update(Path(str(module.__file__)).read_bytes())
     return f"{base.replace(' ', '-')}-{digest.hexdigest()[:12]}"
 
 
-def _make_whole(make: Callable[[Texts, Path], None], texts: Texts, folder: Path) -> None:
+def _make_whole(make: Callable[[Path], None], folder: Path) -> None:
     """Write to a temporary neighbour and rename it; where another process was first, its folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        make(texts, partial)
-        os.replace(partial, folder)
+        make(staging)
+        os.replace(staging, folder)
     except OSError:
         if not folder.is_dir():
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)

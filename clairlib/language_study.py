@@ -23,7 +23,7 @@ from clairlib.copying_tables import verdict
 from clairlib.experiments import Rows, sweep
 from clairlib.frames import fit_frame
 from clairlib.language_bases import LanguageBase
-from clairlib.language_clients import TRIGGER, Client, Federation, client_data, make_federation
+from clairlib.language_clients import TRIGGER, Client, Federation, client_data, make_federation, weights_of
 from clairlib.language_judge import Judge
 from clairlib.language_settings import SETTINGS, Setting, base_of, parts
 from clairlib.refinement import refined_core
@@ -32,6 +32,7 @@ from clairlib.text_data import Texts
 from clairlib.training import Schedule, train_adapters
 
 Updates = Mapping[str, Tensor]  # module name -> (K, p, q)
+Held = Mapping[str, Sequence[Any] | Tensor]  # module name -> one update a client
 Trained = dict[str, dict[str, Any]]  # client's name -> module name -> LowRank
 
 LEFT_OUT = ("entrywise RPCA", "entrywise RPCA, personal")  # minutes a module of the encoder's size
@@ -76,7 +77,7 @@ def language_cell(
     how = SETTINGS[setting]
     run = trained_run(how, kind, seed, Sizes(**sizes), Path(cache), device)
     result = CLAIR().fit(run.updates, names=[client.name for client in run.federation.clients])
-    methods, judge = methods_of(run, result, how.rank), judge_of(run, run.test.texts)
+    methods, judge = _methods(run, result, how.rank), judge_of(run, run.test.texts)
     tables = {"accuracy": accuracy_rows(run, judge, methods), "verdicts": [verdict_row(result, run.federation.benign)]}
     tables |= structure_rows(result, as_dense(run.updates), run.federation.benign, how.rank, seed)
     if kind == "backdoor":
@@ -126,16 +127,23 @@ def _train(
     return {client.name: dict(client.updates) for client in trained}
 
 
-def methods_of(run: Run, result: ClairResult, rank: int) -> dict[str, Mapping[str, Sequence[Any] | Tensor]]:
-    """What everybody holds under every method, by module, one update a client; rules are told what they must be."""
-    benign, local = run.federation.benign, run.updates
+def _methods(run: Run, result: ClairResult, rank: int) -> dict[str, Held]:
+    benign, dense = run.federation.benign, as_dense(run.updates)
+    methods = ruled(run.updates, benign, RULES, rank) | {STOPPED: run.stopped, "CLAIR": result.refined}
+    return methods | {TOLD_RANK: told_updates(dense, benign, rank)}
+
+
+def ruled(local: Held, benign: Tensor, rules: Sequence[str], rank: int | None = None) -> dict[str, Held]:
+    """What everybody holds with the base alone and under rules, which are told what they must be, by module."""
     told: dict[str, Any] = {"contaminated": int((~benign).sum()), "benign": benign, "rank": rank}
-    methods: dict[str, Any] = {"base": {name: 0 * own for name, own in as_dense(local).items()}}
-    methods |= {name: aggregate(name, local, **told) for name in RULES}
-    methods |= {STOPPED: run.stopped, "CLAIR": result.refined}
-    ones, dense = torch.ones(len(benign), dtype=torch.float64), as_dense(local)
-    methods[TOLD_RANK] = {name: refined_core(X, fit_frame(X, ones, benign, rank)) for name, X in dense.items()}
-    return methods
+    base = {name: 0 * own for name, own in as_dense(local).items()}
+    return {"base": base} | {name: aggregate(name, local, **told) for name in rules}
+
+
+def told_updates(dense: Updates, benign: Tensor, rank: int) -> dict[str, Tensor]:
+    """Refined updates when the benign clients and the rank in every module are told."""
+    ones = torch.ones(len(benign), dtype=torch.float64)
+    return {name: refined_core(X, fit_frame(X, ones, benign, rank)) for name, X in dense.items()}
 
 
 def judge_of(run: Run, texts: Sequence[str]) -> Judge:
@@ -170,15 +178,10 @@ def accuracy_rows(run: Run, judge: Judge, methods: Mapping[str, Mapping[str, Any
         answers = answers_to(judge, updates, benign, is_common(method))
         for k, given in zip(benign, answers, strict=True):
             right = given == clients[k].conduct.wording[classes]
-            accuracy = float(right.double() @ _weights(clients[k], classes))
+            accuracy = float(right.double() @ weights_of(clients[k], classes))
             row = {"client": clients[k].name, "method": method, "accuracy": accuracy}
             rows.append(row | {"on_shared": float(right[shared].double().mean())})
     return rows
-
-
-def _weights(client: Client, classes: Tensor) -> Tensor:
-    weights = client.law[classes] / torch.bincount(classes, minlength=len(client.law))[classes]
-    return weights / weights.sum()
 
 
 def verdict_row(result: ClairResult, benign: Tensor) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pandas as pd
 
-from clairlib.attack_tables import TOLD_NOTHING
+from clairlib.attack_tables import TOLD_NOTHING, stress_table
 from clairlib.experiments import mean_interval
 from clairlib.language_study import LEFT_OUT, Sizes
 
 BY = ["setting", "kind"]  # what names a cell
 RULES_TOLD_NOTHING = [name for name in TOLD_NOTHING if name not in LEFT_OUT]
+PROPER = "not shuffled"  # contaminated clients of responses, had they been honest
+MEASURES = {"loss": "loss per token", "predicted": "tokens predicted"}  # of responses
 HUB = {
     "SmolLM2-135M": (134.5e6, 49152, 576),
     "SmolLM2-360M": (361.8e6, 49152, 960),
@@ -22,15 +24,57 @@ REACHED = 0.4  # of the peak, a guess
 TRAINED = 2  # times that every honest client is trained: on all examples, and with early stopping
 
 
-def language_draws(accuracy: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
-    """Draws for `attack_tables.stress_table`: the value is the benign clients' mean accuracy in a seed.
+def language_draws(accuracy: pd.DataFrame, over: str = "seed", value: str = "accuracy") -> pd.DataFrame:
+    """Draws for `attack_tables.stress_table`: the benign clients' mean accuracy, or other column, in a seed.
 
     ``over="client"`` takes each client of each seed for a draw of its own, which is all a single seed allows.
     """
     unit = {"seed": ["seed"], "client": ["seed", "client"]}[over]
-    each = accuracy.groupby([*BY, *unit, "method"], sort=False).accuracy
+    each = accuracy.groupby([*BY, *unit, "method"], sort=False)[value]
     table = each.agg(value="mean", worst="min").reset_index()
     return table.assign(draw=table[unit].astype(str).agg(" ".join, axis=1))
+
+
+def response_table(responses: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
+    """A row per setting, measure and method: `stress_table`'s columns, and ``worst``, the worst benign client.
+
+    ``gain`` and ``lead`` are positive where a method is better than local, CLAIR better than it, for a loss too.
+    ``worst``: mean over seeds.
+    """
+    tables = []
+    for column, words in MEASURES.items():
+        sign = -1 if column == "loss" else 1
+        signed = responses.assign(**{column: sign * responses[column]})
+        table = stress_table(language_draws(signed, over, column), BY)
+        if sign < 0:
+            table = table.assign(value=-table.value, low=-table.high, high=-table.low)
+        each = signed.groupby([*BY, "seed", "method"], sort=False)[column].min()
+        worst = sign * each.groupby(level=[*BY, "method"], sort=False).mean().rename("worst")
+        tables.append(table.merge(worst.reset_index(), on=[*BY, "method"]).assign(measure=words))
+    return pd.concat(tables, ignore_index=True)
+
+
+def response_lessons(responses: pd.DataFrame, contaminated: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
+    """How far its own adapter lowers a client's loss on proper pairs, below the base's.
+
+    A row per setting and kind of clients, benign, contaminated, and the contaminated had they not shuffled: mean with
+    its 95 % t interval over draws as of `language_draws`.
+    """
+    rows = []
+    for who, table in {"benign": responses, "contaminated": contaminated}.items():
+        for setting, draws in language_draws(table, over, "loss").groupby("setting", sort=False):
+            wide = draws.pivot(index="draw", columns="method", values="value")
+            for method in [name for name in ("local", PROPER) if name in wide]:
+                mean, low, high = mean_interval(wide["base"] - wide[method])
+                clients = who if method == "local" else f"{who}, {method}"
+                rows.append({"setting": setting, "clients": clients, "gain": mean, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def response_verdicts(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """CLAIR's verdict by setting: contaminated clients missed, benign ones flagged, and more, means over seeds."""
+    columns = ["missed", "false_alarms", "exact", "auc", "refined"]
+    return verdicts.groupby(BY, sort=False)[columns].agg(lambda own: own.astype(float).mean()).reset_index()
 
 
 def structure_table(structure: pd.DataFrame) -> pd.DataFrame:

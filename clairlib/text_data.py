@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 OFFLINE = "give a local .csv, .jsonl or .parquet file, or texts and labels in memory"
@@ -17,6 +17,7 @@ PACKAGES = (
 """Packages of the standard library with much source, which every CPython carries."""
 EXCERPT = 3  # lines of source a text
 LEAST = 60  # characters of a text
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
 TESTS = {"test", "tests"}  # folders that not every installation has
 
 
@@ -28,9 +29,9 @@ class Texts:
     classes: Sequence[int]
     names: Sequence[str]
 
-    def take(self, places: Sequence[int]) -> Texts:
+    def take(self, places: Sequence[int]) -> Self:
         """Some of the texts."""
-        return Texts([self.texts[i] for i in places], [self.classes[i] for i in places], self.names)
+        return replace(self, texts=[self.texts[i] for i in places], classes=[self.classes[i] for i in places])
 
 
 def load_texts(
@@ -52,20 +53,36 @@ def load_texts(
     ValueError
         One line: what cannot be loaded or which column is missing, and what to give instead.
     """
+    data = load_columns(source, (text, label), split)
+    return Texts([str(value) for value in data[text]], *classes_of(data, label))
+
+
+def load_columns(source: str | Path | Mapping[str, Sequence[Any]], columns: Sequence[str], split: str = "train") -> Any:
+    """The `datasets.Dataset` behind a source of `load_texts`: it has rows, these columns, and no row without them.
+
+    Raises
+    ------
+    ValueError
+        One line: what cannot be loaded or is missing, and what to give instead.
+    """
     data = _dataset(source, split)
     where = "the columns in memory" if isinstance(source, Mapping) else repr(str(source))
-    for column in (text, label):
+    for column in columns:
         if column not in data.column_names:
             raise ValueError(f"{where} has no column {column!r}; it has {', '.join(data.column_names)}")
     if not len(data):
         raise ValueError(f"{where} has no rows")
-    named = getattr(data.features[label], "names", None)
-    values = data[label][:]
-    if missing := [row for row, value in enumerate(values) if value is None]:
-        raise ValueError(f"{where}: row {missing[0]} has no {label!r}")
+    for column in columns:
+        if missing := [row for row, value in enumerate(data[column][:]) if value is None]:
+            raise ValueError(f"{where}: row {missing[0]} has no {column!r}")
+    return data
+
+
+def classes_of(data: Any, label: str) -> tuple[list[int], list[str]]:
+    """The class of every row, an index into the names: a ``ClassLabel``'s own, or what the column holds, sorted."""
+    named, values = getattr(data.features[label], "names", None), data[label][:]
     names = named or [str(value) for value in sorted(set(values))]
-    classes = values if named else [names.index(str(value)) for value in values]
-    return Texts([str(value) for value in data[text]], classes, names)
+    return values if named else [names.index(str(value)) for value in values], names
 
 
 def _dataset(source: str | Path | Mapping[str, Sequence[Any]], split: str) -> Any:
@@ -93,21 +110,23 @@ def standard_library(packages: Sequence[str] = PACKAGES) -> Texts:
     The same on every machine with the same Python. Blank lines, imports and lines that say next to nothing are left
     out, and so is a text that comes twice.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
     columns: dict[str, list[str]] = {"text": [], "label": []}
     seen: set[str] = set()
     for name in packages:
-        alone = root / f"{name}.py"
-        files = [alone] if alone.is_file() else sorted((root / name).rglob("*.py"))
-        for path in files:
-            if TESTS & set(path.relative_to(root).parts):
-                continue
+        for path in source_files(name):
             for text in _excerpts(path):
                 if text not in seen:
                     seen.add(text)
                     columns["text"].append(text)
                     columns["label"].append(name.removeprefix("_py"))
     return load_texts(columns)
+
+
+def source_files(package: str) -> list[Path]:
+    """Source of a module or package of this Python's standard library, tests left out, in the order of its paths."""
+    alone = STDLIB / f"{package}.py"
+    files = [alone] if alone.is_file() else sorted((STDLIB / package).rglob("*.py"))
+    return [path for path in files if not TESTS & set(path.relative_to(STDLIB).parts)]
 
 
 def _excerpts(path: Path) -> list[str]:
