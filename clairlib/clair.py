@@ -117,15 +117,15 @@ class CLAIR:
             for module in modules:
                 if module.name not in fits or not fits[module.name].suits(members):
                     fits[module.name] = self.prepare(module, w, members, noise=known.get(module.name))
-                    if progress is not None:
-                        progress(module.name)
             return [fits[module.name] for module in modules]
 
-        def read(members: Tensor) -> list[Reading]:
-            return [fit.reading(members) for fit in fitted(members)]
-
-        benign, pooled = settle(self.settle(first, benign)[0], read, self.wider(first))
-        outcomes = [fit.outcome(benign) for fit in fitted(benign)]
+        start = self.settle(first, benign)[0]
+        benign, pooled = settle(start, lambda who: [fit.reading(who) for fit in fitted(who)], self.wider(first))
+        outcomes = []
+        for fit in fitted(benign):
+            outcomes.append(fit.outcome(benign))
+            if progress is not None:
+                progress(fit.name)
         share = max(outcome.structure for outcome in outcomes) >= LITTLE_STRUCTURE
         results = {
             module.name: _module_result(module, fit, outcome, share, certificates.get(module.name))
