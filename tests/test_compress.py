@@ -15,6 +15,7 @@ from clairlib.grams import stack
 from clairlib.refinement import estimate_gain
 from clairlib.seeds import derive
 from clairlib.subspace import project_out, sin_theta
+from clairlib.updates import Module
 
 RANK, STRANGERS = 3, 5
 
@@ -93,6 +94,33 @@ def test_subspace_and_common_part_are_those_of_the_dense_updates(how):
     assert sin_theta(shared.lifted_basis(), exact.basis) < 1e-10
     off = project_out(exact.basis, exact.mean)
     assert torch.linalg.matrix_norm(shared.common_part().dense() - off) < 1e-10 * torch.linalg.matrix_norm(off)
+
+
+def with_foreign_subspaces(K=30, p=600, q=580, strangers=6, foreign=8):
+    """Benign clients with ``RANK`` shared directions and noise; the first ones with strong directions of their own."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    shared, updates = torch.linalg.qr(normal(p, RANK))[0], []
+    for k in range(K):
+        U = torch.linalg.qr(normal(p, foreign))[0] if k < strangers else shared
+        r, own = U.shape[1], 12 - U.shape[1]
+        B = torch.cat([U, 0.3 * normal(p, own) / p**0.5], dim=1)
+        updates.append(LowRank(B, torch.cat([normal(r, q) / q**0.5, 0.3 * normal(own, q) / q**0.5])))
+    return updates, torch.arange(K) >= strangers
+
+
+def test_cores_for_a_set_show_its_rank_whatever_directions_the_others_fill():
+    """Chosen by everybody, some common directions are the strangers', and the benign noise ends in a false gap."""
+    updates, benign = with_foreign_subspaces()
+    module = Module("m", updates, transposed=False, numpy=False)
+    weights = torch.ones(len(updates), dtype=torch.float64)
+    for members, right in ((None, False), (benign, True)):
+        assert (CLAIR().prepare(module, weights, members).frame(benign).rank == RANK) == right
+    result = CLAIR().fit(updates)
+    assert result.rank == RANK and torch.equal(result.benign, benign)
 
 
 def one_refined(assembly, client, rank):
