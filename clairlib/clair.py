@@ -160,7 +160,7 @@ class CLAIR:
             raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
         stacked = stack(updates)
         generator = derive(self.seed, "compress", module.name)
-        cores = compress(stacked, leads(stacked, self.rank), members=members, generator=generator)
+        cores = compress(stacked, leads(stacked, self.rank, members), members=members, generator=generator)
         kept = stacked if keep else None
         return Fit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, noise=noise)
 

@@ -39,14 +39,14 @@ class Compressed:
         return self.left.shape[1], self.right.shape[1]
 
 
-def leads(stacked: Stacked, rank: int | None = None) -> tuple[int, int]:
-    """Common directions to keep on the output and the input side.
+def leads(stacked: Stacked, rank: int | None = None, members: Tensor | None = None) -> tuple[int, int]:
+    """Common directions to keep on the output and the input side, of ``members`` (K,) bool or of everybody.
 
-    At most three quarters of all, unless the side is so short that clients' directions fill it: the others are each
-    client's own, which would else pass for shared where few clients span few directions. Twice the shared ``rank`` at
-    least, where it is given, and twice a client's.
+    At most three quarters of all theirs, unless the side is so short that clients' directions fill it: the others are
+    each client's own, which would else pass for shared where few clients span few directions. Twice the shared ``rank``
+    at least, where it is given, and twice a client's.
     """
-    N = sum(stacked.ranks)
+    N = sum(own for own, kept in zip(stacked.ranks, _kept(stacked, members).tolist(), strict=True) if kept)
     most = max(min(LEAD, 3 * N // 4), 2 * stacked.width, 2 * (rank or 0))
     p, q = stacked.B.shape[0], stacked.A.shape[1]
     return p if p <= FILLED else most, q if q <= FILLED else most
@@ -61,10 +61,14 @@ def compress(
     client counts more for being large; those of the input side likewise. The sum is over ``members`` (K,) bool, or
     everybody: the spectrum of a set's scatter only ends in its own noise where the others chose no direction.
     """
-    members = torch.ones_like(stacked.scales, dtype=torch.bool) if members is None else members
+    members = _kept(stacked, members)
     left, L = _side(stacked, lead[0], members, generator)
     right, R = _side(stacked.transposed(), lead[1], members, generator)
     return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right)
+
+
+def _kept(stacked: Stacked, members: Tensor | None) -> Tensor:
+    return torch.ones_like(stacked.scales, dtype=torch.bool) if members is None else members
 
 
 def _side(stacked: Stacked, lead: int, members: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -79,23 +79,31 @@ def consensus(
         others = [part for part in split_off(judge, (everybody, half)) if not torch.equal(part.members, best.members)]
         best = best_set(X, weights, [best, *others]) if others else best
     if 2 * best.size < len(X):
-        best = larger_group(X, weights, rank, best, generator)
+        best = larger_group(X, weights, rank, best, candidates, generator)
     return best
 
 
-def larger_group(X: Tensor, weights: Tensor, rank: int | None, best: Frame, generator: Generator) -> Frame:
+def larger_group(
+    X: Tensor, weights: Tensor, rank: int | None, best: Frame, candidates: Sequence[Frame], generator: Generator
+) -> Frame:
     """The frame of a larger group among the other clients that share a subspace, or ``best`` where there is none.
 
     The shortest description goes by how well a group agrees. A few contaminated clients that send the same update, or
-    updates without noise, agree better than any honest ones; then the larger group decides. A group counts with all
-    whom the verdict would not tell from its members.
+    updates without noise, agree better than any honest ones; then the larger group decides. It is the largest of the
+    ``candidates``, where one is larger, else searched. A group counts with all whom the verdict would not tell from its
+    members.
     """
     others = ~best.members
     K = int(others.sum())
     if K < 3 or (rank or 0) > rank_limit(K, best.common[0], X.shape[2]):
         return best
     rest, w = X[others], weights[others]
-    group = consensus(rest, w, rank=rank, common=best.common, generator=generator)
+    apart = [frame for frame in candidates if not bool((frame.members & best.members).any())]
+    known = max([best, *apart], key=lambda frame: frame.size)
+    if known.size > best.size:
+        group = fit_frame(rest, w, known.members[others], rank, best.common)
+    else:
+        group = consensus(rest, w, rank=rank, common=best.common, generator=generator)
     group = fit_frame(rest, w, like_members(rest, w, group), rank, best.common)
     if group.size <= best.size or shared_structure(rest, w, group) < LITTLE_STRUCTURE:
         return best

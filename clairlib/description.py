@@ -92,7 +92,7 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     without_subspace: dict[bytes, Tensor] = {}  # an outlier's description: the same at every rank of a set
     for i, frame in enumerate(candidates):
         R = _residuals(X, weights, frame)
-        coefficients, D = price * frame.rank * q_eff, centred(X, weights, frame) * weights.sqrt()[:, None, None]
+        coefficients, D = price * frame.rank * q_eff, _differences(X, weights, frame)
         total = weights[frame.members].sum()
         own = total / (total + weights)  # part of an outsider's energy that is its own
         off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the reference may leave next to no room
@@ -116,8 +116,29 @@ def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price:
     return (off + price * g * (rows + columns - g)).min(dim=1).values
 
 
+def _differences(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    return with_neglected(centred(X, weights, frame) * weights.sqrt()[:, None, None], weights, frame)
+
+
 def _residuals(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    return project_out(frame.basis, centred(X, weights, frame)) * weights.sqrt()[:, None, None]
+    return project_out(frame.basis, _differences(X, weights, frame))
+
+
+def with_neglected(R: Tensor, weights: Tensor, frame: Frame) -> Tensor:
+    """Residuals (K, p, q) from a frame with the energy of the mean's noise in coordinates that other clients own.
+
+    The cores neglect it, a share w_k / W of a client's own noise: a frame of few members, in which it is large, would
+    look the quieter for it. It is counted on the client's own coordinates, as if the others' noise were its own.
+    """
+    rows, columns = frame.common
+    if frame.common == R.shape[1:]:
+        return R
+    share = weights / weights[frame.members].sum()
+    whole = torch.where(frame.members, 1 / (1 - share), 1 + share).sqrt()[:, None, None]
+    R = R.clone()
+    R[:, rows:] *= whole
+    R[:, :rows, columns:] *= whole
+    return R
 
 
 def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:
@@ -126,7 +147,8 @@ def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:
     In-sample residuals would be far too small where a few clients are fitted with many directions, the largest of
     their noise.
     """
-    energy = leave_one_out(X, weights, frame)[frame.members].square().sum(dim=(1, 2)).mean()
+    R = with_neglected(leave_one_out(X, weights, frame), weights, frame)
+    energy = R[frame.members].square().sum(dim=(1, 2)).mean()
     return float(energy) / (1 + frame.rank / (X.shape[2] * max(frame.size - 1, 1)))
 
 
@@ -136,11 +158,13 @@ def free_clients(frame: Frame, q: int) -> float:
 
 
 def own_variance(x: Tensor, own: Tensor) -> Tensor:
-    """1 + log x, the cost per degree of freedom of an outsider with a variance of its own, ``own`` part of x its own.
+    """Cost per degree of freedom of an outsider with a variance of its own, ``own`` part of x its own.
 
-    Far off, the error of the members' mean is not the outlier's; close by, it is what being outside costs.
+    1 + log x; x where that is less than one, as no variance is below the noise of the others. Far off, the error of
+    the members' mean is not the outlier's; close by, it is what being outside costs.
     """
-    return 1 + torch.where(x * own > FAR, x * own, x).clamp(min=1e-9).log()
+    x = torch.where(x * own > FAR, x * own, x)
+    return torch.where(x > 1, 1 + x.clamp(min=1).log(), x)
 
 
 def tail_energies(R: Tensor, largest: int) -> Tensor:

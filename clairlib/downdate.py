@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import acosh, ceil
+
 import torch
 from torch import Tensor
 
 GUARD = 5  # directions iterated on beyond those wanted
-DEGREE = 10  # of the filter polynomial
+DEGREE = 14  # of the filter polynomial, at most
 ROUNDS = 2
 LEAST_RATIO = 1.35  # of the last wanted eigenvalue to the first filtered one: below, iterating costs more than it saves
 CONVERGED = 1e-11  # residual over the gap, which bounds the angle to the exact subspace
@@ -34,7 +36,7 @@ def downdated_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
         return _exact(values, loads, rank)
     Q = torch.eye(p, width, dtype=loads.dtype, device=loads.device).expand(len(loads), p, width)
     for _ in range(ROUNDS):
-        Q = torch.linalg.qr(_filtered(values, loads, Q, float(values[width])))[0]
+        Q = torch.linalg.qr(_filtered(values, loads, Q, rank, float(values[width])))[0]
         image = _apply(values, loads, Q)
         ritz, W = torch.linalg.eigh(Q.mT @ image)
         Q, image = Q @ W, image @ W
@@ -59,17 +61,23 @@ def held_out_energies(values: Tensor, loads: Tensor) -> Tensor:
 
 def _apply(values: Tensor, loads: Tensor, Q: Tensor) -> Tensor:
     """(diag(values) - E_k E_k') Q_k."""
-    return values[:, None] * Q - loads @ (loads.mT @ Q)
+    return torch.baddbmm(values[:, None] * Q, loads, loads.mT @ Q, alpha=-1)
 
 
-def _filtered(values: Tensor, loads: Tensor, Q: Tensor, bound: float) -> Tensor:
+def _degree(wanted: float, bound: float) -> int:
+    """The least d whose polynomial makes ``wanted`` 1 / ``CONVERGED`` times as large as all up to ``bound``."""
+    return min(DEGREE, ceil(acosh(1 / CONVERGED) / acosh(2 * wanted / bound - 1)))
+
+
+def _filtered(values: Tensor, loads: Tensor, Q: Tensor, rank: int, bound: float) -> Tensor:
     """T_d(2 M_k / bound - 1) Q_k with columns of unit norm; M_k Q_k where the spectrum ends before ``bound``."""
     if bound <= torch.finfo(loads.dtype).eps * float(values[0]):
         return _apply(values, loads, Q)
     shifted, loads = 2 * values / bound - 1, loads * (2 / bound) ** 0.5
     before, Q = Q, _apply(shifted, loads, Q)
-    for _ in range(DEGREE - 1):
-        before, Q = Q, 2 * _apply(shifted, loads, Q) - before
+    shifted, loads = 2 * shifted, loads * 2**0.5
+    for _ in range(_degree(float(values[rank - 1]), bound) - 1):
+        before, Q = Q, _apply(shifted, loads, Q).sub_(before)
     return Q / torch.linalg.vector_norm(Q, dim=1, keepdim=True)
 
 

@@ -64,7 +64,7 @@ def score_tuples(X: Tensor, tuples: Tensor, common: Common | None = None) -> tup
         group = X[part]  # (T, t, p, q)
         centre = group.mean(dim=1)
         D = (group[:, 1:] - group[:, :1]).permute(0, 2, 1, 3).flatten(2)  # (T, p, (t-1) q)
-        U = torch.linalg.svd(D, full_matrices=False).U[..., :width]
+        U = torch.linalg.qr(D)[0] if width == D.shape[2] else torch.linalg.svd(D, full_matrices=False).U[..., :width]
         coefficients = (U.mT @ stacked).unflatten(2, (K, q)) - (U.mT @ centre)[:, :, None]  # (T, width, K, q)
         cross = gram[part].mean(dim=1)  # (T, K): <X_k, centre>
         energy = energies - 2 * cross + centre.square().sum(dim=(1, 2))[:, None]

@@ -8,6 +8,7 @@ import torch
 from clairlib import CLAIR, LowRank
 from clairlib.assembly import assemble, refined_adapters
 from clairlib.compress import compress
+from clairlib.description import left_out_noise
 from clairlib.factors import cores_of_factors, truncate
 from clairlib.fitting import Fit
 from clairlib.frames import fit_frame, log_scores, shared_structure
@@ -121,6 +122,25 @@ def test_cores_for_a_set_show_its_rank_whatever_directions_the_others_fill():
         assert (CLAIR().prepare(module, weights, members).frame(benign).rank == RANK) == right
     result = CLAIR().fit(updates)
     assert result.rank == RANK and torch.equal(result.benign, benign)
+
+
+def test_noise_is_the_same_seen_from_few_members_and_from_many():
+    """What others have in a client's own coordinates is neglected; they must not make small sets look quieter."""
+    updates, benign = adapters(K=40, p=700, q=600, noise=1.0), torch.arange(40) >= STRANGERS
+    fit = CLAIR().prepare(Module("m", updates, transposed=False, numpy=False), torch.ones(40, dtype=torch.float64))
+    noise = []
+    for size in (4, 8, 30):
+        members = benign & (benign.cumsum(0) <= size)
+        noise.append(left_out_noise(fit.X, fit.weights, fit.frame(members)))
+    assert noise == pytest.approx([noise[-1]] * 3, rel=0.05)
+
+
+def test_few_adapters_of_low_rank_do_not_fill_the_common_directions():
+    """With as many common directions as the benign clients have in all, their noise passes for shared."""
+    updates, g = adapters(K=20, ranks=(4,)), torch.Generator().manual_seed(1)
+    noisy = [LowRank(u.B + 0.03 * torch.randn(u.B.shape, generator=g, dtype=torch.float64), u.A) for u in updates]
+    result = CLAIR().fit(noisy)
+    assert result.rank == RANK and torch.equal(result.benign, torch.arange(20) >= STRANGERS)
 
 
 def one_refined(assembly, client, rank):

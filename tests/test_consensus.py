@@ -203,6 +203,13 @@ def test_shortest_description_takes_the_true_frame():
         assert torch.equal(best.members, c.benign)
 
 
+def test_no_variance_is_below_the_noise_of_the_others():
+    """The likelihood of energy x: 1 + log x with its own variance, x with that of the noise; they meet at one."""
+    x = torch.tensor([0.0, 0.3, 1.0 - 1e-9, 1.0 + 1e-9, 4.0], dtype=torch.float64)
+    cost = description.own_variance(x, torch.ones_like(x))
+    assert cost.tolist() == pytest.approx([0.0, 0.3, 1.0, 1.0, 1 + np.log(4.0)], abs=1e-8)
+
+
 def test_a_frame_that_only_describes_the_others_is_not_taken():
     """Without noise a wide frame of everybody is a cheap second frame for a coalition, and no frame of its members."""
     c = planted("coalition", share=0.2, K=20, p=20, q=10, r=2, noise=0.0, generator=derive(0, "second frame"))
