@@ -15,7 +15,7 @@ from torch import Tensor
 from clairlib.detection import FAMILY_ERROR
 from clairlib.dimensions import effective_dimensions
 from clairlib.frames import Frame, centred, floor_energy, leave_one_out, rank_limit
-from clairlib.subspace import project_out, resolved_rank
+from clairlib.subspace import project_out, resolved_rank, squared_singular_values
 
 OWN_RANK = 16  # directions of its own that an outlier is described with at most
 FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
@@ -169,6 +169,5 @@ def own_variance(x: Tensor, own: Tensor) -> Tensor:
 
 def tail_energies(R: Tensor, largest: int) -> Tensor:
     """Energy of each residual (K, p, q) beyond its g top singular directions, (K, largest + 1), g = 0 .. largest."""
-    gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
-    values = torch.linalg.eigvalsh(gram).clamp(min=0.0)  # ascending
-    return torch.nn.functional.pad(values.cumsum(dim=1).flip(1), (0, 1))[:, : largest + 1]
+    squares = squared_singular_values(R)
+    return torch.nn.functional.pad(squares.flip(1).cumsum(dim=1).flip(1), (0, 1))[:, : largest + 1]

@@ -11,7 +11,7 @@ from clairlib.assembly import GUARD, Shared, shared_part
 from clairlib.compress import Compressed
 from clairlib.detection import calibrate
 from clairlib.factors import Cores, LowRank
-from clairlib.frames import Frame, fit_frame, keep_directions
+from clairlib.frames import Frame, LeftOut, fit_frame, keep_directions
 from clairlib.grams import Stacked
 from clairlib.refinement import Gain, estimate_gain
 from clairlib.subspace import project_out
@@ -42,7 +42,7 @@ class Fit:
         self.size = float(cores.core.abs().max()) or 1.0
         self.X = cores.core / self.size
         self._frame: Frame | None = None
-        self._reading: tuple[Reading, Tensor] | None = None
+        self._reading: tuple[Reading, LeftOut] | None = None
 
     def suits(self, members: Tensor) -> bool:
         """Are the cores those to judge by when these clients (K,) bool are taken for benign?"""
@@ -61,7 +61,7 @@ class Fit:
         """How the clients stand to it."""
         return self._read(members)[0]
 
-    def _read(self, members: Tensor) -> tuple[Reading, Tensor]:
+    def _read(self, members: Tensor) -> tuple[Reading, LeftOut]:
         frame = self.frame(members)
         if self._reading is None:
             self._reading = Reading.of(self.X, self.weights, frame)
@@ -73,14 +73,14 @@ class Fit:
 
     def outcome(self, members: Tensor) -> Outcome:
         """What is kept of the module when these clients are benign."""
-        frame, (reading, R) = self.frame(members), self._read(members)
+        frame, (reading, left_out) = self.frame(members), self._read(members)
         z = calibrate(reading.scores, members, reading.variance).z
         kept = keep_directions(self.X, self.weights, frame) if self.rank is None else frame
         spectrum = self.size * frame.eigenvalues.clamp(min=0.0).sqrt()
         known = None
         if self.noise is not None:
             known = float((self.weights * self.noise)[members].mean()) / self.size**2
-        gain = estimate_gain(self.X, self.weights, kept, known, R if kept is frame else None)
+        gain = estimate_gain(self.X, self.weights, kept, known, left_out if kept is frame else None)
         return Outcome(kept, z, gain, float(reading.structure), spectrum)
 
     def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:

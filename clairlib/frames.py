@@ -9,13 +9,22 @@ no part in the subspace, and in the mean of the members only through the client 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clairlib.dimensions import Common, degrees_of_freedom, effective_dimensions
 from clairlib.downdate import downdated_bases, held_out_energies
-from clairlib.subspace import EDGE_SPAN, estimate_rank, gap_rank, held_out_rank, project_out, resolved_rank
+from clairlib.subspace import (
+    EDGE_SPAN,
+    estimate_rank,
+    gap_rank,
+    held_out_rank,
+    project_out,
+    resolved_rank,
+    squared_singular_values,
+)
 
 LEAST_STRUCTURE = 1e-3  # stands for no structure at all among clients that differ
 LITTLE_STRUCTURE = 0.1  # strangers and very noisy clients stay below; from here on the subspace predicts something
@@ -106,7 +115,7 @@ def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     largest = min(rank_limit(frame.size, frame.common[0], X.shape[2]), resolved_rank(frame.eigenvalues))
     energies = held_out_energies(frame.eigenvalues.clamp(min=0.0), _loads(X, weights, frame))
     rank = max(frame.rank, held_out_rank(energies, largest))
-    return replace(frame, basis=frame.eigenvectors[:, :rank])
+    return frame if rank == frame.rank else replace(frame, basis=frame.eigenvectors[:, :rank])
 
 
 def _gram(D: Tensor) -> Tensor:
@@ -185,18 +194,34 @@ def filtered_energy(R: Tensor, rank: int) -> Tensor:
 
     A matched filter: contamination is low-rank, estimation noise fills every direction.
     """
-    gram = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
-    return torch.linalg.eigvalsh(gram)[:, -max(FILTER * rank, 1) :].clamp(min=0.0).sum(dim=1)
+    return _top_energy(squared_singular_values(R), rank)
 
 
-def log_scores(X: Tensor, weights: Tensor, frame: Frame, R: Tensor | None = None) -> tuple[Tensor, float]:
+def _top_energy(squares: Tensor, rank: int) -> Tensor:
+    return squares[:, : max(FILTER * rank, 1)].sum(dim=1)
+
+
+class LeftOut(NamedTuple):
+    """Residuals left one out ``R`` (K, p, q), and their squared singular values (K, min(p, q)), descending."""
+
+    R: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None = None) -> LeftOut:
+        """As `leave_one_out`."""
+        R = leave_one_out(X, weights, frame, bases)
+        return cls(R, squared_singular_values(R))
+
+
+def log_scores(X: Tensor, weights: Tensor, frame: Frame, left_out: LeftOut | None = None) -> tuple[Tensor, float]:
     """Log of every client's filtered leave-one-out energy (K,), and the variance its log has under pure noise.
 
     The variance is 2 / dof with the ``degrees_of_freedom`` of the members' residuals. It is a scale for small sets, not
-    the law of the score. ``R`` are the residuals left one out, where known.
+    the law of the score. ``left_out`` are the residuals, where known.
     """
-    R = leave_one_out(X, weights, frame) if R is None else R
-    energy = filtered_energy(R, frame.rank).clamp(min=floor_energy(X))
+    R, squares = left_out or LeftOut.of(X, weights, frame)
+    energy = _top_energy(squares, frame.rank).clamp(min=floor_energy(X))
     variance = 2.0 / max(degrees_of_freedom(R[frame.members], frame.common), 1.0)
     sizes = X.square().sum(dim=(1, 2)).clamp(min=floor_energy(X)).log()
     return without_size(energy.log(), sizes, frame.members, variance), variance

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from clairlib.dimensions import effective_dimensions
-from clairlib.frames import Frame, centred, floor_energy, leave_one_out
-from clairlib.subspace import gap_rank, project_out
+from clairlib.frames import Frame, LeftOut, centred, floor_energy
+from clairlib.subspace import gap_rank, project_out, squared_singular_values
 
 FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors
 
@@ -46,7 +46,7 @@ def refined_core(X: Tensor, frame: Frame) -> Tensor:
 
 
 def estimate_gain(
-    X: Tensor, weights: Tensor, frame: Frame, known: float | None = None, R: Tensor | None = None
+    X: Tensor, weights: Tensor, frame: Frame, known: float | None = None, left_out: LeftOut | None = None
 ) -> Gain:
     """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
 
@@ -59,16 +59,16 @@ def estimate_gain(
     singular values), less the noise in it; 0 for adapters of rank below 8. Not guaranteed: differences between benign
     clients that look like noise, spread over all directions, cannot be told from noise by any method that sees one
     update a client. With ``known``, the expected ||E_k||_F^2 of a client of weight 1, they can: what residuals have
-    beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``R`` (K, p, q) are the residuals
-    left one out, where known.
+    beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``left_out`` are the residuals of
+    all clients, where known.
     """
-    R = (leave_one_out(X, weights, frame) if R is None else R)[frame.members]
+    R, own = (part[frame.members] for part in left_out or LeftOut.of(X, weights, frame))
     s, r = frame.size, frame.rank
     V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:
         return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
     rank = _median_rank(X[frame.members])
-    squares, rest = _structure(R, rank)
+    squares, rest = _structure(R, own, rank)
     p_eff, q_eff = effective_dimensions(rest, frame.common)
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
@@ -89,35 +89,28 @@ def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, 
     s = frame.size
     residuals = project_out(frame.basis, centred(X, weights, frame)[frame.members])  # H_k enters times 1 - 1/s
     energy = float(residuals.square().sum(dim=(1, 2)).mean())
-    squares, _ = _structure(residuals, rank)
+    squares, _ = _structure(residuals, squared_singular_values(residuals), rank)
     return _energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2
 
 
 def _median_rank(X: Tensor) -> int:
     """Numerical rank of the median update of (n, p, q)."""
-    own = _squares(X)
+    own = squared_singular_values(X)
     return int((own > own[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1).median())
 
 
-def _structure(R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Squared singular values (s, g) of the residuals that stand apart from the noise, and the residuals without them.
 
     g is one number for all clients, from the gap of their mean spectrum: one client's own is too rough to show it. Only
     as many directions as the median update has ``rank`` are looked at: an adapter of rank rho confines its noise to rho
     directions, and where those are few nothing can be told.
     """
-    squares = _squares(R)
     g = gap_rank(squares.mean(dim=0)[:rank], rank // 2)
     if not g:
         return squares[:, :0], R
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)
     return S[:, :g].square(), (U[:, :, g:] * S[:, None, g:]) @ Vh[:, g:]
-
-
-def _squares(X: Tensor) -> Tensor:
-    """Squared singular values (n, min(p, q)) of matrices (n, p, q), descending."""
-    gram = X.mT @ X if X.shape[2] <= X.shape[1] else X @ X.mT
-    return torch.linalg.eigvalsh(gram).flip(1).clamp(min=0.0)
 
 
 def _energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -> float:

@@ -32,6 +32,12 @@ def sin_theta(first: Tensor, second: Tensor) -> float:
     return min(1.0, float(torch.linalg.matrix_norm(project_out(second, first), ord=2)))
 
 
+def squared_singular_values(X: Tensor) -> Tensor:
+    """Squared singular values (n, min(p, q)) of matrices (n, p, q), descending."""
+    gram = X.mT @ X if X.shape[2] <= X.shape[1] else X @ X.mT
+    return torch.linalg.eigvalsh(gram).flip(1).clamp(min=0.0)
+
+
 def gap_rank(eigenvalues: Tensor, limit: int) -> int:
     """Number of directions that stand apart from the noise, from the gap in a scatter's spectrum; 0 where none does.
 

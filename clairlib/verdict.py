@@ -11,10 +11,10 @@ from torch import Tensor
 from clairlib.detection import Calibration, benign_set, calibrate
 from clairlib.frames import (
     Frame,
+    LeftOut,
     fit_frame,
     floor_energy,
     inside_energy,
-    leave_one_out,
     left_out_bases,
     log_scores,
     rank_limit,
@@ -38,13 +38,13 @@ class Reading:
     structure: Tensor
 
     @classmethod
-    def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> tuple[Reading, Tensor]:
-        """Of the updates X (K, p, q) and a frame of some of them; with the residuals left one out (K, p, q)."""
+    def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> tuple[Reading, LeftOut]:
+        """Of the updates X (K, p, q) and a frame of some of them; with the residuals left one out."""
         bases = left_out_bases(X, weights, frame)
-        R = leave_one_out(X, weights, frame, bases)
-        scores, variance = log_scores(X, weights, frame, R)
+        left_out = LeftOut.of(X, weights, frame, bases)
+        scores, variance = log_scores(X, weights, frame, left_out)
         inside = inside_energy(X, weights, frame, bases).clamp(min=floor_energy(X)).log()
-        return cls(scores, variance, inside, shared_structure(X, weights, frame, R)), R
+        return cls(scores, variance, inside, shared_structure(X, weights, frame, left_out.R)), left_out
 
     def cpu(self) -> Reading:
         """The same in main memory."""
