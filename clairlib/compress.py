@@ -1,9 +1,9 @@
 """Cores of many adapters: the directions that clients have in common, and each client's own.
 
-K adapters of rank rho span N = K rho directions on either side. Only the leading ones of all clients together hold what
-clients share; the others are one client's each. In these coordinates an update is a matrix of (lead + rho) x
-(lead + rho), got from two Gram matrices alone. What is neglected is the part that other clients have in a client's own
-directions: in the mean it has 1 / K of the size of their noise there.
+K adapters of rank rho span N = K rho directions on either side. Only the leading ones of the clients together hold what
+they share; the others are one client's each. In these coordinates an update is a matrix of (lead + rho) x (lead + rho),
+got from two Gram matrices alone. What is neglected is the part that other clients have in a client's own directions: in
+the mean of n of them it has 1 / n of the size of their noise there, which `description.with_neglected` counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from clairlib.grams import Stacked
 
-LEAD = 64  # leading directions of all clients together, on either side, that are kept in common
+LEAD = 64  # leading directions of the members together, on either side, that are kept in common
 FILLED = 128  # rows or columns up to which the noise of adapters fills them all, and cores hold everything
 GUARD = 16  # directions iterated on beyond those kept
 ROUNDS = 4  # of the subspace iteration: noise directions need not converge
@@ -44,10 +44,10 @@ def leads(stacked: Stacked, rank: int | None = None, members: Tensor | None = No
 
     At most three quarters of all theirs, unless the side is so short that clients' directions fill it: the others are
     each client's own, which would else pass for shared where few clients span few directions. Twice the shared ``rank``
-    at least, where it is given, and twice a client's.
+    at least, where it is given, and twice a member's.
     """
-    N = sum(own for own, kept in zip(stacked.ranks, _kept(stacked, members).tolist(), strict=True) if kept)
-    most = max(min(LEAD, 3 * N // 4), 2 * stacked.width, 2 * (rank or 0))
+    ranks = torch.tensor(stacked.ranks)[_members(stacked, members).cpu()]
+    most = max(min(LEAD, 3 * int(ranks.sum()) // 4), 2 * int(ranks.max()), 2 * (rank or 0))
     p, q = stacked.B.shape[0], stacked.A.shape[1]
     return p if p <= FILLED else most, q if q <= FILLED else most
 
@@ -61,13 +61,13 @@ def compress(
     client counts more for being large; those of the input side likewise. The sum is over ``members`` (K,) bool, or
     everybody: the spectrum of a set's scatter only ends in its own noise where the others chose no direction.
     """
-    members = _kept(stacked, members)
+    members = _members(stacked, members)
     left, L = _side(stacked, lead[0], members, generator)
     right, R = _side(stacked.transposed(), lead[1], members, generator)
     return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right)
 
 
-def _kept(stacked: Stacked, members: Tensor | None) -> Tensor:
+def _members(stacked: Stacked, members: Tensor | None) -> Tensor:
     return torch.ones_like(stacked.scales, dtype=torch.bool) if members is None else members
 
 

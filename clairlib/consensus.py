@@ -89,23 +89,26 @@ def larger_group(
     """The frame of a larger group among the other clients that share a subspace, or ``best`` where there is none.
 
     The shortest description goes by how well a group agrees. A few contaminated clients that send the same update, or
-    updates without noise, agree better than any honest ones; then the larger group decides. It is the largest of the
-    ``candidates``, where one is larger, else searched. A group counts with all whom the verdict would not tell from its
-    members.
+    updates without noise, agree better than any honest ones; then the larger group decides. It is sought among the
+    ``candidates`` first, then anew. A group counts with all whom the verdict would not tell from its members.
     """
     others = ~best.members
     K = int(others.sum())
     if K < 3 or (rank or 0) > rank_limit(K, best.common[0], X.shape[2]):
         return best
     rest, w = X[others], weights[others]
-    apart = [frame for frame in candidates if not bool((frame.members & best.members).any())]
-    known = max([best, *apart], key=lambda frame: frame.size)
-    if known.size > best.size:
-        group = fit_frame(rest, w, known.members[others], rank, best.common)
+
+    def is_group(frame: Frame) -> bool:
+        return frame.size > best.size and bool(shared_structure(rest, w, frame) >= LITTLE_STRUCTURE)
+
+    apart = [frame.members[others] for frame in candidates if not bool((frame.members & best.members).any())]
+    known = [frame for frame in (fit_frame(rest, w, own, rank, best.common) for own in apart) if is_group(frame)]
+    if known:
+        group = best_set(rest, w, known)
     else:
         group = consensus(rest, w, rank=rank, common=best.common, generator=generator)
     group = fit_frame(rest, w, like_members(rest, w, group), rank, best.common)
-    if group.size <= best.size or shared_structure(rest, w, group) < LITTLE_STRUCTURE:
+    if not is_group(group):
         return best
     members = torch.zeros_like(others)
     members[others] = group.members

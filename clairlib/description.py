@@ -76,8 +76,8 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     In units of the noise of one degree of freedom, taken left one out from the frame with the least noise, and with its
     effective dimensions (rows, columns): a member costs the energy of its residual and log p for each of its
     coefficients. An outlier has g directions of its own, at rows + columns - g parameters each, and a variance of its
-    own for the rest, 1 + log x a degree of freedom; on top of the frame's subspace and its coefficients, or without it;
-    whichever is least. Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding
+    own for the rest (`own_variance`); on top of the frame's subspace and its coefficients, or without it; whichever is
+    least. Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding
     directions that only one client uses. A frame costs log p for each parameter of its subspace and its common part.
     """
     K, p, q = X.shape
@@ -91,8 +91,8 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
     without_subspace: dict[bytes, Tensor] = {}  # an outlier's description: the same at every rank of a set
     for i, frame in enumerate(candidates):
-        R = _residuals(X, weights, frame)
         coefficients, D = price * frame.rank * q_eff, _differences(X, weights, frame)
+        R = project_out(frame.basis, D)
         total = weights[frame.members].sum()
         own = total / (total + weights)  # part of an outsider's energy that is its own
         off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the reference may leave next to no room

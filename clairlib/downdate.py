@@ -65,7 +65,7 @@ def _apply(values: Tensor, loads: Tensor, Q: Tensor) -> Tensor:
 
 
 def _degree(wanted: float, bound: float) -> int:
-    """The least d whose polynomial makes ``wanted`` 1 / ``CONVERGED`` times as large as all up to ``bound``."""
+    """The least d, at most ``DEGREE``, with which ``wanted`` grows to 1 / ``CONVERGED`` times all up to ``bound``."""
     return min(DEGREE, ceil(acosh(1 / CONVERGED) / acosh(2 * wanted / bound - 1)))
 
 

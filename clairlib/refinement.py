@@ -62,13 +62,13 @@ def estimate_gain(
     beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``left_out`` are the residuals of
     all clients, where known.
     """
-    R, own = (part[frame.members] for part in left_out or LeftOut.of(X, weights, frame))
+    R, values = (part[frame.members] for part in left_out or LeftOut.of(X, weights, frame))
     s, r = frame.size, frame.rank
     V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:
         return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
     rank = _median_rank(X[frame.members])
-    squares, rest = _structure(R, own, rank)
+    squares, rest = _structure(R, values, rank)
     p_eff, q_eff = effective_dimensions(rest, frame.common)
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)

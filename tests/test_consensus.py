@@ -208,6 +208,8 @@ def test_no_variance_is_below_the_noise_of_the_others():
     x = torch.tensor([0.0, 0.3, 1.0 - 1e-9, 1.0 + 1e-9, 4.0], dtype=torch.float64)
     cost = description.own_variance(x, torch.ones_like(x))
     assert cost.tolist() == pytest.approx([0.0, 0.3, 1.0, 1.0, 1 + np.log(4.0)], abs=1e-8)
+    far, close = description.own_variance(torch.tensor([4.0, 2.0]), torch.tensor([0.5, 0.5])).tolist()
+    assert far == close == pytest.approx(1 + np.log(2.0))  # half of 4 is its own, which counts; of 2, too close, all
 
 
 def test_a_frame_that_only_describes_the_others_is_not_taken():
@@ -307,6 +309,17 @@ def test_a_minority_without_noise_does_not_turn_the_verdict_round(kind, bad):
     updates[:bad] = quiet_clients(kind, updates, bad)
     benign = CLAIR().fit(updates).benign
     assert bool(benign[bad:].all())
+
+
+def test_a_larger_group_is_searched_where_the_known_one_shares_nothing():
+    """Four clients send nothing, eleven are honest; the largest set known besides is five strangers."""
+    c = planted(K=20, share=0.25, noise=0.1 / 10**0.5, generator=derive(2, "groups"))
+    honest = c.benign & (c.benign.cumsum(0) > 4)
+    quiet, strangers = c.benign & ~honest, ~c.benign
+    X = torch.where(quiet[:, None, None], 0.0, c.updates)
+    best, known = (fit_frame(X, ones(c), members) for members in (quiet, strangers))
+    found = consensus.larger_group(X, ones(c), None, best, [best, known], derive(0, "search"))
+    assert torch.equal(found.members, honest)
 
 
 def test_without_a_larger_group_that_shares_a_subspace_the_minority_stays():
