@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from clairlib.grams import Stacked
+from clairlib.subspace import numerical_ranks
 
 LEAD = 64  # leading directions of the members together, on either side, that are kept in common
 FILLED = 128  # rows or columns up to which the noise of adapters fills them all, and cores hold everything
@@ -26,12 +27,13 @@ class Compressed:
     """Theta_k in coordinates common to all clients and its own: ``core`` (K, d + w, d' + w), float64.
 
     ``left`` (N, d) and ``right`` (N, d') are coefficients of orthonormal bases of the common directions: B @ left, and
-    A' @ right. ``common`` = (d, d').
+    A' @ right. ``common`` = (d, d'). ``ranks`` (K,) are the updates' numerical ranks.
     """
 
     core: Tensor
     left: Tensor
     right: Tensor
+    ranks: Tensor
 
     @property
     def common(self) -> tuple[int, int]:
@@ -64,7 +66,7 @@ def compress(
     members = _members(stacked, members)
     left, L = _side(stacked, lead[0], members, generator)
     right, R = _side(stacked.transposed(), lead[1], members, generator)
-    return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right)
+    return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right, _ranks(stacked))
 
 
 def _members(stacked: Stacked, members: Tensor | None) -> Tensor:
@@ -77,14 +79,14 @@ def _side(stacked: Stacked, lead: int, members: Tensor, generator: Generator) ->
     other = stacked.blocks(stacked.G_A)
     energies = (own * other).sum(dim=(1, 2))  # ||B_k A_k||^2
     shares = torch.where(members & (energies > 0), energies, torch.inf).rsqrt()
-    basis = _leading(stacked, _root(other) * shares[:, None, None], lead, generator)
-    coordinates = stacked.by_client(basis.T @ stacked.G_B)  # (K, d, w)
+    basis, coordinates = _leading(stacked, _root(other) * shares[:, None, None], lead, generator)
+    coordinates = stacked.by_client(coordinates)  # (K, d, w)
     rest = _root(own - coordinates.mT @ coordinates, own)
     return basis, torch.cat([coordinates, rest], dim=1)
 
 
-def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> Tensor:
-    """Coefficients (N, d) in B of the ``lead`` leading left singular directions of B blockdiag(F).
+def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """The ``lead`` leading left singular directions of B blockdiag(F): coefficients (N, d) in B, and B in them (d, N).
 
     Randomised subspace iteration (Halko, Martinsson and Tropp 2011) in the precision of the factors, then one
     Rayleigh-Ritz step in float64.
@@ -92,14 +94,22 @@ def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> Te
     N, dtype = len(stacked.G_B), stacked.B.dtype
     width = min(N, lead + GUARD)
     G, root, back = stacked.G_B.to(dtype), F.to(dtype), F.mT.to(dtype)
-    Q = torch.randn(N, width, generator=generator, dtype=torch.float64).to(G)
+    Q = torch.randn(N, width, generator=generator).to(G)
     for _ in range(ROUNDS):
         Q = torch.linalg.qr(stacked.times_blocks(back, G @ stacked.times_blocks(root, Q)))[0]
     V = stacked.times_blocks(F, Q.double())
-    values, E = torch.linalg.eigh(V.T @ (stacked.G_B @ V))
+    image = stacked.G_B @ V
+    values, E = torch.linalg.eigh(V.T @ image)
     kept = values.flip(0)[:lead]
     kept = kept[kept > ROUNDS * torch.finfo(dtype).eps * kept[0].clamp(min=torch.finfo(dtype).tiny)]
-    return V @ E.flip(1)[:, : len(kept)] * kept.rsqrt()
+    E = E.flip(1)[:, : len(kept)] * kept.rsqrt()
+    return V @ E, (image @ E).T
+
+
+def _ranks(stacked: Stacked) -> Tensor:
+    """Numerical ranks (K,) of the updates B_k A_k."""
+    root = _root(stacked.blocks(stacked.G_A))
+    return numerical_ranks(torch.linalg.eigvalsh(root @ stacked.blocks(stacked.G_B) @ root).flip(1).clamp(min=0.0))
 
 
 def _root(blocks: Tensor, whole: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from clairlib.detection import FAMILY_ERROR
-from clairlib.dimensions import effective_dimensions
+from clairlib.dimensions import Spread
 from clairlib.frames import Frame, centred, floor_energy, leave_one_out, rank_limit
 from clairlib.subspace import project_out, resolved_rank, squared_singular_values
 
@@ -84,7 +84,7 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     noise = [left_out_noise(X, weights, f) for f in candidates]
     base = candidates[min(range(len(candidates)), key=noise.__getitem__)]
     R = _residuals(X, weights, base)
-    p_eff, q_eff = effective_dimensions(R[base.members], base.common, free_clients(base, q))
+    p_eff, q_eff = Spread(R[base.members], base.common).effective_dimensions(free_clients(base, q))
     unit = max(min(noise), floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
     rows, price = p_eff + base.rank, log(p)
 

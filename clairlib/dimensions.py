@@ -1,9 +1,9 @@
-"""Effective dimensions and degrees of freedom of the noise in residuals.
-
-Of residuals (n, p, q) the first ``common`` rows and columns are coordinates of all clients, the rest each client's own.
-"""
+"""Effective dimensions and degrees of freedom of the noise in residuals."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,55 +11,71 @@ from torch import Tensor
 Common = tuple[int, int]  # rows, columns
 
 
-def effective_dimensions(
-    R: Tensor, common: Common | None = None, clients: float | None = None
-) -> tuple[float, float]:
-    """Effective rows and columns of residuals (n, p, q) of all clients together.
+@dataclass(frozen=True)
+class Spread:
+    """How the noise in residuals ``R`` (n, p, q) spreads over rows and columns.
 
-    A covariance C has (tr C)^2 / tr C^2 effective dimensions. Seen through N samples, tr C^2 is too large by
-    (tr C)^2 / N; the rows are seen through n times the effective columns, the columns through n times the effective
-    rows, and both are corrected for it. ``clients`` takes the place of n where a fit to these clients has used some up.
+    The first ``common`` rows and columns are coordinates of all n clients, the rest each client's own; all are common
+    where None. A covariance C has (tr C)^2 / tr C^2 effective dimensions. Seen through N samples, tr C^2 is too large
+    by (tr C)^2 / N, for which both numbers are corrected.
     """
-    common = common or (R.shape[1], R.shape[2])
-    p, q = _dimensions(R, common)
-    n = float(len(R) if clients is None else clients)
-    across_rows, across_columns = _concentration(R, common[0]), _concentration(R.mT, common[1])
+
+    R: Tensor
+    common: Common | None = None
+
+    @cached_property
+    def dimensions(self) -> Common:
+        """Rows and columns of all clients together: what is common, and each client's own."""
+        rows, columns = self._common
+        size = self.R.abs()
+        own_rows, own_columns = size[:, rows:].amax(dim=2) > 0, size[:, :, columns:].amax(dim=1) > 0
+        return rows + int(own_rows.sum()), columns + int(own_columns.sum())
+
+    @cached_property
+    def concentrations(self) -> tuple[float, float]:
+        """tr C^2 / (tr C)^2 of the covariance of the rows, and of that of the columns, over all clients."""
+        return _concentration(self.R, self._common[0]), _concentration(self.R.mT, self._common[1])
+
+    def effective_dimensions(self, clients: float | None = None) -> tuple[float, float]:
+        """Effective rows and columns of all clients together.
+
+        The rows are seen through n times the effective columns, the columns through n times the effective rows.
+        ``clients`` takes the place of n where a fit to these clients has used some up.
+        """
+        (p, q), (across_rows, across_columns) = self.dimensions, self.concentrations
+        n = float(len(self.R) if clients is None else clients)
+        rows, columns = float(p), float(q)
+        for _ in range(20):
+            columns = min(q, 1 / max(across_columns - 1 / (n * rows), 1 / q))
+            rows = min(p, 1 / max(across_rows - 1 / (n * columns), 1 / p))
+        return rows, columns
+
+    def degrees_of_freedom(self, squares: Tensor) -> float:
+        """Satterthwaite's degrees of freedom of one client's residual energy: effective rows times effective columns.
+
+        One side is taken over all clients together, the other within each client, whichever way gives fewer: the noise
+        of a low-rank adapter is confined to few directions, other ones than its neighbours'. (p - r) q for isotropic
+        noise. ``squares`` (n, min(p, q)) are the squared singular values of the residuals.
+        """
+        trace = squares.sum(dim=1).clamp(min=torch.finfo(squares.dtype).tiny)
+        within = float((squares.square().sum(dim=1) / trace.square()).mean())
+        n, (p, q) = len(self.R), self.dimensions
+        rows, columns = self.concentrations
+        return min(
+            _freedom(n, p, min(q, self.R.shape[2]), rows, within),
+            _freedom(n, q, min(p, self.R.shape[1]), columns, within),
+        )
+
+    @property
+    def _common(self) -> Common:
+        return self.common or (self.R.shape[1], self.R.shape[2])
+
+
+def _freedom(n: int, p: int, q: int, across: float, within: float) -> float:
+    """Effective rows over all n clients times effective columns within a client, from tr C^2 / (tr C)^2 of both."""
     rows, columns = float(p), float(q)
     for _ in range(20):
-        columns = min(q, 1 / max(across_columns - 1 / (n * rows), 1 / q))
-        rows = min(p, 1 / max(across_rows - 1 / (n * columns), 1 / p))
-    return rows, columns
-
-
-def _dimensions(R: Tensor, common: Common) -> Common:
-    """Rows and columns of all clients together: what is common, and each client's own."""
-    rows, columns = common
-    size = R.abs()
-    own_rows, own_columns = size[:, rows:].amax(dim=2) > 0, size[:, :, columns:].amax(dim=1) > 0
-    return rows + int(own_rows.sum()), columns + int(own_columns.sum())
-
-
-def degrees_of_freedom(R: Tensor, common: Common) -> float:
-    """Satterthwaite's degrees of freedom of one client's residual energy: effective rows times effective columns.
-
-    One side is taken over all clients together, the other within each client, whichever way gives fewer: the noise of a
-    low-rank adapter is confined to few directions, other ones than its neighbours'. Corrected for sampling as in
-    ``effective_dimensions``; (p - r) q for isotropic noise.
-    """
-    within = R.mT @ R if R.shape[2] <= R.shape[1] else R @ R.mT
-    trace = within.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=torch.finfo(R.dtype).tiny)
-    inside = float((within.square().sum(dim=(1, 2)) / trace.square()).mean())
-    return min(_freedom(R, inside, common), _freedom(R.mT, inside, common[::-1]))
-
-
-def _freedom(R: Tensor, inside: float, common: Common) -> float:
-    """Effective rows over all clients times effective columns within a client, tr C^2 / (tr C)^2 ``inside`` it."""
-    n, (p, q) = len(R), _dimensions(R, common)
-    q = min(q, R.shape[2])
-    across = _concentration(R, common[0])
-    rows, columns = float(p), float(q)
-    for _ in range(20):
-        columns = min(q, 1 / max(inside - 1 / rows, 1 / q))
+        columns = min(q, 1 / max(within - 1 / rows, 1 / q))
         rows = min(p, 1 / max(across - 1 / (n * columns), 1 / p))
     return rows * columns
 

@@ -80,7 +80,8 @@ class Fit:
         known = None
         if self.noise is not None:
             known = float((self.weights * self.noise)[members].mean()) / self.size**2
-        gain = estimate_gain(self.X, self.weights, kept, known, left_out if kept is frame else None)
+        ranks = self.cores.ranks if isinstance(self.cores, Compressed) else None
+        gain = estimate_gain(self.X, self.weights, kept, known, left_out if kept is frame else None, ranks)
         return Outcome(kept, z, gain, float(reading.structure), spectrum)
 
     def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:

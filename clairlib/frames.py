@@ -9,12 +9,12 @@ no part in the subspace, and in the mean of the members only through the client 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from clairlib.dimensions import Common, degrees_of_freedom, effective_dimensions
+from clairlib.dimensions import Common, Spread
 from clairlib.downdate import downdated_bases, held_out_energies
 from clairlib.subspace import (
     EDGE_SPAN,
@@ -201,28 +201,38 @@ def _top_energy(squares: Tensor, rank: int) -> Tensor:
     return squares[:, : max(FILTER * rank, 1)].sum(dim=1)
 
 
-class LeftOut(NamedTuple):
-    """Residuals left one out ``R`` (K, p, q), and their squared singular values (K, min(p, q)), descending."""
+@dataclass(frozen=True)
+class LeftOut:
+    """Residuals left one out ``R`` (K, p, q) of all clients from the ``frame``, and what is asked of them."""
 
     R: Tensor
-    squares: Tensor
+    frame: Frame
 
     @classmethod
     def of(cls, X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None = None) -> LeftOut:
         """As `leave_one_out`."""
-        R = leave_one_out(X, weights, frame, bases)
-        return cls(R, squared_singular_values(R))
+        return cls(leave_one_out(X, weights, frame, bases), frame)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared singular values (K, min(p, q)), descending."""
+        return squared_singular_values(self.R)
+
+    @cached_property
+    def benign(self) -> Spread:
+        """Those of the members."""
+        return Spread(self.R[self.frame.members], self.frame.common)
 
 
 def log_scores(X: Tensor, weights: Tensor, frame: Frame, left_out: LeftOut | None = None) -> tuple[Tensor, float]:
     """Log of every client's filtered leave-one-out energy (K,), and the variance its log has under pure noise.
 
-    The variance is 2 / dof with the ``degrees_of_freedom`` of the members' residuals. It is a scale for small sets, not
+    The variance is 2 / dof with the degrees of freedom of the members' residuals. It is a scale for small sets, not
     the law of the score. ``left_out`` are the residuals, where known.
     """
-    R, squares = left_out or LeftOut.of(X, weights, frame)
-    energy = _top_energy(squares, frame.rank).clamp(min=floor_energy(X))
-    variance = 2.0 / max(degrees_of_freedom(R[frame.members], frame.common), 1.0)
+    left_out = left_out or LeftOut.of(X, weights, frame)
+    energy = _top_energy(left_out.squares, frame.rank).clamp(min=floor_energy(X))
+    variance = 2.0 / max(left_out.benign.degrees_of_freedom(left_out.squares[frame.members]), 1.0)
     sizes = X.square().sum(dim=(1, 2)).clamp(min=floor_energy(X)).log()
     return without_size(energy.log(), sizes, frame.members, variance), variance
 
@@ -243,18 +253,18 @@ def without_size(x: Tensor, sizes: Tensor, members: Tensor, variance: float) -> 
     return x - slope.clamp(0.0, 1.0) * deviation
 
 
-def shared_structure(X: Tensor, weights: Tensor, frame: Frame, R: Tensor | None = None) -> Tensor:
+def shared_structure(X: Tensor, weights: Tensor, frame: Frame, left_out: LeftOut | None = None) -> Tensor:
     """How much of the members' variation the subspace predicts for a client it has not seen, beyond chance; in [0, 1].
 
     1 - (energy of P_perp D left one out) / (energy of D left one out) less r / (p_eff + r), the part that any r
     directions of the noise take. 0 where the members do not differ; elsewhere at least ``LEAST_STRUCTURE``, so that
-    modules without structure still count when there are no others.
+    modules without structure still count when there are no others. ``left_out`` are the residuals, where known.
     """
-    R = (leave_one_out(X, weights, frame) if R is None else R)[frame.members]
+    benign = (left_out or LeftOut.of(X, weights, frame)).benign
     w, W = weights[frame.members], weights[frame.members].sum()
     D = centred(X, weights, frame)[frame.members].square().sum(dim=(1, 2))
     total = (D * w * W / (W - w)).sum()
     if total <= floor_energy(X) * frame.size:
         return total.new_zeros(())
-    p_eff, _ = effective_dimensions(R, frame.common)
-    return (1 - R.square().sum() / total - frame.rank / (p_eff + frame.rank)).clamp(min=LEAST_STRUCTURE)
+    p_eff, _ = benign.effective_dimensions()
+    return (1 - benign.R.square().sum() / total - frame.rank / (p_eff + frame.rank)).clamp(min=LEAST_STRUCTURE)

@@ -6,16 +6,18 @@ inner product of updates, means and projections follows from B' B and A A'.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clairlib.factors import LowRank
 
-PANELS = 8  # of a Gram matrix: nine sixteenths of the operations of the whole product
+PANELS = 4  # of a Gram matrix: ten sixteenths of the operations of the whole product
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,13 @@ class Stacked:
 
 def stack(updates: Sequence[LowRank]) -> Stacked:
     """Factors side by side and their Gram matrices, some (p + q) N^2 operations, the only large products there are."""
-    double = any(torch.float64 in (u.B.dtype, u.A.dtype) for u in updates)
-    dtype = torch.float64 if double else torch.float32
+    dtypes = {factor.dtype for update in updates for factor in (update.B, update.A)}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     B = torch.cat([u.B for u in updates], dim=1).to(dtype)
     A = torch.cat([u.A for u in updates], dim=0).to(dtype)
     scales = torch.tensor([u.scale for u in updates], dtype=torch.float64, device=B.device)
-    return Stacked(B, A, scales, [u.rank for u in updates], gram(B), gram(A.T))
+    with bfloat16_products(B.device, dtypes == {torch.bfloat16}):
+        return Stacked(B, A, scales, [u.rank for u in updates], gram(B), gram(A.T))
 
 
 def gram(B: Tensor) -> Tensor:
@@ -96,3 +99,21 @@ def gram(B: Tensor) -> Tensor:
         torch.mm(B[:, first:last].T, B[:, first:], out=G[first:last, first:])
         G[last:, first:last] = G[first:last, last:].T
     return G.double()
+
+
+@contextmanager
+def bfloat16_products(device: torch.device, exact: bool) -> Iterator[None]:
+    """Let float32 products multiply in bfloat16 (TF32 on a GPU) and add in float32, where the processor can.
+
+    ``exact`` says that the factors hold bfloat16 values: the product of two of them has 16 significant bits, so nothing
+    is rounded that single precision would not round. Without that, or before PyTorch 2.9, nothing changes.
+    """
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    if not exact or not hasattr(matmul, "fp32_precision"):
+        yield
+        return
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if device.type == "cuda" else "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -7,11 +7,9 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from clairlib.dimensions import effective_dimensions
+from clairlib.dimensions import Spread
 from clairlib.frames import Frame, LeftOut, centred, floor_energy
-from clairlib.subspace import gap_rank, project_out, squared_singular_values
-
-FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors
+from clairlib.subspace import gap_rank, numerical_ranks, project_out, squared_singular_values
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,12 @@ def refined_core(X: Tensor, frame: Frame) -> Tensor:
 
 
 def estimate_gain(
-    X: Tensor, weights: Tensor, frame: Frame, known: float | None = None, left_out: LeftOut | None = None
+    X: Tensor,
+    weights: Tensor,
+    frame: Frame,
+    known: float | None = None,
+    left_out: LeftOut | None = None,
+    ranks: Tensor | None = None,
 ) -> Gain:
     """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
 
@@ -60,16 +63,18 @@ def estimate_gain(
     clients that look like noise, spread over all directions, cannot be told from noise by any method that sees one
     update a client. With ``known``, the expected ||E_k||_F^2 of a client of weight 1, they can: what residuals have
     beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``left_out`` are the residuals of
-    all clients, where known.
+    all clients and ``ranks`` (K,) the numerical ranks of their updates, where known.
     """
-    R, values = (part[frame.members] for part in left_out or LeftOut.of(X, weights, frame))
-    s, r = frame.size, frame.rank
+    left_out = left_out or LeftOut.of(X, weights, frame)
+    s, r, R = frame.size, frame.rank, left_out.benign.R
     V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:
         return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
-    rank = _median_rank(X[frame.members])
-    squares, rest = _structure(R, values, rank)
-    p_eff, q_eff = effective_dimensions(rest, frame.common)
+    ranks = numerical_ranks(squared_singular_values(X)) if ranks is None else ranks
+    rank = int(ranks[frame.members].median())
+    squares, rest = _structure(R, left_out.squares[frame.members], rank)
+    noise_of = left_out.benign if rest is R else Spread(rest, frame.common)
+    p_eff, q_eff = noise_of.effective_dimensions()
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
     h2 = _kept_out(X, weights, frame, rank, p_eff, q_eff)
@@ -91,12 +96,6 @@ def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, 
     energy = float(residuals.square().sum(dim=(1, 2)).mean())
     squares, _ = _structure(residuals, squared_singular_values(residuals), rank)
     return _energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2
-
-
-def _median_rank(X: Tensor) -> int:
-    """Numerical rank of the median update of (n, p, q)."""
-    own = squared_singular_values(X)
-    return int((own > own[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1).median())
 
 
 def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 EDGE_SPAN = 8  # eigenvalues below the candidate rank from which the edge of the noise is fitted
 ROUNDING = 1e-13  # eigenvalues of a scatter below this part of the largest are rounding
+FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors
 REACH = 16  # directions that a held-out direction is compared with
 CLEAR = 2.0
 EDGE_FACTOR = 2.5  # a gap counts when it exceeds this many fitted slopes; Onatski has span 5, factor 2
@@ -36,6 +37,11 @@ def squared_singular_values(X: Tensor) -> Tensor:
     """Squared singular values (n, min(p, q)) of matrices (n, p, q), descending."""
     gram = X.mT @ X if X.shape[2] <= X.shape[1] else X @ X.mT
     return torch.linalg.eigvalsh(gram).flip(1).clamp(min=0.0)
+
+
+def numerical_ranks(squares: Tensor) -> Tensor:
+    """Numerical ranks (n,) of products of factors with these squared singular values (n, m), descending."""
+    return (squares > squares[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1)
 
 
 def gap_rank(eigenvalues: Tensor, limit: int) -> int:

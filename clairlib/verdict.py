@@ -44,7 +44,7 @@ class Reading:
         left_out = LeftOut.of(X, weights, frame, bases)
         scores, variance = log_scores(X, weights, frame, left_out)
         inside = inside_energy(X, weights, frame, bases).clamp(min=floor_energy(X)).log()
-        return cls(scores, variance, inside, shared_structure(X, weights, frame, left_out.R)), left_out
+        return cls(scores, variance, inside, shared_structure(X, weights, frame, left_out)), left_out
 
     def cpu(self) -> Reading:
         """The same in main memory."""

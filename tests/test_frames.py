@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clairlib.clients import planted, random_frame
-from clairlib.dimensions import effective_dimensions
+from clairlib.dimensions import Spread
 from clairlib.factors import LowRank, cores_of_factors
 from clairlib.frames import (
     FILTER,
@@ -140,14 +140,14 @@ def test_filtered_energy_is_that_of_the_top_singular_values(shape, rank):
 @pytest.mark.parametrize("p, q", [(20, 8), (8, 20), (30, 1)])
 def test_isotropic_noise_fills_every_dimension(p, q):
     R = torch.randn(400, p, q, generator=derive(0, "isotropic"), dtype=torch.float64)
-    assert effective_dimensions(R) == pytest.approx((p, q), rel=0.02)
+    assert Spread(R).effective_dimensions() == pytest.approx((p, q), rel=0.02)
 
 
 def test_effective_dimensions_of_coloured_noise():
     """(tr C)^2 / tr C^2 of the covariance that made the noise."""
     spread = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
     R = torch.randn(2000, 5, 6, generator=derive(0, "coloured"), dtype=torch.float64) * spread[:, None]
-    rows, columns = effective_dimensions(R)
+    rows, columns = Spread(R).effective_dimensions()
     assert rows == pytest.approx(float(spread.square().sum() ** 2 / spread.pow(4).sum()), rel=0.05)
     assert columns == pytest.approx(6, rel=0.02)
 
