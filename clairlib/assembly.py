@@ -16,7 +16,7 @@ from clairlib.grams import Stacked
 
 GUARD = 8  # directions iterated on beyond those wanted
 MOST_ROUNDS = 60
-CONVERGED = 1e-11  # residual over the gap, which bounds the angle to the exact subspace
+CONVERGED = {torch.float64: 1e-11, torch.float32: 1e-7}  # residual over the gap, which bounds the angle to the subspace
 ROUNDING = 1e-13
 OFF_ROUNDS = 3  # directions of noise need not converge: more rounds take a thousandth off the truncation error
 PARTS = 4  # of the clients, whose refined adapters are computed at a time
@@ -62,54 +62,58 @@ def shared_part(stacked: Stacked, members: Tensor, weights: Tensor, start: Tenso
     shares = by_column / W
     blocks = (w * stacked.scales.square())[:, None, None] * stacked.blocks(stacked.G_A)
 
-    def scatter(rows: Tensor) -> Tensor:
-        y = stacked.G_B @ rows
-        return stacked.times_blocks(blocks, y) - by_column[:, None] * (stacked.G_A @ (shares[:, None] * y))
+    def scatter(inner: Tensor) -> Tensor:
+        """Of combinations V, from G_B V."""
+        own = stacked.times_blocks(blocks, inner)
+        return own - by_column[:, None] * (stacked.G_A @ (shares[:, None] * inner))
 
-    V = orthonormal(stacked.G_B, start)
+    V, inner = orthonormal(start, stacked.G_B @ start)
     for _ in range(MOST_ROUNDS if rank else 0):
-        image = scatter(V)
-        values, E = torch.linalg.eigh(V.T @ (stacked.G_B @ image))
+        image = scatter(inner)
+        seen = stacked.G_B @ image
+        values, E = torch.linalg.eigh(inner.T @ image)
         values, E = values.flip(0), E.flip(1)
-        V, image = V @ E, image @ E
-        if _angle(stacked.G_B, image[:, :rank] - V[:, :rank] * values[:rank], values, rank) <= CONVERGED:
+        V, inner, image, seen = V @ E, inner @ E, image @ E, seen @ E
+        residual, its_inner = (x[:, :rank] - y[:, :rank] * values[:rank] for x, y in ((image, V), (seen, inner)))
+        if _angle((residual * its_inner).sum(), values, rank) <= CONVERGED[stacked.B.dtype]:
             break
-        V = orthonormal(stacked.G_B, image)
+        V, inner = orthonormal(image, seen)
     return Shared(stacked, V[:, :rank], shares)
 
 
-def orthonormal(G: Tensor, V: Tensor) -> Tensor:
-    """Combinations (N, m') of the columns of V with V' G V = I; directions that hold rounding only are dropped."""
-    values, E = torch.linalg.eigh(V.T @ (G @ V))
+def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Combinations W (N, m') of the columns of V with W' G W = I, and G W, from ``inner`` = G V.
+
+    Directions that hold rounding only are dropped.
+    """
+    values, E = torch.linalg.eigh(V.T @ inner)
     kept = values > ROUNDING * values[-1:]
-    return V @ (E[:, kept] * values[kept].rsqrt()).flip(1)
+    E = (E[:, kept] * values[kept].rsqrt()).flip(1)
+    return V @ E, inner @ E
 
 
-def _angle(G: Tensor, residual: Tensor, values: Tensor, rank: int) -> float:
-    """Bound on the sine of the angle to the exact subspace: residual over the gap that ends it."""
+def _angle(residual: Tensor, values: Tensor, rank: int) -> float:
+    """Bound on the sine of the angle to the exact subspace: residual, given as its square, over the gap that ends it."""
     beyond = values[rank] if len(values) > rank else values.new_zeros(())
-    size = (residual * (G @ residual)).sum().clamp(min=0.0).sqrt()
-    return float(size / (values[rank - 1] - beyond).clamp(min=torch.finfo(G.dtype).tiny))
+    gap = (values[rank - 1] - beyond).clamp(min=torch.finfo(values.dtype).tiny)
+    return float(residual.clamp(min=0.0).sqrt() / gap)
 
 
-def leading_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
-    """At most ``count`` leading left singular directions of P_perp M, as orthonormal combinations (N, t).
+def _near_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
+    """Combinations (N, m), m >= ``count``, near the leading left singular directions of P_perp M, off the subspace.
 
-    Randomised subspace iteration in the precision of the factors, then a Rayleigh-Ritz step in float64.
+    Randomised subspace iteration in the precision of the factors.
     """
     s, w = shared.stacked, shared.shares[:, None]
     N, low = len(s.G_B), s.B.dtype
     inside = shared.basis.T @ s.G_B  # (r, N)
     G_B, G_A, basis, part, by = (x.to(low) for x in (s.G_B, s.G_A, shared.basis, inside, w))
-    V = by * torch.randn(N, min(count + GUARD, N), generator=generator, dtype=torch.float64).to(G_B)
+    V = by * torch.randn(N, min(count + GUARD, N), generator=generator).to(G_B)
     for _ in range(OFF_ROUNDS):
         V = torch.linalg.qr(V - basis @ (part @ V))[0]
         V = by * (G_A @ (by * (G_B @ V)))
     V = V.double()
-    V = orthonormal(s.G_B, V - shared.basis @ (inside @ V))
-    y = w * (s.G_B @ V)  # A' y = M' Q
-    values, E = torch.linalg.eigh(y.T @ (s.G_A @ y))
-    return V @ E.flip(1)[:, :count]
+    return V - shared.basis @ (inside @ V)
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,14 @@ class Assembly:
 
 
 def assemble(shared: Shared, count: int, generator: Generator) -> Assembly:
-    """Prepare the refined adapters of a module, with ``count`` directions of the common part."""
+    """Prepare the refined adapters of a module, with at most ``count`` directions of the common part."""
     s, dtype = shared.stacked, shared.stacked.B.dtype
-    Q = leading_off_part(shared, count, generator)
-    rows = (s.G_B @ Q * shared.shares[:, None]).T  # (t, N) in A
-    cross = rows @ s.G_A
+    V = _near_off_part(shared, count, generator)
+    V, inner = orthonormal(V, s.G_B @ V)
+    rows = inner * shared.shares[:, None]  # V' M = rows' A
+    cross = s.G_A @ rows
+    E = torch.linalg.eigh(rows.T @ cross)[1].flip(1)[:, :count]
+    Q, rows, cross = V @ E, (rows @ E).T, (cross @ E).T
     inside = shared.basis.T @ s.G_B * shared.shares  # U' M = inside @ A
     energy = float(shared.shares @ (s.G_A * s.G_B) @ shared.shares - ((inside @ s.G_A) * inside).sum())
     left = s.B @ torch.cat([shared.basis, Q], dim=1).to(dtype)
@@ -142,19 +149,22 @@ def assemble(shared: Shared, count: int, generator: Generator) -> Assembly:
 
 
 def refined_adapters(
-    assembly: Assembly, clients: Sequence[int], ranks: Sequence[int]
+    assembly: Assembly, clients: Sequence[int], ranks: Sequence[int], scales: Sequence[float]
 ) -> Iterator[tuple[LowRank, float]]:
     """P Theta_k + P_perp M of ``clients`` at adapter ranks ``ranks``, each with the truncation's relative error.
 
-    Balanced factors, scale 1, of inner dimension exactly the rank, padded with zeros. Best in Frobenius norm among the
-    updates that use the directions of ``assembly``. So many clients at once that their factors are few beside B and A.
+    Factors that balance at the ``scales`` given, of inner dimension exactly the rank, padded with zeros. Best in
+    Frobenius norm among the updates that use the directions of ``assembly``. So many clients at once that their factors
+    are few beside B and A.
     """
     step = max(1, len(assembly.shared.stacked.ranks) // PARTS)
     for i in range(0, len(clients), step):
-        yield from _refined(assembly, clients[i : i + step], ranks[i : i + step])
+        yield from _refined(assembly, *(of[i : i + step] for of in (clients, ranks, scales)))
 
 
-def _refined(assembly: Assembly, clients: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[LowRank, float]]:
+def _refined(
+    assembly: Assembly, clients: Sequence[int], ranks: Sequence[int], scales: Sequence[float]
+) -> Iterator[tuple[LowRank, float]]:
     s, r = assembly.shared.stacked, assembly.shared.basis.shape[1]
     n, dtype, chosen = len(clients), s.B.dtype, torch.tensor(clients, device=s.B.device)
     coordinates = s.by_client(assembly.shared.basis.T @ s.G_B)[chosen]
@@ -168,18 +178,18 @@ def _refined(assembly: Assembly, clients: Sequence[int], ranks: Sequence[int]) -
     values, E = values.flip(1)[:, :least].clamp(min=0.0), E.flip(2)[:, :, :least]
     kept = torch.arange(least, device=values.device) < torch.tensor(ranks, device=values.device)[:, None]
     values = torch.where(kept, values, 0.0)
-    root = values.sqrt()
-    down, up = (E * root.sqrt()[:, None]).mT, (E * torch.where(root > 0, root.rsqrt(), 0.0)[:, None]).mT
-    padding = (0, 0, 0, most - least)
-    down, up = (torch.nn.functional.pad(side, padding) for side in (down, up))  # (n, most, r + t)
-    Bs = (down.flatten(0, 1).to(dtype) @ assembly.left.T).unflatten(0, (n, most))
-    As = (up[..., r:].flatten(0, 1).to(dtype) @ assembly.outside).unflatten(0, (n, most))
-    weights = (up[..., :r] @ inside).to(dtype)  # (n, most, w)
     total = gram[:, :r, :r].diagonal(dim1=1, dim2=2).sum(dim=1) + assembly.energy
     lost = ((total - values.sum(dim=1)) / total).clamp(min=0.0).sqrt()
     errors = torch.where(total > 0, lost, 0.0).tolist()
+    root = values.sqrt()
+    size = torch.tensor(scales, dtype=root.dtype, device=root.device).rsqrt()[:, None, None]
+    down, up = E * root.sqrt()[:, None] * size, E * torch.where(root > 0, root.rsqrt(), 0.0)[:, None] * size
+    down, up = (torch.nn.functional.pad(side, (0, most - least)) for side in (down, up))  # (n, r + t, most)
+    Bs = assembly.left.expand(n, -1, -1) @ down.to(dtype)
+    As = (up[:, r:].mT.flatten(0, 1).to(dtype) @ assembly.outside).unflatten(0, (n, most))
+    weights = (up[:, :r].mT @ inside).to(dtype)  # (n, most, w)
     starts = s.starts.tolist()
     for i, (k, rank) in enumerate(zip(clients, ranks, strict=True)):
         own = s.A[starts[k] : starts[k] + s.ranks[k]]
-        A = torch.addmm(As[i, :rank], weights[i, :rank, : s.ranks[k]], own)
-        yield LowRank(Bs[i, :rank].T, A), errors[i]
+        A = As[i, :rank].addmm_(weights[i, :rank, : s.ranks[k]], own)
+        yield LowRank(Bs[i, :, :rank], A, scales[i]), errors[i]

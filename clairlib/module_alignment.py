@@ -29,7 +29,7 @@ from clairlib.verdict import Reading
 SHOWN = 32  # singular values of the spectrum that are reported
 OFF_DIRECTIONS = 2  # times the rank of the adapters written: directions of the common part that can enter them
 
-Adapters = Callable[[Sequence[int], Sequence[int]], Iterator[tuple[LowRank, float]]]  # of clients, at ranks
+Adapters = Callable[[Sequence[int], Sequence[Factors]], Iterator[tuple[LowRank, float]]]  # of clients, as announced
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,8 @@ def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path)
         outcome = fit.outcome(benign)
         is_refined = outcome.is_refined(share)
         clients = benign.nonzero()[:, 0].tolist()
-        ranks = [job.writer(folder, k).modules[name].rank for k in clients]
         how = _refined(job, fit, module, outcome) if is_refined else _own(module)
-        adapters = how(clients, ranks)
+        adapters = how(clients, [job.writer(folder, k).modules[name] for k in clients])
     errors = []
     for k in clients:
         with blaming(job.adapters.names[k]), located(job, name):
@@ -148,10 +147,10 @@ def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path)
 def _own(module: Module) -> Adapters:
     """Clients keep their own updates, cut to the rank asked for."""
 
-    def make(clients: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[LowRank, float]]:
-        for client, rank in zip(clients, ranks, strict=True):
+    def make(clients: Sequence[int], announced: Sequence[Factors]) -> Iterator[tuple[LowRank, float]]:
+        for client, place in zip(clients, announced, strict=True):
             own = cast(list[LowRank], module.updates)[client]
-            yield (own, 0.0) if own.rank == rank else truncate(_single(own), rank)
+            yield (own, 0.0) if own.rank == place.rank else truncate(_single(own), place.rank)
 
     return make
 
@@ -162,11 +161,11 @@ def _refined(job: Job, fit: Fit, module: Module, outcome: Outcome) -> Adapters:
     if isinstance(fit.cores, Cores):
         basis, off = fit.lifted(outcome.frame)
 
-        def exact(clients: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[LowRank, float]]:
-            for client, rank in zip(clients, ranks, strict=True):
+        def exact(clients: Sequence[int], announced: Sequence[Factors]) -> Iterator[tuple[LowRank, float]]:
+            for client, place in zip(clients, announced, strict=True):
                 own = updates[client]
                 inside = own.scale * (basis.T @ own.B.double()) @ own.A.double()  # (r, q)
-                yield truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), rank)
+                yield truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), place.rank)
 
         return exact
     stacked = fit.stacked
@@ -174,7 +173,9 @@ def _refined(job: Job, fit: Fit, module: Module, outcome: Outcome) -> Adapters:
     most = job.adapter_rank or max(update.rank for update in updates)
     generator = derive(job.clair.seed, "off", fit.name)
     assembly = assemble(fit.shared(outcome.frame, stacked), OFF_DIRECTIONS * most, generator)
-    return lambda clients, ranks: refined_adapters(assembly, clients, ranks)
+    return lambda clients, announced: refined_adapters(
+        assembly, clients, [place.rank for place in announced], [abs(place.scale) for place in announced]
+    )
 
 
 def _single(update: LowRank) -> LowRank:
@@ -187,7 +188,7 @@ def _write(job: Job, folder: Path, module: Module, client: int, update: LowRank)
     writer = job.writer(folder, client)
     place = writer.modules[module.name]
     update = transpose(update) if module.transposed else update
-    if update.scale != place.scale:  # the scale is known before the update is
+    if update.scale != place.scale:
         ratio = update.scale / place.scale
         size = abs(ratio) ** 0.5
         update = LowRank(update.B * (ratio / size if size else 0.0), update.A * size, place.scale)

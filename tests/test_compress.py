@@ -146,17 +146,20 @@ def test_common_directions_do_not_hold_all_that_a_sets_members_span():
 
 
 def one_refined(assembly, client, rank):
-    (adapter,) = refined_adapters(assembly, [client], [rank])
+    (adapter,) = refined_adapters(assembly, [client], [rank], [1.0])
     return adapter
 
 
 def test_refined_adapters_are_the_same_one_by_one_and_together():
     assembly = assemble(shared_of(adapters(**MIXED)), 32, derive(0, "off"))
-    clients, ranks = [0, 3, 6, 7, 15], [4, 16, 1, 8, 16]
-    for k, rank, (ours, error) in zip(clients, ranks, refined_adapters(assembly, clients, ranks), strict=True):
+    clients, ranks, scales = [0, 3, 6, 7, 15], [4, 16, 1, 8, 16], [1.0, 2.0, 0.1, 1.0, 30.0]
+    made = refined_adapters(assembly, clients, ranks, scales)
+    for k, rank, scale, (ours, error) in zip(clients, ranks, scales, made, strict=True):
         alone, its_error = one_refined(assembly, k, rank)
         assert ours.rank == rank and error == pytest.approx(its_error, abs=1e-12)
         assert torch.allclose(ours.dense(), alone.dense(), atol=1e-10)
+        norms = torch.linalg.vector_norm(ours.B), torch.linalg.vector_norm(ours.A)
+        assert ours.scale == scale and float(norms[0]) == pytest.approx(float(norms[1]))
 
 
 @pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
