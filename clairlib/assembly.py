@@ -93,7 +93,7 @@ def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _angle(residual: Tensor, values: Tensor, rank: int) -> float:
-    """Bound on the sine of the angle to the exact subspace: residual, given as its square, over the gap that ends it."""
+    """Bound on the sine of the angle to the exact subspace: root of the squared residual over the gap that ends it."""
     beyond = values[rank] if len(values) > rank else values.new_zeros(())
     gap = (values[rank - 1] - beyond).clamp(min=torch.finfo(values.dtype).tiny)
     return float(residual.clamp(min=0.0).sqrt() / gap)
@@ -159,7 +159,7 @@ def refined_adapters(
     """
     step = max(1, len(assembly.shared.stacked.ranks) // PARTS)
     for i in range(0, len(clients), step):
-        yield from _refined(assembly, *(of[i : i + step] for of in (clients, ranks, scales)))
+        yield from _refined(assembly, clients[i : i + step], ranks[i : i + step], scales[i : i + step])
 
 
 def _refined(

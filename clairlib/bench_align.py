@@ -29,7 +29,8 @@ Shape = tuple[int, int, int, int]  # as of clairlib.floor
 BUFFER = 2**25  # bytes a call reads
 EXPLANATION = (
     "seconds of wall time; floor = read + copy + Gram: the files' bytes at the rate at which these files are read, and "
-    "(p + q) N^2 operations, one triangle of both Gram matrices, at the speed of these products, both measured here; "
+    "(p + q) N^2 operations, one triangle of both Gram matrices, at the speed of these products in float32, both "
+    "measured here; bfloat16: the same at the speed of products of bfloat16 values, where the files hold them; "
     "dense: forming every update, their scatter and its eigenvectors, part of one module timed and scaled up"
 )
 
@@ -58,9 +59,10 @@ def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] =
     DataFrame
         A row per device and number of ``jobs``: ``floor_seconds`` and its parts ``read_``, ``copy_`` (to the device)
         and ``gram_seconds``; ``align_seconds`` from the first byte to the report, ``search_seconds`` of them until the
-        first module is done, ``to_floor`` their ratio; ``memory_gb``, at most, of all processes; ``dense_seconds``,
-        which were scaled up by ``dense_factor`` and divided by ``jobs``, and ``dense_to_align``; ``contaminated``, the
-        names that were found.
+        first module is done, ``to_floor`` their ratio; ``bfloat16_floor_seconds`` where all files hold bfloat16 values,
+        which are then multiplied as such without loss, and ``to_bfloat16_floor``; ``memory_gb``, at most, of all
+        processes; ``dense_seconds``, which were scaled up by ``dense_factor`` and divided by ``jobs``, and
+        ``dense_to_align``; ``contaminated``, the names that were found.
 
     Raises
     ------
@@ -73,28 +75,37 @@ def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] =
     dense = {device: dense_route(adapters, device) for device in dict(cases)}
     rows = []
     for device, count in cases:
-        parts, (own, memory) = floor_seconds(adapters, count, device), _alignment(clients, scratch, count, device)
+        parts, bfloat16_gram = floor_seconds(adapters, count, device)
+        own, memory = _alignment(clients, scratch, count, device)
         total, factor = dense[device]
         least, seconds = sum(parts.values()), own["align_seconds"]
         row = {"device": device, "jobs": count, **parts, "floor_seconds": least} | own | {"to_floor": seconds / least}
+        if bfloat16_gram is not None:
+            less = least - parts["gram_seconds"] + bfloat16_gram
+            row |= {"bfloat16_floor_seconds": less, "to_bfloat16_floor": seconds / less}
         row |= {"memory_gb": memory / 1e9, "dense_seconds": total / count, "dense_factor": factor}
         rows.append(row | {"dense_to_align": total / count / seconds, "contaminated": row.pop("contaminated")})
     return pd.DataFrame(rows)
 
 
-def floor_seconds(adapters: AdapterFiles, jobs: int, device: str = "cpu") -> dict[str, float]:
-    """``read_``, ``copy_`` and ``gram_seconds`` that so many processes, all at once, cannot do without."""
+def floor_seconds(adapters: AdapterFiles, jobs: int, device: str = "cpu") -> tuple[dict[str, float], float | None]:
+    """``read_``, ``copy_`` and ``gram_seconds`` that so many processes, all at once, cannot do without.
+
+    And the Gram seconds of products of bfloat16 values; None unless all factors hold such.
+    """
     paths, products = [file.path for file in adapters.files], gram_products(adapters)
+    held = {dtype for own in adapters.modules.values() for client in own for dtype in (client.B_dtype, client.A_dtype)}
     barrier = multiprocessing.get_context("spawn").Barrier(jobs)
     with workers(jobs, _meet, barrier) as pool:
         tasks = [pool.submit(_rates, paths[i::jobs], products, device) for i in range(jobs)]
         rates = [task.result() for task in tasks]
-    read, gram_rate, copy = (sum(rate) for rate in zip(*rates, strict=True))
-    return {
+    read, gram_rate, bfloat16_rate, copy = (sum(rate) for rate in zip(*rates, strict=True))
+    parts = {
         "read_seconds": adapters.bytes / read,
         "copy_seconds": adapters.bytes / copy if device == "cuda" else 0.0,
         "gram_seconds": 1 / gram_rate,
     }
+    return parts, 1 / bfloat16_rate if held == {torch.bfloat16} else None
 
 
 def gram_products(adapters: AdapterFiles) -> list[tuple[Shape, float]]:
@@ -115,8 +126,8 @@ def _meet(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: str) -> tuple[float, float, float]:
-    """Of this process: bytes read a second, all the products a second, bytes copied to the device a second."""
+def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: str) -> tuple[float, ...]:
+    """Of this process, in a second: bytes read, all the products, those of bfloat16 values, bytes copied to it."""
     from clairlib import floor  # with transformers, which would count as memory of an alignment
 
     assert _barrier is not None
@@ -124,13 +135,15 @@ def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: s
     began = time.perf_counter()
     size = _read_files(paths)
     read = size / (time.perf_counter() - began)
-    _barrier.wait()
-    grams = 1 / floor.seconds(products, device)
+    grams = []
+    for bfloat16 in (False, True):
+        _barrier.wait()
+        grams.append(1 / floor.seconds(products, device, bfloat16=bfloat16))
     block = torch.ones(BUFFER, dtype=torch.uint8)
     block.to(device)
     began = floor.now(device)
     block.to(device)
-    return read, grams, BUFFER / max(floor.now(device) - began, 1e-9)
+    return read, *grams, BUFFER / max(floor.now(device) - began, 1e-9)
 
 
 def _read_files(paths: Sequence[Path]) -> int:

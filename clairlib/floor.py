@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clairlib.grams import bfloat16_products
 from clairlib.preparation import GROUP_TOKENS
 
 Shape = tuple[int, int, int, int]  # (b, m, k, n): b products (m, k) @ (k, n)
@@ -92,14 +93,15 @@ def flops(products: Sequence[tuple[Shape, float]]) -> float:
     return sum(2 * count * math.prod(shape) for shape, count in products)
 
 
-def seconds(products: Sequence[tuple[Shape, float]], device: str) -> float:
-    """Time of the products, each shape measured here."""
-    return sum(count * _seconds_of(shape, device) for shape, count in products)
+def seconds(products: Sequence[tuple[Shape, float]], device: str, *, bfloat16: bool = False) -> float:
+    """Time of the products in float32, each shape measured here; ``bfloat16``: of factors that hold such values."""
+    with bfloat16_products(torch.device(device), bfloat16):
+        return sum(count * _seconds_of(shape, device, bfloat16) for shape, count in products)
 
 
 @cache
-def _seconds_of(shape: Shape, device: str, repeats: int = 5) -> float:
-    """Time of b products (m, k) @ (k, n) in float32, the best of several."""
+def _seconds_of(shape: Shape, device: str, bfloat16: bool, repeats: int = 5) -> float:
+    """Time of b products (m, k) @ (k, n), the best of several."""
     b, m, k, n = shape
     left, right = torch.ones(b, m, k, device=device), torch.ones(b, k, n, device=device)
     if b == 1:

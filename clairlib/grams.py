@@ -108,7 +108,8 @@ def bfloat16_products(device: torch.device, exact: bool) -> Iterator[None]:
     ``exact`` says that the factors hold bfloat16 values: the product of two of them has 16 significant bits, so nothing
     is rounded that single precision would not round. Without that, or before PyTorch 2.9, nothing changes.
     """
-    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = getattr(backend, "matmul", None)
     if not exact or not hasattr(matmul, "fp32_precision"):
         yield
         return
