@@ -186,7 +186,8 @@ def inside_energy(X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None
 
 def floor_energy(X: Tensor) -> float:
     """Energy below which a residual counts as exactly zero: rounding of the mean client's energy."""
-    return max(ROUNDING_ENERGY * float(X.square().sum(dim=(1, 2)).mean()), torch.finfo(torch.float64).tiny)
+    energy = float(torch.linalg.vector_norm(X)) ** 2 / len(X)
+    return max(ROUNDING_ENERGY * energy, torch.finfo(torch.float64).tiny)
 
 
 def filtered_energy(R: Tensor, rank: int) -> Tensor:

@@ -109,7 +109,7 @@ def bfloat16_products(device: torch.device, exact: bool) -> Iterator[None]:
     is rounded that single precision would not round. Without that, or before PyTorch 2.9, nothing changes.
     """
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = getattr(backend, "matmul", None)
+    matmul: Any = getattr(backend, "matmul", None)
     if not exact or not hasattr(matmul, "fp32_precision"):
         yield
         return

@@ -77,7 +77,7 @@ def estimate_gain(
     p_eff, q_eff = noise_of.effective_dimensions()
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
-    h2 = _kept_out(X, weights, frame, rank, p_eff, q_eff)
+    h2 = _kept_out(X, weights, frame, rank, p_eff, q_eff) if squares.shape[1] else 0.0
     if known is not None:
         noise = min(noise, known * p_eff / (p_eff + r))
         h2 = max(h2, V - noise)
