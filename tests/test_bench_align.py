@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +37,11 @@ def test_needed_products_are_one_triangle_of_both_grams(clients):
     assert count == pytest.approx(4 * (48 + 32) * N**2)
 
 
+def test_only_files_of_bfloat16_have_a_floor_of_such_products(clients):
+    parts, bfloat16_gram = bench_align.floor_seconds(open_adapters([clients]), 1)
+    assert min(parts["read_seconds"], parts["gram_seconds"]) > 0 and bfloat16_gram is None
+
+
 def test_whole_files_are_read(clients):
     adapters = open_adapters([clients])
     size = bench_align._read_files([file.path for file in adapters.files])
@@ -63,12 +69,15 @@ def test_memory_is_that_of_the_work_and_of_its_children():
 
 
 def test_a_row_of_the_benchmark_adds_up(tmp_path):
-    table = bench_align.measure_planted(PLAN, scratch=tmp_path, jobs=(1,), shape=SHAPE, layers=2)
+    plan = replace(PLAN, dtype="bfloat16")
+    table = bench_align.measure_planted(plan, scratch=tmp_path, jobs=(1,), shape=SHAPE, layers=2)
     row = table.iloc[0]
     assert (row.device, row.jobs, row.exact) == ("cpu", 1, True) and list(tmp_path.iterdir()) == []
     assert row.copy_seconds == 0 < min(row.read_seconds, row.gram_seconds)
     assert row.floor_seconds == pytest.approx(row.read_seconds + row.copy_seconds + row.gram_seconds)
     assert row.to_floor == pytest.approx(row.align_seconds / row.floor_seconds)
+    assert row.to_bfloat16_floor == pytest.approx(row.align_seconds / row.bfloat16_floor_seconds)
+    assert row.bfloat16_floor_seconds > row.read_seconds
     assert row.dense_to_align == pytest.approx(row.dense_seconds / row.align_seconds)
     assert 0 < row.search_seconds < row.align_seconds and 0.1 < row.memory_gb < 3
     assert len(scale_plots.bench(table).axes) == 1

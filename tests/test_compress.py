@@ -191,6 +191,17 @@ def test_single_precision_moves_the_result_by_rounding():
     assert sin_theta(shared_of(single).lifted_basis().double(), exact.basis) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_gram_matrices_are_as_exact_as_single_precision_whatever_the_files_hold(dtype):
+    updates = [LowRank(u.B.to(dtype), u.A.to(dtype), u.scale) for u in adapters(K=40, p=512)]
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    stacked = stack(updates)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    for G, F in ((stacked.G_B, stacked.B.double()), (stacked.G_A, stacked.A.T.double())):
+        sizes = torch.linalg.vector_norm(F, dim=0)
+        assert float(((G - F.T @ F) / (sizes[:, None] * sizes)).abs().max()) < 1e-6  # bfloat16 rounds at 4e-3
+
+
 def test_no_noise_and_clients_without_update():
     updates = adapters(noise=0.0)
     updates[0] = LowRank(torch.zeros_like(updates[0].B), updates[0].A)
