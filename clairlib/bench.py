@@ -106,7 +106,9 @@ def _loosest(cvxpy: ModuleType, problem: Any, optimum: float) -> float:
         value = problem.solve(solver=cvxpy.SCS, eps=eps, max_iters=100_000, warm_start=False)
         if abs(value - optimum) <= SAME_OBJECTIVE * optimum:
             return eps
-    raise RuntimeError(f"SCS did not come within {SAME_OBJECTIVE} of the objective {optimum} even at eps {eps}")
+    raise RuntimeError(
+        f"SCS did not come within {SAME_OBJECTIVE} of the objective {optimum} even at eps {eps}"
+    )
 
 
 def convex_problem(cvxpy: ModuleType, updates: Tensor, lam: float, nu: float, common: bool = True) -> Any:

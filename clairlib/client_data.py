@@ -209,7 +209,9 @@ def _chat(messages: Any, tokenizer: Any) -> tuple[str, str]:
         raise ValueError(f"has 'messages' that the chat template refuses ({error})") from error
 
 
-def hold_out(name: str, examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[Example], list[Example]]:
+def hold_out(
+    name: str, examples: Sequence[Example], share: float, *, seed: int
+) -> tuple[list[Example], list[Example]]:
     """Examples to train on and to validate with, ``share`` of them but at least one, drawn by ``(name, "validation")``.
 
     Raises

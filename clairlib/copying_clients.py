@@ -118,7 +118,9 @@ def train_federation(
     return TrainedFederation(base, federation, train(base, federation.clients, seed=seed, recipe=recipe))
 
 
-def train(base: Base, clients: Iterable[Client], *, seed: int, recipe: Recipe | None = None) -> list[TrainedClient]:
+def train(
+    base: Base, clients: Iterable[Client], *, seed: int, recipe: Recipe | None = None
+) -> list[TrainedClient]:
     """Every client's update, trained on its own sequences with label noise; initial factors and data from its name.
 
     Clients draw different initial A, since a common one would align the adapters' row side, contaminated ones included.
@@ -251,7 +253,9 @@ def evaluate(base: Base, client: Client, updates: Updates, *, seed: int, count: 
 
 
 @torch.no_grad()
-def evaluate_free_running(base: Base, client: Client, updates: Updates, *, seed: int, count: int = 20) -> list[float]:
+def evaluate_free_running(
+    base: Base, client: Client, updates: Updates, *, seed: int, count: int = 20
+) -> list[float]:
     """As `evaluate`, but the model copies from its own output, read back through the dialect."""
     batch = client_batch(client, count, generator=derive(seed, client.name, "free running"))
     count = len(next(iter(updates.values())))

@@ -217,7 +217,9 @@ def _stamp(solution: _Solution, iterations: int, tolerance: float) -> _Solution:
     return replace(solution, certificate=replace(bounds, iterations=iterations, converged=converged))
 
 
-def _certify(problem: Problem, common: Tensor, low_rank: Tensor, contamination: Tensor, dual: Tensor) -> _Solution:
+def _certify(
+    problem: Problem, common: Tensor, low_rank: Tensor, contamination: Tensor, dual: Tensor
+) -> _Solution:
     """Bounds recomputed from the tensors by singular values, with the dual made exactly admissible."""
     spectral = float(torch.linalg.matrix_norm(dual.flatten(1), ord=2))
     dual = dual / max(1.0, spectral)

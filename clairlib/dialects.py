@@ -237,6 +237,7 @@ def make_federation(
     lots = {name: torch.rand((), generator=derive(seed, name, "lot")).item() for name in names}
     chosen = sorted(names, key=lots.__getitem__)[:contaminated]
 
+
     def make(name: str) -> Client:
         own = derive(seed, name, "dialect")
         if name not in chosen:
@@ -250,7 +251,9 @@ def make_federation(
     return Federation(shared, [make(name) for name in names], door)
 
 
-def client_batch(client: Client, count: int, *, generator: torch.Generator, label_noise: float = 0.0) -> Batch:
+def client_batch(
+    client: Client, count: int, *, generator: torch.Generator, label_noise: float = 0.0
+) -> Batch:
     """Sequences of the client's own tokens with targets in its dialect, as it is taught them.
 
     `label_noise` is the probability that a target is replaced by a token drawn evenly from the vocabulary.

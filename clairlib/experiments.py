@@ -66,7 +66,9 @@ def sweep(
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}
 
 
-def _run(cell: Cell, shared: Mapping[str, Any], parameters: dict[str, Any], folder: Path | None) -> Mapping[str, Rows]:
+def _run(
+    cell: Cell, shared: Mapping[str, Any], parameters: dict[str, Any], folder: Path | None
+) -> Mapping[str, Rows]:
     """One cell, from the cache if it is there; under its name in the cache only once it is whole."""
     torch.set_num_threads(1)
     if folder is None:

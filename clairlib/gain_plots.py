@@ -86,7 +86,9 @@ def boundary(crossings: pd.DataFrame, clients: pd.DataFrame) -> Figure:
     """
     with plt.style.context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1, 1, 1.1))
-        for axes, axis, label in zip(panels, ("heterogeneity", "samples"), ("h", "n"), strict=False):
+        for axes, axis, label in zip(
+            panels, ("heterogeneity", "samples"), ("h", "n"), strict=False
+        ):
             _crossings(axes, crossings[crossings.axis == axis], f"{label} of zero gain / first order")
         panels[1].set_yticklabels([])
         panels[0].set_title("As h grows")

@@ -51,7 +51,9 @@ def draw(
     """Planted clients of the study. The same name and seed give the same directions at every noise and ratio."""
     h, generator = ratio * noise * (ROWS - r) ** 0.5, derive(seed, "gain", name, K, str(share), q, r)
     entry = noise / q**0.5
-    return planted(share=share, K=K, p=ROWS, q=q, r=r, noise=entry, heterogeneity=h, generator=generator, **options)
+    return planted(
+        share=share, K=K, p=ROWS, q=q, r=r, noise=entry, heterogeneity=h, generator=generator, **options
+    )
 
 
 def told_frame(truth: Planted, weights: Tensor | None = None) -> Frame:

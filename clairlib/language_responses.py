@@ -147,7 +147,9 @@ def train_clients(
     how: ResponseSetting, base: LanguageBase, pairs: Mapping[str, Pairs], *, seed: int, device: str
 ) -> dict[str, list[Any]]:
     """Adapters of every target, one a client, each trained on its own pairs; ``pairs``: client's name -> its pairs."""
-    data = [ClientData(name, examples_of(own, base.tokenizer, how.length), RANK, ALPHA) for name, own in pairs.items()]
+    data = [
+        ClientData(name, examples_of(own, base.tokenizer, how.length), RANK, ALPHA) for name, own in pairs.items()
+    ]
     schedule = Schedule(how.steps, how.batch, learning_rate=how.learning_rate)
     job: dict[str, Any] = {"seed": seed, "device": device, "group_tokens": GROUP_TOKENS}
     trained = train_adapters(base.model, data, list(how.targets), schedule, **job)

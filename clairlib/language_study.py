@@ -67,7 +67,9 @@ class Run:
     device: str
 
 
-def language_cell(setting: str, kind: str, seed: int, cache: str, device: str, **sizes: int) -> dict[str, Rows]:
+def language_cell(
+    setting: str, kind: str, seed: int, cache: str, device: str, **sizes: int
+) -> dict[str, Rows]:
     """One federation: accuracy of every method on the benign clients, CLAIR's verdict, and what the updates share.
 
     ``sizes``: the attributes of `Sizes`.

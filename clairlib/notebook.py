@@ -38,7 +38,9 @@ class Notebook:
         """Folder for what outlives a run, content-keyed; ``output`` is emptied before a run, this is not."""
         return self.output.parent / "cache"
 
-    def show_and_save(self, name: str, figure: Figure | None = None, table: pd.DataFrame | None = None) -> None:
+    def show_and_save(
+        self, name: str, figure: Figure | None = None, table: pd.DataFrame | None = None
+    ) -> None:
         """Show a figure, its table or both, write NAME.pdf, NAME.png and NAME.csv, and close the figure.
 
         Raises
@@ -101,7 +103,9 @@ class Notebook:
         _write(self.output / "claims.json", lambda path: path.write_text(text + "\n"))
 
 
-def start(*, profile: str, seed: int, output: str | Path, claims: str | Path = "claims.toml") -> Notebook:
+def start(
+    *, profile: str, seed: int, output: str | Path, claims: str | Path = "claims.toml"
+) -> Notebook:
     """Begin a run: make the folder, forget earlier claims, set the plot style, print a provenance line.
 
     ``claims`` is the ledger of `clairlib.ledger`, beside the notebooks, in whose folder they run.

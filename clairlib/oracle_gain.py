@@ -100,7 +100,9 @@ def boundary_heterogeneity(*, noise: float, p: int, q: int, r: int, s: int, orde
     return sqrt(spread * (p - r) * q) if spread >= 0 else float("nan")
 
 
-def boundary_samples(*, noise: float, heterogeneity: float, p: int, q: int, r: int, s: int, order: int = 2) -> float:
+def boundary_samples(
+    *, noise: float, heterogeneity: float, p: int, q: int, r: int, s: int, order: int = 2
+) -> float:
     """Sample size n at which refinement stops paying where sigma^2 = noise^2 / n: the root of ``gain``.
 
     First order: noise^2 (p - r) q / h^2. Second order: by bisection below it.

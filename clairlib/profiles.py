@@ -96,7 +96,9 @@ def _inspect(
     except SyntaxError as error:
         raise ReproduceError(f"{path}: the 'parameters' cell is not plain Python: {error}") from error
     if missing := [name for name in REQUIRED if name not in declared]:
-        raise ReproduceError(f"{path} lacks parameter {missing[0]!r}; every notebook has {', '.join(REQUIRED)}")
+        raise ReproduceError(
+            f"{path} lacks parameter {missing[0]!r}; every notebook has {', '.join(REQUIRED)}"
+        )
     if table is None and profile != DEFAULT_PROFILE:
         raise ReproduceError(f"profiles.toml lacks [{where}]; add it, empty to keep the notebook's defaults")
     table = table or {}

@@ -260,12 +260,10 @@ def spectral(fits: Fits, samples: Tensor, rank: int, share: float, strength: flo
     U = torch.linalg.svd(scaled, full_matrices=False).U[:, :rank]
     centre = within(fits, U, torch.zeros(p, 1, dtype=B.dtype))
     gamma = strength * (p + torch.log(torch.tensor(float(K)))).sqrt()
-    return centre + torch.stack(
-        [
-            _step(fits.gram[k] / n, (fits.moments[k] - fits.gram[k] @ centre[k])[:, 0] / n, float(gamma / n.sqrt()))
-            for k, n in enumerate(samples.double())
-        ]
-    )
+    return centre + torch.stack([
+        _step(fits.gram[k] / n, (fits.moments[k] - fits.gram[k] @ centre[k])[:, 0] / n, float(gamma / n.sqrt()))
+        for k, n in enumerate(samples.double())
+    ])
 
 
 def _step(G: Tensor, g: Tensor, penalty: float) -> Tensor:
@@ -280,3 +278,4 @@ def _step(G: Tensor, g: Tensor, penalty: float) -> Tensor:
         # ||d|| > length where the step of that length is too short
         low, high = (length, high) if float((h / (values * length + penalty)).norm()) > 1 else (low, length)
     return (vectors @ (h * high / (values * high + penalty)))[:, None]
+

@@ -85,7 +85,9 @@ def reproduce(
     return runs
 
 
-def _run_all(work: list[Job], jobs: int, force: bool, figures: Path | None, console: Console) -> list[NotebookRun]:
+def _run_all(
+    work: list[Job], jobs: int, force: bool, figures: Path | None, console: Console
+) -> list[NotebookRun]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar, ThreadPoolExecutor(jobs) as pool:

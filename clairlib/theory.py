@@ -119,7 +119,7 @@ class RecoveryCertificate:
     necessary: float
 
     def verdict(self, margin: float = 0.0) -> str:
-        """ "exact", "not exact" or "undecided", each end kept ``margin`` away from."""
+        """"exact", "not exact" or "undecided", each end kept ``margin`` away from."""
         if max(self.spectral, self.block) < 1 - margin:
             return "exact"
         return "not exact" if max(self.spectral, self.necessary) > 1 + margin else "undecided"

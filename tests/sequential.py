@@ -30,7 +30,9 @@ def tiny_llama(dtype=torch.float64, **changes):
 def tiny_opt(dtype=torch.float64):
     sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "dropout": 0.1}
     torch.manual_seed(0)
-    config = OPTConfig(**sizes, word_embed_proj_dim=16, vocab_size=VOCABULARY, max_position_embeddings=32, init_std=0.2)
+    config = OPTConfig(
+        **sizes, word_embed_proj_dim=16, vocab_size=VOCABULARY, max_position_embeddings=32, init_std=0.2
+    )
     return OPTForCausalLM(config).to(dtype)
 
 

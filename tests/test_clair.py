@@ -227,6 +227,8 @@ def lora_clients(seed, K, bad, p=200, q=150, r=2, rho=2, noise=0.02):
     return updates, benign, shared
 
 
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("rho", [2, 4])
 def test_adapters_whose_ranks_do_not_fill_the_matrix(rho, seed):

@@ -60,7 +60,9 @@ def test_out_of_distribution_is_uniform_and_longer():
     batch = unfamiliar_batch(2000, generator=derive(0, "uniform"))
     assert ((batch.targets != NO_TARGET).sum(dim=1) == 25 - 4).all()
     counts = torch.bincount(batch.tokens.flatten(), minlength=VOCABULARY)
-    familiar = torch.bincount(familiar_batch(2000, generator=derive(0, "zipf")).tokens.flatten(), minlength=VOCABULARY)
+    familiar = torch.bincount(
+        familiar_batch(2000, generator=derive(0, "zipf")).tokens.flatten(), minlength=VOCABULARY
+    )
     assert counts.max() / counts.min() < 1.3  # 2000 tokens of each: 5 standard deviations are 11 %
     assert familiar[0] / familiar[-1] > 10  # (64 + 2.7) / (1 + 2.7) = 18
 

@@ -199,11 +199,8 @@ def test_verdicts_are_counted_against_the_truth():
 
 def test_leverage_picks_exactly_the_symbols_or_not():
     leverage = pd.DataFrame(
-        [
-            {**CELL, "seed": s, "token": t, "leverage": v, "symbol": t < 2}
-            for s, values in enumerate([(0.9, 0.8, 0.1), (0.9, 0.1, 0.2)])
-            for t, v in enumerate(values)
-        ]
+        [{**CELL, "seed": s, "token": t, "leverage": v, "symbol": t < 2}
+         for s, values in enumerate([(0.9, 0.8, 0.1), (0.9, 0.1, 0.2)]) for t, v in enumerate(values)]
     )
     assert list(copying_tables.leverage_picks_symbols(leverage).picked) == [True, False]
 

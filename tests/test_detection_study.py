@@ -155,35 +155,14 @@ def test_filters_rank_low_rank_contamination():
 
 def test_figures_draw_from_their_tables():
     verdicts, summary = verdict_table(), study.summarise_verdicts(verdict_table())
-    runs = pd.DataFrame(
-        [
-            {"K": k, "noise": n, "flagged": 0, "p_value": p}
-            for k in (8, 24)
-            for n in ("isotropic", "coloured")
-            for p in (0.1, 0.7)
-        ]
-    )
-    told = pd.DataFrame(
-        [
-            {"statistic": s, "basis": b, "K": 24, "factor": f, "exact": f}
-            for s in ("energy", "filtered")
-            for b in ("true", "random")
-            for f in (0.5, 1.0)
-        ]
-    )
-    filters = pd.DataFrame(
-        [
-            {"contamination": "dense", "spread": s, "filter": "top r", "strength": x, "auc": x}
-            for s in (0.0, 0.2)
-            for x in (0.6, 0.9)
-        ]
-    ).assign(low=0.5, high=1.0)
-    rocs = pd.DataFrame(
-        [
-            {"noise": 0.3, "contamination": "dense", "method": "CLAIR", "false_alarms": f, "caught": 1.0}
-            for f in (0.0, 0.5)
-        ]
-    )
+    runs = pd.DataFrame([{"K": k, "noise": n, "flagged": 0, "p_value": p}
+                         for k in (8, 24) for n in ("isotropic", "coloured") for p in (0.1, 0.7)])
+    told = pd.DataFrame([{"statistic": s, "basis": b, "K": 24, "factor": f, "exact": f}
+                         for s in ("energy", "filtered") for b in ("true", "random") for f in (0.5, 1.0)])
+    filters = pd.DataFrame([{"contamination": "dense", "spread": s, "filter": "top r", "strength": x, "auc": x}
+                            for s in (0.0, 0.2) for x in (0.6, 0.9)]).assign(low=0.5, high=1.0)
+    rocs = pd.DataFrame([{"noise": 0.3, "contamination": "dense", "method": "CLAIR", "false_alarms": f, "caught": 1.0}
+                         for f in (0.0, 0.5)])
     figures = [
         plots.recovery_grid(summary), plots.separation_curves(summary, 20.0), plots.promise(told),
         plots.calibration(study.summarise_calibration(runs), runs), plots.filter_curves(filters),

@@ -234,16 +234,8 @@ def test_a_base_that_cannot_be_had_is_one_line(tmp_path, tiny, texts, monkeypatc
 @pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason="the pretrained encoder is an extra")
 def test_the_pretrained_encoder_tells_the_topics_apart(tmp_path):
     rows = {
-        "text": [
-            "the cat purrs",
-            "a dog barks",
-            "my kitten",
-            "the horse neighs",
-            "stocks fell",
-            "the bank lends",
-            "interest rates",
-            "bonds and shares",
-        ],
+        "text": ["the cat purrs", "a dog barks", "my kitten", "the horse neighs", "stocks fell", "the bank lends",
+                 "interest rates", "bonds and shares"],
         "label": ["animals"] * 4 + ["money"] * 4,
     }
     texts = load_texts(rows)

@@ -78,11 +78,9 @@ def test_statement4_with_the_covariance_of_the_estimators():
     X = [draw(n, p, name=f"design{n}") @ root.T for n in sizes]
     gram = torch.stack([x.T @ x for x in X])
     U, w = random_frame(p, r, generator=derive(0, "test", "U")), torch.tensor(sizes).double()
-    errors = torch.stack(
-        [  # of the estimates: their refined errors do not depend on the coefficients
-            torch.linalg.solve(gram[k], X[k].T @ (sigma * draw(draws, n, 3, name=f"E{n}"))) for k, n in enumerate(sizes)
-        ]
-    )  # (K, draws, p, q)
+    errors = torch.stack([  # of the estimates: their refined errors do not depend on the coefficients
+        torch.linalg.solve(gram[k], X[k].T @ (sigma * draw(draws, n, 3, name=f"E{n}"))) for k, n in enumerate(sizes)
+    ])  # (K, draws, p, q)
     mean = torch.einsum("k,kdpq->dpq", w / w.sum(), errors)
     refined = errors - project_out(U, errors - mean)
     measured = refined.square().sum(dim=(2, 3)).mean(dim=0)

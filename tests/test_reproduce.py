@@ -30,7 +30,9 @@ rows = [seed * 10 + i for i in range(size)]
 Path(output, "rows.csv").write_text("\\n".join(map(str, rows)))"""
 
 
-def write_notebook(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS, tag: str = "parameters") -> None:
+def write_notebook(
+    folder: Path, name: str, *cells: str, parameters: str = PARAMETERS, tag: str = "parameters"
+) -> None:
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": [tag]})
     notebook = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)])
     folder.mkdir(parents=True, exist_ok=True)

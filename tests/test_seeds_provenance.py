@@ -27,7 +27,8 @@ def test_a_seed_is_the_sha256_of_its_path():
 
 def test_a_draw_is_the_same_in_another_process():
     code = (
-        "import torch; from clairlib.seeds import derive\nprint(torch.randn(4, generator=derive(3, 'a', 1)).tolist())"
+        "import torch; from clairlib.seeds import derive\n"
+        "print(torch.randn(4, generator=derive(3, 'a', 1)).tolist())"
     )
     root = Path(__file__).resolve().parents[1]
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

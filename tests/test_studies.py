@@ -59,11 +59,8 @@ def test_overview_shows_every_client_and_the_verdict(by_module):
 
 def test_figures_draw_from_their_tables():
     draws = pd.DataFrame(
-        [
-            {"contamination": "dense", "share": s, "noise": n, "exact": 1.0, "low": 0.8, "high": 1.0}
-            for s in (0.2, 0.4)
-            for n in (0.1, 0.3)
-        ]
+        [{"contamination": "dense", "share": s, "noise": n, "exact": 1.0, "low": 0.8, "high": 1.0}
+         for s in (0.2, 0.4) for n in (0.1, 0.3)]
     )
     truth = planted(generator=derive(0, "figures"))
     for figure in (plots.recovery_rates(draws), plots.errors(error_table(truth, truth.updates))):

@@ -38,7 +38,9 @@ def test_model_shapes_are_those_of_transformers() -> None:
 
     sizes = dict(vocab_size=8, num_hidden_layers=1)
     llama = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, **sizes)
-    qwen = Qwen2Config(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, **sizes)
+    qwen = Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, **sizes
+    )
     for name, kind, config in (
         ("llama-2-7b", LlamaForCausalLM, llama),
         ("qwen2.5-0.5b", Qwen2ForCausalLM, qwen),

@@ -70,9 +70,7 @@ def test_the_standard_library_gives_the_same_texts_again_none_twice():
 
 def test_texts_are_of_their_package():
     texts = standard_library(["asyncio", "ipaddress"])
-    both = {
-        name: " ".join(t for t, c in zip(texts.texts, texts.classes, strict=True) if texts.names[c] == name)
-        for name in texts.names
-    }
+    both = {name: " ".join(t for t, c in zip(texts.texts, texts.classes, strict=True) if texts.names[c] == name)
+            for name in texts.names}
     assert both["asyncio"].count("await ") > 50 and both["ipaddress"].count("await ") == 0
     assert both["ipaddress"].count("netmask") > 20 > both["asyncio"].count("netmask")
