@@ -34,10 +34,6 @@ class Shared:
     basis: Tensor
     shares: Tensor
 
-    def off(self, coefficients: Tensor) -> Tensor:
-        """Combinations (N, m) less their part in the subspace."""
-        return coefficients - self.basis @ (self.basis.T @ (self.stacked.G_B @ coefficients))
-
     def lifted_basis(self) -> Tensor:
         """U (p, r)."""
         return self.stacked.B @ self.basis.to(self.stacked.B.dtype)
@@ -92,11 +88,11 @@ def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     return V @ E, inner @ E
 
 
-def _angle(residual: Tensor, values: Tensor, rank: int) -> float:
-    """Bound on the sine of the angle to the exact subspace: root of the squared residual over the gap that ends it."""
+def _angle(square: Tensor, values: Tensor, rank: int) -> float:
+    """Bound on the sine of the angle to the exact subspace: norm of the residual, given squared, over the last gap."""
     beyond = values[rank] if len(values) > rank else values.new_zeros(())
     gap = (values[rank - 1] - beyond).clamp(min=torch.finfo(values.dtype).tiny)
-    return float(residual.clamp(min=0.0).sqrt() / gap)
+    return float(square.clamp(min=0.0).sqrt() / gap)
 
 
 def _near_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
