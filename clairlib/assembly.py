@@ -65,6 +65,7 @@ def shared_part(stacked: Stacked, members: Tensor, weights: Tensor, start: Tenso
 
     V, inner = orthonormal(start, stacked.G_B @ start)
     for _ in range(MOST_ROUNDS if rank else 0):
+        rank = min(rank, V.shape[1])  # less than asked for where the members do not differ in so many directions
         image = scatter(inner)
         seen = stacked.G_B @ image
         values, E = torch.linalg.eigh(inner.T @ image)
@@ -96,15 +97,15 @@ def _angle(square: Tensor, values: Tensor, rank: int) -> float:
 
 
 def _near_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
-    """Combinations (N, m), m >= ``count``, near the leading left singular directions of P_perp M, off the subspace.
+    """Combinations (N, m), somewhat more than ``count``, near the leading left singular directions of P_perp M.
 
-    Randomised subspace iteration in the precision of the factors.
+    Randomised subspace iteration in the precision of the factors, off the subspace.
     """
     s, w = shared.stacked, shared.shares[:, None]
     N, low = len(s.G_B), s.B.dtype
     inside = shared.basis.T @ s.G_B  # (r, N)
     G_B, G_A, basis, part, by = (x.to(low) for x in (s.G_B, s.G_A, shared.basis, inside, w))
-    V = by * torch.randn(N, min(count + GUARD, N), generator=generator).to(G_B)
+    V = by * torch.randn(N, min(count + GUARD, N), generator=generator, dtype=torch.float32).to(G_B)
     for _ in range(OFF_ROUNDS):
         V = torch.linalg.qr(V - basis @ (part @ V))[0]
         V = by * (G_A @ (by * (G_B @ V)))

@@ -127,7 +127,7 @@ def _meet(barrier: Barrier) -> None:
 
 
 def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: str) -> tuple[float, ...]:
-    """Of this process, in a second: bytes read, all the products, those of bfloat16 values, bytes copied to it."""
+    """Of this process, in a second: bytes read, all the products, those of bfloat16 values, bytes to the device."""
     from clairlib import floor  # with transformers, which would count as memory of an alignment
 
     assert _barrier is not None

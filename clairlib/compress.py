@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from clairlib.grams import Stacked
-from clairlib.subspace import numerical_ranks
+from clairlib.subspace import numerical_ranks, squared_singular_values
 
 LEAD = 64  # leading directions of the members together, on either side, that are kept in common
 FILLED = 128  # rows or columns up to which the noise of adapters fills them all, and cores hold everything
@@ -81,7 +81,7 @@ def _side(stacked: Stacked, lead: int, members: Tensor, generator: Generator) ->
     shares = torch.where(members & (energies > 0), energies, torch.inf).rsqrt()
     basis, coordinates = _leading(stacked, _root(other) * shares[:, None, None], lead, generator)
     coordinates = stacked.by_client(coordinates)  # (K, d, w)
-    rest = _root(own - coordinates.mT @ coordinates, own)
+    rest = _root(own - coordinates.mT @ coordinates, 1e-7, own)
     return basis, torch.cat([coordinates, rest], dim=1)
 
 
@@ -94,7 +94,7 @@ def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> tu
     N, dtype = len(stacked.G_B), stacked.B.dtype
     width = min(N, lead + GUARD)
     G, root, back = stacked.G_B.to(dtype), F.to(dtype), F.mT.to(dtype)
-    Q = torch.randn(N, width, generator=generator).to(G)
+    Q = torch.randn(N, width, generator=generator, dtype=torch.float32).to(G)
     for _ in range(ROUNDS):
         Q = torch.linalg.qr(stacked.times_blocks(back, G @ stacked.times_blocks(root, Q)))[0]
     V = stacked.times_blocks(F, Q.double())
@@ -107,14 +107,17 @@ def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> tu
 
 
 def _ranks(stacked: Stacked) -> Tensor:
-    """Numerical ranks (K,) of the updates B_k A_k."""
-    root = _root(stacked.blocks(stacked.G_A))
-    return numerical_ranks(torch.linalg.eigvalsh(root @ stacked.blocks(stacked.G_B) @ root).flip(1).clamp(min=0.0))
+    """Numerical ranks (K,) of the updates; directions of a factor that may be rounding of its Gram matrix are none."""
+    rounding = stacked.width * torch.finfo(stacked.B.dtype).eps
+    left, right = (_root(stacked.blocks(G), rounding) for G in (stacked.G_B, stacked.G_A))
+    return numerical_ranks(squared_singular_values(stacked.scales[:, None, None] * (left @ right)))
 
 
-def _root(blocks: Tensor, whole: Tensor | None = None) -> Tensor:
-    """Symmetric roots (K, w, w) of positive semidefinite blocks; what is rounding of ``whole`` counts as zero."""
+def _root(blocks: Tensor, floor: float = 1e-14, whole: Tensor | None = None) -> Tensor:
+    """Symmetric roots (K, w, w) of positive semidefinite blocks.
+
+    Eigenvalues below the part ``floor`` of the trace, theirs or that of the ``whole`` of which they are left, are 0.
+    """
     values, vectors = torch.linalg.eigh(blocks)
     size = (blocks if whole is None else whole).diagonal(dim1=1, dim2=2).sum(dim=1)
-    floor = 1e-14 if whole is None else 1e-7
     return vectors * torch.where(values > floor * size[:, None], values, 0.0).sqrt()[:, None, :] @ vectors.mT

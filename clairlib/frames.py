@@ -221,7 +221,7 @@ class LeftOut:
 
     @cached_property
     def benign(self) -> Spread:
-        """Those of the members."""
+        """How the members' residuals spread."""
         return Spread(self.R[self.frame.members], self.frame.common)
 
 

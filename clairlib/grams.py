@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from clairlib.factors import LowRank
 
 PANELS = 4  # of a Gram matrix: ten sixteenths of the operations of the whole product
+_SETTING = Lock()
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,17 @@ def bfloat16_products(device: torch.device, exact: bool) -> Iterator[None]:
     """Let float32 products multiply in bfloat16 (TF32 on a GPU) and add in float32, where the processor can.
 
     ``exact`` says that the factors hold bfloat16 values: the product of two of them has 16 significant bits, so nothing
-    is rounded that single precision would not round. Without that, or before PyTorch 2.9, nothing changes.
+    is rounded that single precision would not round. Without that, or before PyTorch 2.9, nothing changes. The setting
+    is the whole process's: one thread has it at a time, but products of others are affected meanwhile.
     """
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     matmul: Any = getattr(backend, "matmul", None)
     if not exact or not hasattr(matmul, "fp32_precision"):
         yield
         return
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if device.type == "cuda" else "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with _SETTING:
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if device.type == "cuda" else "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before

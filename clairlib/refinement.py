@@ -70,11 +70,11 @@ def estimate_gain(
     V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:
         return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
-    ranks = numerical_ranks(squared_singular_values(X)) if ranks is None else ranks
-    rank = int(ranks[frame.members].median())
+    own = numerical_ranks(squared_singular_values(X[frame.members])) if ranks is None else ranks[frame.members]
+    rank = int(own.median())
     squares, rest = _structure(R, left_out.squares[frame.members], rank)
-    noise_of = left_out.benign if rest is R else Spread(rest, frame.common)
-    p_eff, q_eff = noise_of.effective_dimensions()
+    spread = left_out.benign if rest is R else Spread(rest, frame.common)
+    p_eff, q_eff = spread.effective_dimensions()
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
     h2 = _kept_out(X, weights, frame, rank, p_eff, q_eff) if squares.shape[1] else 0.0

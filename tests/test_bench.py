@@ -103,8 +103,10 @@ def test_needed_products_grow_with_clients_and_steps_but_for_the_frozen_part():
 
 
 def test_time_of_the_needed_products_adds_up(monkeypatch):
-    monkeypatch.setattr(floor, "_seconds_of", lambda shape, device: math.prod(shape) / 1e6)
-    assert floor.seconds([((1, 10, 10, 10), 3.0), ((2, 5, 5, 4), 0.5)], "cpu") == pytest.approx(3.1e-3)
+    monkeypatch.setattr(floor, "_seconds_of", lambda shape, device, bfloat16: math.prod(shape) / (1e6 + 3e6 * bfloat16))
+    products = [((1, 10, 10, 10), 3.0), ((2, 5, 5, 4), 0.5)]
+    assert floor.seconds(products, "cpu") == pytest.approx(3.1e-3)
+    assert floor.seconds(products, "cpu", bfloat16=True) == pytest.approx(3.1e-3 / 4)
 
 
 def test_processor_time_is_not_the_clocks():

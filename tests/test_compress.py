@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from clairlib import CLAIR, LowRank
+from clairlib import CLAIR, LowRank, grams
 from clairlib.assembly import assemble, refined_adapters
 from clairlib.compress import compress
 from clairlib.description import left_out_noise
@@ -82,9 +84,9 @@ def test_own_coordinates_neglect_little(how):
     assert gains[0] == pytest.approx(gains[1], abs=0.02)
 
 
-def shared_of(updates, lead=64):
+def shared_of(updates, lead=64, rank=None):
     stacked = stack(updates)
-    fit = Fit("m", compress(stacked, (lead, lead), generator=derive(0, "test")), WEIGHTS, None)
+    fit = Fit("m", compress(stacked, (lead, lead), generator=derive(0, "test")), WEIGHTS, rank)
     return fit.shared(fit.frame(BENIGN), stacked)
 
 
@@ -191,15 +193,51 @@ def test_single_precision_moves_the_result_by_rounding():
     assert sin_theta(shared_of(single).lifted_basis().double(), exact.basis) < 1e-5
 
 
+MATMUL = getattr(torch.backends.mkldnn, "matmul", None)
+settable = pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="PyTorch before 2.9 cannot set it")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_gram_matrices_are_as_exact_as_single_precision_whatever_the_files_hold(dtype):
     updates = [LowRank(u.B.to(dtype), u.A.to(dtype), u.scale) for u in adapters(K=40, p=512)]
-    before = torch.backends.mkldnn.matmul.fp32_precision
     stacked = stack(updates)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
     for G, F in ((stacked.G_B, stacked.B.double()), (stacked.G_A, stacked.A.T.double())):
         sizes = torch.linalg.vector_norm(F, dim=0)
         assert float(((G - F.T @ F) / (sizes[:, None] * sizes)).abs().max()) < 1e-6  # bfloat16 rounds at 4e-3
+
+
+@settable
+def test_products_are_in_bfloat16_only_where_all_factors_are(monkeypatch):
+    seen, before = [], MATMUL.fp32_precision
+    monkeypatch.setattr(grams, "gram", lambda B: seen.append(MATMUL.fp32_precision) or B.T @ B)
+    half, single = ([LowRank(u.B.to(d), u.A.to(d)) for u in adapters(K=3)] for d in (torch.bfloat16, torch.float32))
+    for updates in (half, single, [*half[:2], single[2]], [LowRank(half[0].B, single[0].A)] * 3):
+        stack(updates)
+    assert seen == ["bf16"] * 2 + [before] * 6
+    with pytest.raises(ValueError), grams.bfloat16_products(torch.device("cpu"), True):
+        raise ValueError
+    assert MATMUL.fp32_precision == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ranks_are_those_of_the_updates_whatever_the_factors_ranks(dtype):
+    g = torch.Generator().manual_seed(0)
+
+    def factor(p, rank):
+        return torch.randn(p, rank, generator=g, dtype=torch.float64) @ torch.randn(rank, 16, generator=g).double()
+
+    ranks = [(4, 16), (16, 4), (16, 16), (3, 5), (16, 16)]
+    updates = [LowRank(factor(300, b).to(dtype), factor(200, a).T.to(dtype), 2.0) for b, a in ranks]
+    updates[-1] = replace(updates[-1], scale=0.0)
+    assert compress(stack(updates), (64, 64), generator=derive(0, "ranks")).ranks.tolist() == [4, 4, 16, 3, 0]
+
+
+def test_a_rank_that_the_members_do_not_have_is_cut():
+    updates = adapters(noise=0.0)
+    shared = shared_of(updates, rank=40)
+    assert RANK <= shared.basis.shape[1] < 40
+    exact = fit_frame(dense(updates), WEIGHTS, BENIGN, RANK)
+    assert sin_theta(shared.lifted_basis()[:, :RANK], exact.basis) < 1e-6
 
 
 def test_no_noise_and_clients_without_update():
