@@ -15,7 +15,7 @@ from clairlib.factors import LowRank
 from clairlib.grams import Stacked
 
 GUARD = 8  # directions iterated on beyond those wanted
-MOST_ROUNDS = 60
+MOST_ROUNDS = 200  # few where a gap ends the subspace; where none does, a rank taken from noise converges slowly
 CONVERGED = {torch.float64: 1e-11, torch.float32: 1e-7}  # residual over the gap, which bounds the angle to the subspace
 ROUNDING = 1e-13
 OFF_ROUNDS = 3  # directions of noise need not converge: more rounds take a thousandth off the truncation error
@@ -71,8 +71,8 @@ def shared_part(stacked: Stacked, members: Tensor, weights: Tensor, start: Tenso
         values, E = torch.linalg.eigh(inner.T @ image)
         values, E = values.flip(0), E.flip(1)
         V, inner, image, seen = V @ E, inner @ E, image @ E, seen @ E
-        residual, its_inner = (x[:, :rank] - y[:, :rank] * values[:rank] for x, y in ((image, V), (seen, inner)))
-        if _angle((residual * its_inner).sum(), values, rank) <= CONVERGED[stacked.B.dtype]:
+        residual = image[:, :rank] - V[:, :rank] * values[:rank]
+        if _angle(stacked.G_B, residual, values, rank) <= CONVERGED[stacked.B.dtype]:
             break
         V, inner = orthonormal(image, seen)
     return Shared(stacked, V[:, :rank], shares)
@@ -89,11 +89,11 @@ def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     return V @ E, inner @ E
 
 
-def _angle(square: Tensor, values: Tensor, rank: int) -> float:
-    """Bound on the sine of the angle to the exact subspace: norm of the residual, given squared, over the last gap."""
+def _angle(G: Tensor, residual: Tensor, values: Tensor, rank: int) -> float:
+    """Bound on the sine of the angle to the exact subspace: residual over the gap that ends it."""
     beyond = values[rank] if len(values) > rank else values.new_zeros(())
-    gap = (values[rank - 1] - beyond).clamp(min=torch.finfo(values.dtype).tiny)
-    return float(square.clamp(min=0.0).sqrt() / gap)
+    size = (residual * (G @ residual)).sum().clamp(min=0.0).sqrt()
+    return float(size / (values[rank - 1] - beyond).clamp(min=torch.finfo(G.dtype).tiny))
 
 
 def _near_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
