@@ -232,6 +232,12 @@ def test_ranks_are_those_of_the_updates_whatever_the_factors_ranks(dtype):
     assert compress(stack(updates), (64, 64), generator=derive(0, "ranks")).ranks.tolist() == [4, 4, 16, 3, 0]
 
 
+def test_subspace_is_exact_where_no_gap_ends_it():
+    updates = adapters()
+    exact = fit_frame(dense(updates), WEIGHTS, BENIGN, RANK + 2)
+    assert sin_theta(shared_of(updates, rank=RANK + 2).lifted_basis(), exact.basis) < 1e-10
+
+
 def test_a_rank_that_the_members_do_not_have_is_cut():
     updates = adapters(noise=0.0)
     shared = shared_of(updates, rank=40)
