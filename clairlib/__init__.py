@@ -4,14 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clairlib.clair import CLAIR
-    from clairlib.factors import LowRank
-    from clairlib.result import ClairResult, ModuleResult
+    from clairlib.alignment.align import align
+    from clairlib.linalg.low_rank import LowRank
+    from clairlib.recovery.clair import CLAIR
+    from clairlib.recovery.result import ClairResult, ModuleResult
+    from clairlib.training.finetune import finetune
 
 __version__ = "0.1.0"
-__all__ = ["CLAIR", "ClairResult", "LowRank", "ModuleResult"]
+__all__ = ["CLAIR", "ClairResult", "LowRank", "ModuleResult", "align", "finetune"]
 
-_HOMES = {"CLAIR": "clair", "LowRank": "factors", "ClairResult": "result", "ModuleResult": "result"}
+_HOMES = {
+    "CLAIR": "recovery.clair",
+    "ClairResult": "recovery.result",
+    "LowRank": "linalg.low_rank",
+    "ModuleResult": "recovery.result",
+    "align": "alignment.align",
+    "finetune": "training.finetune",
+}
 
 
 def __getattr__(name: str) -> Any:  # torch loads with the first use, so that `clair --help` answers at once

@@ -10,22 +10,48 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clairlib.result import ClairResult, ModuleResult
+from clairlib.recovery.result import ClairResult, ModuleResult
 
-STYLE = Path(__file__).with_name("clair.mplstyle")
+STYLE = Path(__file__).with_name("plots.mplstyle")
 BENIGN, CONTAMINATED, NEUTRAL = "#0072b2", "#d55e00", "#8c8c8c"
+PALE = "#c9c9c9"  # what is shown for comparison only
 COLOURS = {
     "base": "#bdbdbd",
     "local": "#8c8c8c",
+    "local, early-stopped": "#595959",
     "FedAvg": "#e69f00",
     "FedAvg, factors": "#f0c36d",
     "FedAvg, benign only": "#cc79a7",
+    "MultiKrum": "#a6611a",
+    "geometric median": "#b8860b",
+    "Subspace-Median": "#d4b800",
+    "PCA": "#fdae61",
+    "block FMS": "#c51b7d",
+    "spectral": "#8c510a",
+    "norm filter": "#fee090",
+    "Krum distance": "#bf812d",
+    "geometric median distance": "#dfc27d",
     "CLAIR": "#0072b2",
     "CLAIR, not truncated": "#56b4e9",
+    "CLAIR, no weights": "#9ecae1",
+    "CLAIR, pooled": "#08306b",
+    "CLAIR, told r": "#7a5cb8",
+    "CLAIR, told r, pooled": "#54278f",
     "CLAIR, told S and r": "#009e73",
+    "CLAIR, told S and r, pooled": "#66c2a4",
     "CLAIR, told S and P": "#004d38",
-    "local, early-stopped": "#8c8c8c",
+    "told P, M, sigma: energy": "#000000",
+    "told P, M, sigma: filtered": "#737373",
 }
+"""The colour of a method, the same in every figure: blue CLAIR, green oracles, warm the rules of others."""
+OTHER = "#4d4d4d"  # rules without a colour of their own
+
+
+def colour_of(method: str) -> str:
+    """Colour of a method; rules that the table does not list share one."""
+    return COLOURS.get(method, OTHER)
+
+
 SHOWN = 30  # singular values drawn
 MAX_HEAT = 60  # modules drawn, the first of them
 
@@ -53,7 +79,7 @@ def overview(result: ClairResult) -> Figure:
 def _spectrum(axes: Axes, module: ModuleResult) -> None:
     values = np.asarray(module.spectrum)[:SHOWN]
     inside = np.arange(len(values)) < module.rank
-    axes.bar(np.arange(1, len(values) + 1), values, color=np.where(inside, BENIGN, "#c9c9c9"))
+    axes.bar(np.arange(1, len(values) + 1), values, color=np.where(inside, BENIGN, PALE))
     axes.set(title=f"Spectrum of the benign clients: rank {module.rank}", xlabel="direction", ylabel="singular value")
 
 
@@ -154,7 +180,7 @@ def _bars(axes: Axes, table: pd.DataFrame, value: str) -> None:
     places = np.arange(len(table))
     centre = table[value].to_numpy()
     spread = [centre - table.low.to_numpy(), table.high.to_numpy() - centre]
-    axes.barh(places, centre, color=[COLOURS.get(m, NEUTRAL) for m in table.method], height=0.7)
+    axes.barh(places, centre, color=[colour_of(m) for m in table.method], height=0.7)
     axes.errorbar(centre, places, xerr=spread, fmt="none", color="black", capsize=2, linewidth=1)
     axes.set_yticks(places, list(table.method))
     axes.set_ylim(len(table) - 0.4, -0.6)  # first row on top, also where panels share the axis

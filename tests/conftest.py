@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from adapter_clients import plant
+
+from helpers.adapter_clients import plant
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,178 @@
+"""The clients' adapter folders as one set: names, one base model, the same modules; tensors read on demand."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clairlib.adapters.config import CONFIG
+from clairlib.adapters.folder import PICKLE, LoraFile, StoredFactors, open_lora
+from clairlib.adapters.tensors import WEIGHTS, room_for
+from clairlib.core.files import PAGE, PICTURE, REPORT, AdapterError
+from clairlib.core.limits import MINIMUM_CLIENTS
+from clairlib.linalg.low_rank import LowRank
+
+RESERVED = {REPORT, PAGE, PICTURE}
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The adapters of K clients on one base model, checked as far as configurations and headers allow.
+
+    No file is open and no tensor in memory, whatever K; the object can be sent to other processes.
+
+    Attributes
+    ----------
+    names : list[str]
+        Client names (the folders' names), K of them; the order of everything else.
+    folders : list[Path]
+        Where each came from.
+    files : list[LoraFile]
+        Each client's adapter, unread.
+    modules : dict[str, list[StoredFactors]]
+        Module name (without PEFT's ``base_model.model.``) -> the K clients' p, q, rank, dtypes, scale.
+    """
+
+    names: list[str]
+    folders: list[Path]
+    files: list[LoraFile]
+    modules: dict[str, list[StoredFactors]]
+
+    @property
+    def configs(self) -> list[dict[str, Any]]:
+        """Each client's adapter_config.json."""
+        return [file.config for file in self.files]
+
+    @property
+    def module_bytes(self) -> dict[str, int]:
+        """Bytes to read, by module."""
+        return {module: sum(own.bytes for own in clients) for module, clients in self.modules.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to read in all."""
+        return sum(self.module_bytes.values())
+
+    def load(self) -> dict[str, list[LowRank]]:
+        """All modules in memory, each as of `read`."""
+        return {module: self.read(module) for module in self.modules}
+
+    def read(self, module: str) -> list[LowRank]:
+        """The K clients' updates of one module, in the dtype of their files.
+
+        They share one allocation, which is returned when none of them is held any more: pages that are new to the
+        process cost more than reading into them, and one large block is used again where many small ones are not.
+
+        Raises
+        ------
+        AdapterError
+            One line naming the client whose file changed since it was opened, or whose factor has NaN, infinite or
+            too large entries.
+        """
+        sizes = [own.room for own in self.modules[module]]
+        updates = []
+        for name, file, room in zip(self.names, self.files, room_for(sum(sizes)).split(sizes), strict=True):
+            with blaming(name):
+                updates.append(file.read(module, room))
+        return updates
+
+
+def open_adapters(paths: Sequence[str | Path]) -> AdapterFiles:
+    """Check that the clients' adapters can be compared, without reading their tensors.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Adapter folders (adapter_config.json, adapter_model.safetensors), or one parent folder of them.
+
+    Raises
+    ------
+    AdapterError
+        One line naming the client and what is wrong with its folder, or how it differs from the others.
+    """
+    clients = client_folders(paths)
+    files: dict[str, LoraFile] = {}
+    for name, folder in clients.items():
+        with blaming(name):
+            files[name] = open_lora(folder)
+    _check_agreement(files)
+    modules = {module: [file.modules[module] for file in files.values()] for module in _first(files).modules}
+    return AdapterFiles(list(clients), list(clients.values()), list(files.values()), modules)
+
+
+def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """Client name -> adapter folder, from adapter folders or from one parent folder of them.
+
+    In a parent folder every subfolder is a client, hidden ones aside; none is skipped for lacking a file.
+
+    Raises
+    ------
+    AdapterError
+        Fewer than three clients, two of one name (case aside), a name unfit for a folder of the output, no such folder.
+    """
+    folders = [Path(os.path.abspath(path)) for path in paths]
+    for folder in folders:
+        if not folder.is_dir():
+            raise AdapterError(f"{str(folder)!r} is not a folder")
+    if len(folders) == 1 and not any((folders[0] / name).exists() for name in (CONFIG, WEIGHTS, PICKLE)):
+        folders = sorted(path for path in folders[0].iterdir() if path.is_dir() and path.name[0] != ".")
+    clients: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.name
+        if not name or not name.isprintable() or name.casefold() in RESERVED:
+            raise AdapterError(f"{name!r} cannot be a client's name; rename the folder")
+        if (twin := taken.setdefault(name.casefold(), folder)) is not folder:  # on some file systems one folder
+            raise AdapterError(f"two clients have the name {name!r}, case aside: {str(twin)!r} and {str(folder)!r}")
+        clients[name] = folder
+    if len(clients) < MINIMUM_CLIENTS:
+        found = f"{len(clients)} ({', '.join(clients)})" if clients else "none"
+        raise AdapterError(f"at least {MINIMUM_CLIENTS} clients are needed, got {found}")
+    return clients
+
+
+@contextmanager
+def blaming(client: str) -> Iterator[None]:
+    """Put the client's name before whatever AdapterError the block raises."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"client {client!r}: {error}") from error
+
+
+def _check_agreement(files: dict[str, LoraFile]) -> None:
+    if (odd := _odd_one_out({name: _base(file.config) for name, file in files.items()})) is not None:
+        name, base, usual = odd
+        raise AdapterError(f"client {name!r} has base model {base}, other clients have {usual}")
+    if (odd := _odd_one_out({name: frozenset(file.modules) for name, file in files.items()})) is not None:
+        name, own, usual = odd
+        missing, extra = sorted(usual - own), sorted(own - usual)
+        what = f"lacks module {missing[0]!r}" if missing else f"has module {extra[0]!r}"
+        more = len(missing) + len(extra) - 1
+        rest = f" ({more} more {'difference' if more == 1 else 'differences'})" if more else ""
+        raise AdapterError(f"client {name!r} {what}, unlike the other clients{rest}")
+    for module in _first(files).modules:
+        if (odd := _odd_one_out({name: file.modules[module].shape for name, file in files.items()})) is not None:
+            name, shape, usual = odd
+            raise AdapterError(f"client {name!r}: module {module!r} has shape {shape}, expected {usual}")
+
+
+def _first(files: dict[str, LoraFile]) -> LoraFile:
+    return next(iter(files.values()))
+
+
+def _odd_one_out(values: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """First client whose value is not the most frequent one: (client, its value, the usual value)."""
+    counts: Counter[Hashable] = Counter(values.values())
+    usual = counts.most_common(1)[0][0]
+    return next(((name, value, usual) for name, value in values.items() if value != usual), None)
+
+
+def _base(config: dict[str, Any]) -> str:
+    name, revision = config.get("base_model_name_or_path"), config.get("revision") or "main"
+    return repr(name) if revision == "main" else f"{name!r} revision {revision!r}"

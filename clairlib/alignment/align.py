@@ -1,0 +1,199 @@
+"""From client adapter folders to a verdict, refined adapters and a report: what ``clair align`` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clairlib.adapters import AdapterFiles, open_adapters
+from clairlib.adapters.collection import blaming, client_folders
+from clairlib.adapters.config import CONFIG
+from clairlib.adapters.tensors import WEIGHTS
+from clairlib.alignment.module import Job
+from clairlib.alignment.page import write_alignment_page
+from clairlib.alignment.passes import settle_on_disk
+from clairlib.core import provenance
+from clairlib.core.files import PAGE, PICTURE, REPORT, AdapterError, regular_file, resumable_folder
+from clairlib.recovery.clair import CLAIR
+from clairlib.recovery.result import ClairResult
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Outcome of :func:`align`: the verdict, the report as written to report.json, and the output folder.
+
+    The modules of ``result`` are summaries: their refined updates are in the output folder.
+    """
+
+    result: ClairResult
+    report: dict[str, Any]
+    output: Path
+
+
+def align(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    adapter_rank: int | None = None,
+    solver: str = "consensus",
+    side: str = "output",
+    device: str = "cpu",
+    seed: int = 0,
+    keep_contaminated: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    jobs: int = 1,
+    progress: Callable[[str, int], None] | None = None,
+    draw: Callable[[ClairResult, Path], None] | None = None,
+) -> Alignment:
+    """Judge the clients' adapters, refine the benign ones and write them as adapter folders.
+
+    A client is judged once over all its modules; subspaces are per module. A benign client's refined update
+    is truncated to ``adapter_rank`` (default: its own rank in that module); in a module where refinement was
+    refused it keeps its own update. ``output`` holds a folder for each benign client, report.json, report.html and,
+    with ``draw``, report.png.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        PEFT adapter folders, or one parent folder of them. Client name = folder name.
+    output : path
+        Folder to write; it appears whole or not at all.
+    rank : int, optional
+        Shared rank r; estimated per module when not given.
+    adapter_rank : int, optional
+        Rank of the adapters written.
+    solver, side, seed
+        As in :class:`clairlib.CLAIR`.
+    device : str
+        Where to compute, ``cpu`` or ``cuda``.
+    keep_contaminated : bool
+        Copy the two files of contaminated clients unchanged instead of leaving them out.
+    overwrite : bool
+        Replace an output folder that an earlier call wrote.
+    resume : bool
+        Go on from what a killed or interrupted run of the same clients and settings left, to the identical result.
+    jobs : int
+        Worker processes; 1 computes in this one. Memory is that of one module a process, whatever their number.
+    progress : callable, optional
+        Called with (module, number of modules) when a module is done.
+    draw : callable, optional
+        Called with (result, path of report.png), e.g. to save ``clairlib.plots.overview(result)``.
+
+    Raises
+    ------
+    AdapterError
+        One line naming the client, module, option or file that cannot be used; nothing is left behind.
+    """
+    method, output = {"rank": rank, "solver": solver, "side": side, "seed": seed}, Path(output)
+    job = open_job(paths, adapter_rank=adapter_rank, device=device, **method)
+    if device == "cuda" and jobs > 1:
+        raise AdapterError("one process serves one GPU; leave out --jobs")
+    adapters, inputs = job.adapters, [*map(Path, paths), *client_folders(paths).values()]
+    settings = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
+    with resumable_folder(output, _identity(adapters, settings), **how) as (folder, records):
+        try:
+            result, errors = settle_on_disk(job, folder, records, jobs=jobs, progress=progress)
+        except BrokenProcessPool as error:
+            raise AdapterError("a worker process ended; too little memory? Use fewer --jobs") from error
+        if keep_contaminated:
+            _copy_contaminated(folder, adapters, result)
+        report = _report(result, errors, settings)
+        (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_alignment_page(report, folder / PAGE)
+        if draw is not None:
+            draw(result, folder / PICTURE)
+    return Alignment(result, report, output)
+
+
+def open_job(
+    paths: Sequence[str | Path], *, adapter_rank: int | None = None, device: str = "cpu", **method: Any
+) -> Job:
+    """The clients' adapters, checked, and what is to be done with them; options as of :func:`align`."""
+    try:
+        clair = CLAIR(**method)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AdapterError("device cuda is not available here; use --device cpu")
+    adapters = open_adapters(paths)
+    _check_adapter_rank(adapters, adapter_rank)
+    return Job(adapters, clair, device, adapter_rank)
+
+
+def _check_adapter_rank(adapters: AdapterFiles, rank: int | None) -> None:
+    if rank is None:
+        return
+    if rank < 1:
+        raise AdapterError(f"adapter rank must be at least 1, got {rank}")
+    for module, updates in adapters.modules.items():
+        p, q = updates[0].shape
+        if rank > min(p, q):
+            what = f"adapter rank {rank} is larger than module {module!r} allows"
+            raise AdapterError(f"{what}: its update is {p} x {q}, so at most {min(p, q)}")
+
+
+def _identity(adapters: AdapterFiles, settings: dict[str, Any]) -> str:
+    """Tells whether a run can be resumed: the same files, settings and versions."""
+    files = [(name, *file.stamp) for name, file in zip(adapters.names, adapters.files, strict=True)]
+    facts = [files, settings, provenance.versions()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _copy_contaminated(folder: Path, adapters: AdapterFiles, result: ClairResult) -> None:
+    for k, name in enumerate(adapters.names):
+        if result.benign[k]:
+            continue
+        (folder / name).mkdir(exist_ok=True)
+        with blaming(name):
+            for file in (CONFIG, WEIGHTS):  # checked again: the folder may have changed since it was read
+                shutil.copyfile(regular_file(adapters.folders[k], file), folder / name / file)
+
+
+def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[str, Any]) -> dict[str, Any]:
+    clients = [
+        {
+            "name": name,
+            "contaminated": not bool(result.benign[k]),
+            "score": _number(result.scores[k]),
+            "p_value": _number(result.p_values[k]),
+            "modules": {module: _number(own.scores[k]) for module, own in result.modules.items()},
+        }
+        for k, name in enumerate(result.names)
+    ]
+    modules = [
+        {
+            "name": name,
+            "shape": list(module.shape),
+            "rank": int(module.rank),
+            "shared_structure": _number(module.shared_structure),
+            "estimated_gain": _number(module.gain),
+            "refined": bool(module.is_refined),
+            "truncation_error": _spread(errors[name]),
+            "spectrum": [_number(value) for value in module.spectrum],
+        }
+        for name, module in result.modules.items()
+    ]
+    return {"clients": clients, "modules": modules, "settings": settings, "provenance": provenance.collect()}
+
+
+def _spread(errors: list[float]) -> dict[str, float | None]:
+    """Largest and mean relative Frobenius error over the benign clients."""
+    return {"max": max(errors, default=None), "mean": sum(errors) / len(errors) if errors else None}
+
+
+def _number(value: Any) -> float | None:
+    """A JSON number; what is not finite becomes null, since strict JSON has no NaN."""
+    number = float(value)
+    return number if math.isfinite(number) else None

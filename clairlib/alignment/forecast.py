@@ -1,0 +1,72 @@
+"""What an alignment will take, before it starts: from the files' headers, and one module timed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from clairlib.alignment.module import Job, pilot, read_module
+from clairlib.linalg.compress import FILLED, LEAD
+from clairlib.recovery.clair import AGREED, pilots
+
+PROCESS = 450e6  # bytes of a process that has loaded PyTorch
+COPIES = 4  # of a module's factors: as read, side by side in single precision (twice the size), the next one being read
+SQUARES = 6  # N x N arrays in double precision at a time
+STACKS = 16  # arrays of the size of the cores at a time
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Clients, modules, bytes to read, expected peak memory in bytes of all processes, expected seconds."""
+
+    clients: int
+    modules: int
+    bytes: int
+    memory: float
+    seconds: float
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 1e9:.2f} GB to read"
+        return (
+            f"{self.clients} clients, {self.modules} modules, {size}; "
+            f"about {self.memory / 1e9:.1f} GB of memory and {self.seconds:.0f} s"
+        )
+
+
+def forecast(job: Job, jobs: int = 1) -> Forecast:
+    """Expected cost of an alignment by ``jobs`` processes.
+
+    The module of median size is read, compressed, searched and judged once; the others are expected to take as long for
+    each byte, without the search, and writing as long as reading. Should be right within a factor of two.
+    """
+    sizes = job.adapters.module_bytes
+    middle = sorted(sizes, key=sizes.__getitem__)[len(sizes) // 2]
+    start = time.perf_counter()
+    job.adapters.read(middle)
+    reading = time.perf_counter() - start
+    start = time.perf_counter()
+    fit, frame = pilot(job, middle)
+    searching = time.perf_counter() - start
+    start = time.perf_counter()
+    job.clair.prepare(read_module(job, middle), job.weights)
+    fit.outcome(torch.ones_like(frame.members))
+    working = 2 * (time.perf_counter() - start) + reading  # writing
+    few = len(pilots(list(sizes), job.clair.solver))
+    found = few if job.clair.solver == "convex" else min(AGREED, few)  # more are searched where those do not agree
+    searched = found * searching + (few - found) * working
+    seconds = (working * job.adapters.bytes / sizes[middle] + searched) / min(jobs, len(sizes))
+    return Forecast(len(job.adapters.names), len(sizes), job.adapters.bytes, jobs * memory_of_a_process(job), seconds)
+
+
+def memory_of_a_process(job: Job) -> float:
+    """Expected peak bytes of a process, from the largest module."""
+    K = len(job.adapters.names)
+    most = 0.0
+    for clients in job.adapters.modules.values():
+        N, w = sum(own.rank for own in clients), max(own.rank for own in clients)
+        (p, q), read = clients[0].shape, sum(own.bytes for own in clients)
+        side = LEAD + w if max(p, q) > FILLED else FILLED
+        most = max(most, COPIES * max(read, 2 * N * (p + q)) + 8.0 * (SQUARES * N * N + STACKS * K * side * side))
+    return PROCESS + most

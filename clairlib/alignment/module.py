@@ -1,0 +1,196 @@
+"""One module of the clients' adapters: read, compressed, judged, refined, written, in whichever process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from clairlib.adapters import AdapterFiles
+from clairlib.adapters.collection import blaming
+from clairlib.adapters.tensors import Factors
+from clairlib.adapters.writer import AdapterWriter
+from clairlib.core.files import AdapterError
+from clairlib.core.seeds import derive
+from clairlib.linalg.low_rank import Cores, LowRank, truncate
+from clairlib.linalg.refined_factors import assemble, refined_adapters
+from clairlib.recovery.clair import CLAIR
+from clairlib.recovery.frame import Frame
+from clairlib.recovery.inputs import Module, transpose
+from clairlib.recovery.module_fit import Fit, Outcome
+from clairlib.recovery.result import ModuleSummary
+from clairlib.recovery.verdict import Reading
+
+SHOWN = 32  # singular values of the spectrum that are reported
+OFF_DIRECTIONS = 2  # times the rank of the adapters written: directions of the common part that can enter them
+
+Adapters = Callable[[Sequence[int], Sequence[Factors]], Iterator[tuple[LowRank, float]]]  # of clients, as announced
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every module's work needs to know; goes to worker processes."""
+
+    adapters: AdapterFiles
+    clair: CLAIR
+    device: str
+    adapter_rank: int | None
+    ahead: dict[str, Future[list[LowRank]]] = field(default_factory=dict, repr=False)  # modules being read
+    _writers: dict[tuple[Path, int], AdapterWriter] = field(default_factory=dict, repr=False)
+
+    @property
+    def weights(self) -> Tensor:
+        """All clients alike."""
+        return torch.ones(len(self.adapters.names), dtype=torch.float64, device=self.device)
+
+    def writer(self, folder: Path, client: int) -> AdapterWriter:
+        """Of a client's adapter in ``folder``: its own scales, and its own ranks but for ``adapter_rank``."""
+        if (folder, client) not in self._writers:
+            own = self.adapters.files[client]
+            modules = {name: self._announced(factors) for name, factors in own.modules.items()}
+            self._writers[folder, client] = AdapterWriter(folder / self.adapters.names[client], own.config, modules)
+        return self._writers[folder, client]
+
+    def _announced(self, own: Factors) -> Factors:
+        rank, scale = self.adapter_rank or own.rank, own.scale or 1.0
+        return Factors(own.p, own.q, rank, own.B_dtype, own.A_dtype, scale)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What is left of a module's work when a set of clients was taken for benign.
+
+    ``reading`` of the set's frame; ``errors``, the relative truncation error of each adapter.
+    """
+
+    summary: ModuleSummary
+    reading: Reading
+    errors: list[float]
+
+
+def read_module(job: Job, name: str) -> Module:
+    """The clients' updates of a module, the side whose subspace is sought first."""
+    ahead = job.ahead.pop(name, None)
+    updates = job.adapters.read(name) if ahead is None else ahead.result()
+    updates, transposed = [_moved(update, job.device) for update in updates], job.clair.side == "input"
+    return Module(name, [transpose(update) for update in updates] if transposed else updates, transposed, numpy=False)
+
+
+def _moved(update: LowRank, device: str) -> LowRank:
+    return update if device == "cpu" else replace(update, B=update.B.to(device), A=update.A.to(device))
+
+
+@contextmanager
+def located(job: Job, name: str) -> Iterator[None]:
+    """Numerical failures as one line that names the module, unless it names a client or module itself."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise AdapterError(f"module {name!r}: out of memory on device {job.device}") from error
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        named = any(repr(known) in str(error) for known in (*job.adapters.names, *job.adapters.modules))
+        raise AdapterError(str(error) if named else f"module {name!r}: {error}") from error
+
+
+def prepared(job: Job, name: str) -> tuple[Fit, None]:
+    """A module's fit, in which nothing is searched."""
+    module = read_module(job, name)
+    with located(job, name):
+        return job.clair.prepare(module, job.weights), None
+
+
+def pilot(job: Job, name: str) -> tuple[Fit, Frame]:
+    """A module's fit, and the frame that its clients suggest by themselves."""
+    module = read_module(job, name)
+    with located(job, name):
+        fit = job.clair.prepare(module, job.weights)
+        return fit, job.clair.first_frame(module, fit)[0]
+
+
+def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path) -> Aligned:
+    """Judge everybody by the frame of the ``benign`` (K,) bool, and write their refined adapters of this module.
+
+    ``share`` says whether the clients share a subspace in some module; else nothing is refined.
+    """
+    module, benign = read_module(job, name), benign.to(job.device)
+    with located(job, name):
+        fit = job.clair.prepare(module, job.weights, benign, keep=True)
+        reading = fit.reading(benign)
+        outcome = fit.outcome(benign)
+        is_refined = outcome.is_refined(share)
+        clients = benign.nonzero()[:, 0].tolist()
+        how = _refined(job, fit, module, outcome) if is_refined else _own(module)
+        adapters = how(clients, [job.writer(folder, k).modules[name] for k in clients])
+    errors = []
+    for k in clients:
+        with blaming(job.adapters.names[k]), located(job, name):
+            update, error = next(adapters)
+            _write(job, folder, module, k, update)
+            errors.append(error)
+    spectrum = outcome.spectrum[:SHOWN]
+    terms = outcome.gain.scaled(fit.size * fit.size)
+    shape = module.shape[::-1] if module.transposed else module.shape
+    summary = ModuleSummary(
+        name, shape, outcome.frame.rank, outcome.scores.cpu(), outcome.gain.relative, terms, is_refined,
+        outcome.structure, spectrum.cpu().numpy(), None,
+    )  # fmt: skip
+    return Aligned(summary, reading.cpu(), errors)
+
+
+def _own(module: Module) -> Adapters:
+    """Clients keep their own updates, cut to the rank asked for."""
+
+    def make(clients: Sequence[int], announced: Sequence[Factors]) -> Iterator[tuple[LowRank, float]]:
+        for client, place in zip(clients, announced, strict=True):
+            own = cast(list[LowRank], module.updates)[client]
+            yield (own, 0.0) if own.rank == place.rank else truncate(_single(own), place.rank)
+
+    return make
+
+
+def _refined(job: Job, fit: Fit, module: Module, outcome: Outcome) -> Adapters:
+    """Refined updates, cut to the rank asked for."""
+    updates = cast(list[LowRank], module.updates)
+    if isinstance(fit.cores, Cores):
+        basis, off = fit.lifted(outcome.frame)
+
+        def exact(clients: Sequence[int], announced: Sequence[Factors]) -> Iterator[tuple[LowRank, float]]:
+            for client, place in zip(clients, announced, strict=True):
+                own = updates[client]
+                inside = own.scale * (basis.T @ own.B.double()) @ own.A.double()  # (r, q)
+                yield truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), place.rank)
+
+        return exact
+    stacked = fit.stacked
+    assert stacked is not None
+    most = job.adapter_rank or max(update.rank for update in updates)
+    generator = derive(job.clair.seed, "off", fit.name)
+    assembly = assemble(fit.shared(outcome.frame, stacked), OFF_DIRECTIONS * most, generator)
+    return lambda clients, announced: refined_adapters(
+        assembly, clients, [place.rank for place in announced], [abs(place.scale) for place in announced]
+    )
+
+
+def _single(update: LowRank) -> LowRank:
+    dtype = torch.promote_types(torch.promote_types(update.B.dtype, update.A.dtype), torch.float32)
+    return replace(update, B=update.B.to(dtype), A=update.A.to(dtype))
+
+
+def _write(job: Job, folder: Path, module: Module, client: int, update: LowRank) -> None:
+    """Write a client's adapter of the module, in its file's dtypes and at its own scale."""
+    writer = job.writer(folder, client)
+    place = writer.modules[module.name]
+    update = transpose(update) if module.transposed else update
+    if update.scale != place.scale:
+        ratio = update.scale / place.scale
+        size = abs(ratio) ** 0.5
+        update = LowRank(update.B * (ratio / size if size else 0.0), update.A * size, place.scale)
+    writer.write(module.name, replace(update, B=update.B.to(place.B_dtype), A=update.A.to(place.A_dtype)))

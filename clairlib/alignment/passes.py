@@ -1,0 +1,156 @@
+"""The verdict over adapters on disk: a first set from a few modules, then passes over all until the set stays.
+
+A pass takes a set of clients for benign and does everything for it: readings of every module, and the refined adapters,
+written. The first set is nearly always the one that stays, and then every file is read and written once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clairlib.alignment.module import Aligned, Job, align_module, pilot, prepared
+from clairlib.alignment.records import Records
+from clairlib.core.processes import workers
+from clairlib.recovery.clair import AGREED, first_set, pilots
+from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE
+from clairlib.recovery.module_fit import Fit
+from clairlib.recovery.result import ClairResult
+from clairlib.recovery.verdict import Reading, settle
+
+Progress = Callable[[str, int], None]
+Read = Callable[[Tensor], list[Reading]]
+
+
+def settle_on_disk(
+    job: Job, folder: Path, records: Path, *, jobs: int = 1, progress: Progress | None = None
+) -> tuple[ClairResult, dict[str, list[float]]]:
+    """Verdict over all modules, with the refined adapters in ``folder``; and their truncation errors by module."""
+    names = list(job.adapters.modules)
+    with _crew(job, min(jobs, len(names))) as crew:
+        fits, benign = _first_set(crew, pilots(names, job.clair.solver))
+        share = max(float(fit.reading(benign).structure) for fit in fits) >= LITTLE_STRUCTURE
+        passes = Passes(crew, folder, records, share, progress)
+        benign, pooled = settle(benign.cpu(), passes.read, _in_memory(job.clair.wider(fits), job.device))
+        if passes.share_found != passes.share:
+            passes.share = passes.share_found
+            passes.read(benign)
+    for client in benign.nonzero()[:, 0].tolist():
+        job.writer(folder, client).finish()
+    done = passes.done
+    modules = {name: done[name].summary for name in names}
+    result = ClairResult(job.adapters.names, benign, pooled.z, pooled.p_values, modules, True)
+    return result, {name: done[name].errors for name in names}
+
+
+def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[Fit], Tensor]:
+    """Fits of some of the modules, and the set (K,) bool that stays when they judge it."""
+    found = list(crew.run(pilot, names[:AGREED]))
+    work = prepared if crew.job.clair.agree([frame for _, frame in found]) else pilot
+    more = list(crew.run(work, names[AGREED:]))
+    frames = [frame for _, frame in found] + [own[1] for own in more if own[1] is not None]
+    fits = [fit for fit, _ in [*found, *more]]
+    return fits, crew.job.clair.settle(fits, first_set(fits, frames))[0]
+
+
+def _in_memory(read: Read | None, device: str) -> Read | None:
+    """Readings computed on the device, for sets and readings in main memory."""
+    return None if read is None else (lambda members: [reading.cpu() for reading in read(members.to(device))])
+
+
+@dataclass
+class Passes:
+    """Passes over all modules; ``done`` is left of the last one. ``share``: do the clients share a subspace?"""
+
+    crew: Crew
+    folder: Path
+    records: Path
+    share: bool
+    progress: Progress | None
+    done: dict[str, Aligned] = field(default_factory=dict)
+
+    def read(self, benign: Tensor) -> list[Reading]:
+        """Readings of all modules by the frames of a set (K,) bool, whose refined adapters are then in the folder."""
+        job, records = self.crew.job, Records.of_pass(self.records, benign, self.share)
+        names = list(job.adapters.modules)
+        if not records.begun():
+            self._clear(benign)
+            records.begin()
+        self.done = {name: known for name in names if (known := records.read(name)) is not None}
+        missing = [name for name in names if name not in self.done]
+        self._report(self.done)
+        results = self.crew.run(align_module, missing, benign, self.share, self.folder)
+        for name, result in zip(missing, results, strict=True):
+            records.write(name, result)
+            self.done[name] = result
+            self._report([name])
+        return [self.done[name].reading for name in names]
+
+    @property
+    def share_found(self) -> bool:
+        """Do the clients share a subspace, by the modules of the last pass?"""
+        return max(own.summary.shared_structure for own in self.done.values()) >= LITTLE_STRUCTURE
+
+    def _clear(self, benign: Tensor) -> None:
+        for old in self.folder.iterdir():
+            shutil.rmtree(old)
+        for client in benign.nonzero()[:, 0].tolist():
+            self.crew.job.writer(self.folder, client).create()
+
+    def _report(self, names: Sequence[str] | dict[str, Aligned]) -> None:
+        if self.progress is not None:
+            for name in names:
+                self.progress(name, len(self.crew.job.adapters.modules))
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Does a module's work in this process, reading the next module meanwhile, or in worker processes."""
+
+    job: Job
+    pool: ProcessPoolExecutor | None
+
+    def run(self, work: Callable[..., Any], names: Sequence[str], *arguments: Any) -> Iterator[Any]:
+        """work(job, name, *arguments) for every name, in order."""
+        if self.pool is not None:
+            tasks = [self.pool.submit(_do, work, name, *arguments) for name in names]
+            yield from (task.result() for task in tasks)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            for i, name in enumerate(names):
+                for coming in names[i : i + 2]:
+                    if coming not in self.job.ahead:
+                        self.job.ahead[coming] = reader.submit(self.job.adapters.read, coming)
+                yield work(self.job, name, *arguments)
+
+
+@contextmanager
+def _crew(job: Job, jobs: int) -> Iterator[Crew]:
+    if jobs <= 1:
+        yield Crew(job, None)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    with workers(jobs, _enlist, job, threads) as pool:
+        yield Crew(job, pool)
+
+
+_job: Job | None = None  # of this worker process
+
+
+def _enlist(job: Job, threads: int) -> None:
+    global _job
+    torch.set_num_threads(threads)
+    _job = job
+
+
+def _do(work: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    assert _job is not None
+    return work(_job, name, *arguments)

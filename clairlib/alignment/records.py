@@ -1,0 +1,68 @@
+"""What is done of an alignment, module by module, on disk: an interrupted run goes on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clairlib.alignment.module import Aligned
+from clairlib.core import state_file
+from clairlib.recovery.refinement import Gain
+from clairlib.recovery.result import ModuleSummary
+from clairlib.recovery.verdict import Reading
+
+
+@dataclass(frozen=True)
+class Records:
+    """Finished modules of a pass over all of them, in which a set of clients is taken for benign.
+
+    ``key`` tells passes apart: a record of another one does not count.
+    """
+
+    folder: Path
+    key: str
+
+    @classmethod
+    def of_pass(cls, folder: Path, benign: Tensor, share: bool) -> Records:
+        """Those of the pass with this set (K,) bool, and with or without refinement."""
+        return cls(folder, hashlib.sha256(json.dumps([benign.tolist(), share]).encode()).hexdigest())
+
+    def begun(self) -> bool:
+        """Is this the pass that was last begun?"""
+        mark = self.folder / "pass"
+        return mark.exists() and mark.read_text() == self.key
+
+    def begin(self) -> None:
+        """Forget other passes."""
+        for old in self.folder.iterdir():
+            old.unlink()
+        (self.folder / "pass").write_text(self.key)
+
+    def read(self, name: str) -> Aligned | None:
+        """What is left of a module's work; None where it is not done."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        tensors, facts = state_file.load(path, self.key)
+        summary = facts["summary"] | {"scores": tensors["z"], "spectrum": tensors["spectrum"].numpy()}
+        summary |= {"shape": tuple(summary["shape"]), "gain_terms": Gain(**summary["gain_terms"]), "certificate": None}
+        reading = Reading(tensors["scores"], facts["variance"], tensors["inside"], tensors["structure"])
+        return Aligned(ModuleSummary(**summary), reading, facts["errors"])
+
+    def write(self, name: str, done: Aligned) -> None:
+        """Keep it; the module's adapters are written by now."""
+        summary = {key: value for key, value in vars(done.summary).items() if key not in ("scores", "spectrum")}
+        summary |= {"gain_terms": asdict(done.summary.gain_terms), "certificate": None}
+        own = done.reading
+        tensors = {"z": done.summary.scores, "spectrum": torch.as_tensor(done.summary.spectrum)}
+        tensors |= {"scores": own.scores, "inside": own.inside, "structure": own.structure}
+        facts = {"fingerprint": self.key, "summary": summary, "errors": done.errors, "variance": own.variance}
+        state_file.save(self._path(name), tensors, facts)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"

@@ -1,0 +1,42 @@
+"""Other ways to judge clients: by norms and distances of whole updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clairlib.baselines.weights import geometric_median, gram_matrix, krum_scores
+
+
+def norm_score(updates: Tensor) -> Tensor:
+    """|z| of every client's norm (K,): | ||Theta_k||_F - mean | / standard deviation (n - 1), over all clients.
+
+    The norm filter of federated systems; a usual threshold is 3, which fewer than 11 clients cannot reach, as
+    |z| <= (K - 1) / sqrt(K). Zero where all norms are equal.
+    """
+    norms = torch.linalg.matrix_norm(updates.double())
+    deviation = (norms - norms.mean()).abs()
+    spread = norms.std()
+    return deviation / spread if spread > 0 else torch.zeros_like(norms)
+
+
+def krum_score(updates: Tensor, contaminated: int) -> Tensor:
+    """Krum's score (K,), told how many clients are contaminated; see `clairlib.baselines.weights.krum_scores`."""
+    return krum_scores(gram_matrix(updates), contaminated)
+
+
+def geometric_median_score(updates: Tensor) -> Tensor:
+    """Distance ||Theta_k - geometric median||_F of every client (K,)."""
+    return torch.linalg.matrix_norm(updates.double() - geometric_median(updates))
+
+
+# told the number of contaminated clients, which only Krum uses
+CLIENT_SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "norm filter": lambda updates, contaminated: norm_score(updates),
+    "Krum distance": krum_score,
+    "geometric median distance": lambda updates, contaminated: geometric_median_score(updates),
+}
+
+

@@ -1,0 +1,114 @@
+"""Robust subspace estimators of the statistical literature: the peers that CLAIR is measured against.
+
+Each takes client updates (K, p, q) and the rank r, which it is told, and returns an orthonormal basis (p, r), unique up
+to rotation. None estimates the rank or names the contaminated clients. `outlier_pursuit` and `tyler` see columns, not
+clients, and know no common part: give them updates without one, `pair_differences`, or centred updates.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from clairlib.baselines.weights import geometric_median
+from clairlib.linalg.subspace import project_out
+from clairlib.recovery.convex import decompose
+from clairlib.recovery.frame import fit_frame, floor_energy
+
+ITERATIONS = 300
+TYLER_ITERATIONS = 150
+STILL = 1e-10  # relative change at which a fixed-point iteration stops
+SMALLEST = 1e-14  # least eigenvalue of Tyler's matrix against its largest: exact inliers drive the others to zero
+
+
+def pair_differences(updates: Tensor) -> Tensor:
+    """Differences X_j - X_k of all pairs, (K (K-1) / 2, p, q): a common part cancels, and (1 - share)^2 stay benign."""
+    first, second = torch.tensor(list(combinations(range(len(updates)), 2))).T
+    return updates[first] - updates[second]
+
+
+def leading_basis(blocks: Tensor, rank: int) -> Tensor:
+    """First ``rank`` left singular vectors (p, rank) of the blocks side by side."""
+    wide = blocks.permute(1, 0, 2).flatten(1)  # (p, K*q)
+    return torch.linalg.svd(wide, full_matrices=False).U[:, :rank]
+
+
+def pca(updates: Tensor, rank: int) -> Tensor:
+    """Principal components of all clients about their mean: not robust at all."""
+    return leading_basis(updates - updates.mean(dim=0), rank)
+
+
+def outlier_pursuit(updates: Tensor, rank: int, lam: float | None = None) -> Tensor:
+    """Column Outlier Pursuit (Xu, Caramanis, Sanghavi, arXiv:1010.4237): every column of every client a point.
+
+    minimise ||L||_* + lam sum_j ||c_j||_2 over X = L + C with n = K q columns, by `clairlib.recovery.convex` with
+    q = 1 and no common part. ``lam`` is 1 / sqrt(log n) where None (Zhang, Lin, Zhang, AAAI 2015). The first authors'
+    3 / (7 sqrt(share n)) needs few outliers: for a share above (3/7)^2 it is below 1 / sqrt(n), where L = 0 is optimal.
+    """
+    columns = updates.permute(0, 2, 1).flatten(0, 1)[:, :, None]  # (K*q, p, 1)
+    lam = 1 / math.sqrt(math.log(len(columns))) if lam is None else lam
+    return leading_basis(decompose(columns, lam=lam, common=False).low_rank, rank)
+
+
+def block_fms(updates: Tensor, rank: int) -> Tensor:
+    """Affine fast median subspace on clients: iteratively reweighted PCA with weights 1 / distance.
+
+    Descends sum_k ||P_perp (X_k - m)||_F, a client being one point (Lerman and Maunu, arXiv:1706.03896; affine with the
+    weighted mean, arXiv:2506.20533). Not convex: the end depends on the start, PCA of everybody.
+    """
+    everyone = torch.ones(len(updates), dtype=torch.bool)
+    X, weights, last = updates.double(), torch.ones(len(updates), dtype=torch.float64), math.inf
+    for _ in range(ITERATIONS):
+        frame = fit_frame(X, weights, everyone, rank)
+        squares = project_out(frame.basis, X - frame.mean).square().sum(dim=(1, 2))
+        weights = squares.clamp(min=floor_energy(X)).rsqrt()
+        weights, value = weights / weights.mean(), float(squares.sqrt().sum())
+        if last - value <= STILL * value:
+            break
+        last = value
+    return frame.basis
+
+
+def tyler(updates: Tensor, rank: int) -> Tensor:
+    """Leading eigenvectors of Tyler's M-estimator of scatter over the columns (Zhang, arXiv:1206.1386).
+
+    Exact for columns of which more than r / p lie in the subspace and the others in general position.
+    """
+    return torch.linalg.eigh(tyler_scatter(updates.double().permute(1, 0, 2).flatten(1))).eigenvectors.flip(1)[:, :rank]
+
+
+def tyler_scatter(points: Tensor, iterations: int = TYLER_ITERATIONS) -> Tensor:
+    """Tyler's scatter (p, p) of n points (p, n): Sigma = (p / n) sum_j x_j x_j' / (x_j' Sigma^-1 x_j), trace p.
+
+    Fixed-point iteration from the identity; where no solution exists since too many points lie in a subspace, it tends
+    to a matrix supported there, its other eigenvalues held at ``SMALLEST``.
+    """
+    p, _ = points.shape
+    points = points[:, points.norm(dim=0) > 0]
+    scatter = torch.eye(p, dtype=points.dtype)
+    for _ in range(iterations):
+        values, vectors = torch.linalg.eigh(scatter)
+        whitened = (vectors.T @ points) / values.clamp(min=SMALLEST * float(values[-1])).sqrt()[:, None]
+        scaled = points / whitened.norm(dim=0)
+        updated = scaled @ scaled.T
+        updated = updated * (p / updated.trace())
+        moved = float((updated - scatter).norm() / scatter.norm())
+        scatter = updated
+        if moved < STILL:
+            break
+    return scatter
+
+
+def centre(updates: Tensor) -> Tensor:
+    """Updates less their geometric median: the common part is gone up to the median's error."""
+    return updates.double() - geometric_median(updates)
+
+
+def median_pca(updates: Tensor, rank: int) -> Tensor:
+    """PCA of all clients about their geometric median, each scaled to length one (spherical PCA on blocks)."""
+    D = centre(updates)
+    sizes = torch.linalg.matrix_norm(D)[:, None, None]
+    return leading_basis(D / sizes.clamp(min=floor_energy(D) ** 0.5), rank)

@@ -1,0 +1,1 @@
+"""Floor 5: time and memory, measured: what `clair bench` prints."""

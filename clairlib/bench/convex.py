@@ -1,0 +1,126 @@
+"""Benchmarks against independent solvers, measured side by side in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from clairlib.recovery.convex import decompose
+from clairlib.simulate import planted
+
+SIZES = ((30, 12, 5), (20, 12, 4), (12, 10, 3), (8, 8, 6), (16, 6, 1))  # (p, K, q)
+SAME_OBJECTIVE = 1e-6  # relative distance to the reference optimum that both solvers have to reach
+EPSILONS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # SCS's own accuracy; the loosest that reaches it is timed
+
+
+def convex(*, instances: int = 20, repeats: int = 3, generator: Generator) -> list[dict[str, Any]]:
+    """Seconds of our convex solver and of cvxpy + SCS for the same objective; one row an instance.
+
+    Small planted instances, noiseless (nu = 0) and noisy in turn. Both reach the optimum (a solve with gap
+    1e-9) to relative 1e-6, SCS at the loosest accuracy that does. Timed runs alternate and the best of
+    ``repeats`` counts; cvxpy's compilation is done before and not counted. torch runs on one thread; set
+    OMP_NUM_THREADS=1 so that SCS does too.
+
+    Parameters
+    ----------
+    instances : int
+        Number of rows.
+    repeats : int
+        Timed runs of each solver.
+
+    Returns
+    -------
+    list of dict
+        ``p, K, q, nu, lam, optimum``; ``iterations``, ``ours_seconds``, ``ours_error``; ``cvxpy_seconds``
+        (all of ``problem.solve``), ``scs_seconds`` (SCS's own set-up and solve), ``scs_error``, ``scs_eps``;
+        ``speed`` = cvxpy_seconds / ours_seconds, ``speed_solver`` = scs_seconds / ours_seconds. Errors are
+        relative to the optimum.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        When cvxpy is not installed.
+    """
+    cvxpy = _cvxpy()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [_row(cvxpy, index, repeats, generator) for index in range(instances)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def speed_ratio(rows: list[dict[str, Any]], key: str = "speed") -> float:
+    """Median over the rows of `convex` of ``speed`` or ``speed_solver``: how many times faster ours was."""
+    return statistics.median(row[key] for row in rows)
+
+
+def _cvxpy() -> ModuleType:
+    try:
+        import cvxpy
+    except ModuleNotFoundError as error:
+        message = "the convex benchmark needs cvxpy: pip install 'clairlib[test]'"
+        raise ModuleNotFoundError(message, name="cvxpy") from error
+    return cvxpy
+
+
+def _row(cvxpy: ModuleType, index: int, repeats: int, generator: Generator) -> dict[str, Any]:
+    p, K, q = SIZES[index % len(SIZES)]
+    nu = 0.3 if index % 2 else 0.0
+    sigma = 0.05 if nu else 0.0
+    updates = planted(K=K, p=p, q=q, r=2, noise=sigma, generator=generator).updates
+    reference = decompose(updates, nu=nu, tolerance=1e-9)
+    optimum, lam = reference.certificate.primal, reference.lam
+    problem = convex_problem(cvxpy, updates, lam, nu)
+    eps = _loosest(cvxpy, problem, optimum)
+    ours, theirs, inside = [], [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        found = decompose(updates, lam=lam, nu=nu)
+        ours.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        value = problem.solve(solver=cvxpy.SCS, eps=eps, max_iters=100_000, warm_start=False)
+        theirs.append(time.perf_counter() - start)
+        inside.append(problem.solver_stats.solve_time + problem.solver_stats.setup_time)
+    size = {"p": p, "K": K, "q": q, "nu": nu, "lam": lam, "optimum": optimum}
+    return size | {
+        "iterations": found.certificate.iterations,
+        "ours_seconds": min(ours),
+        "ours_error": abs(found.certificate.primal - optimum) / optimum,
+        "cvxpy_seconds": min(theirs),
+        "scs_seconds": min(inside),
+        "scs_error": abs(value - optimum) / optimum,
+        "scs_eps": eps,
+        "speed": min(theirs) / min(ours),
+        "speed_solver": min(inside) / min(ours),
+    }
+
+
+def _loosest(cvxpy: ModuleType, problem: Any, optimum: float) -> float:
+    for eps in EPSILONS:
+        value = problem.solve(solver=cvxpy.SCS, eps=eps, max_iters=100_000, warm_start=False)
+        if abs(value - optimum) <= SAME_OBJECTIVE * optimum:
+            return eps
+    raise RuntimeError(
+        f"SCS did not come within {SAME_OBJECTIVE} of the objective {optimum} even at eps {eps}"
+    )
+
+
+def convex_problem(cvxpy: ModuleType, updates: Tensor, lam: float, nu: float, common: bool = True) -> Any:
+    """The program of `clairlib.recovery.convex` as a cvxpy problem, the independent oracle; updates (K, p, q)."""
+    K, p, q = updates.shape
+    M = cvxpy.Variable((p, q)) if common else cvxpy.Constant([[0.0] * q] * p)
+    L, S = cvxpy.Variable((p, K * q)), cvxpy.Variable((p, K * q))
+    X = updates.permute(1, 0, 2).reshape(p, K * q).double().cpu().numpy()
+    rest = X - cvxpy.hstack([M] * K) - L - S
+    value = cvxpy.normNuc(L)
+    for k in range(K):
+        value += lam * cvxpy.norm(S[:, k * q : (k + 1) * q], "fro")
+    if nu > 0:
+        return cvxpy.Problem(cvxpy.Minimize(value + cvxpy.sum_squares(rest) / (2 * nu)))
+    return cvxpy.Problem(cvxpy.Minimize(value), [rest == 0])

@@ -1,0 +1,206 @@
+"""The batched trainer against peft, one client after the other, measured side by side in one run.
+
+Both sides train the same adapters on the same data from the same start, through set-up to the last step, and their
+losses must agree. The floor under both is the time of the matrix products that cannot be done without.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from clairlib.bench import lower_bound
+from clairlib.bench.cases import ALPHA, EXPLANATION, RANK, Case, data_of, model_of
+from clairlib.bench.lower_bound import Work
+from clairlib.core import provenance
+from clairlib.core.files import write_atomically
+from clairlib.core.seeds import derive
+from clairlib.training import ClientData, Schedule, train_adapters
+from clairlib.training.schedule import NO_LABEL
+
+LEARNING_RATE = 3e-4  # rounding grows tenfold every few steps at 3e-3, where training on noise is not stable
+AGREE = 1e-3  # relative difference of the two sides' losses in float32; a wrong gradient shows within a few steps
+SHOWN = (
+    "base", "targets", "clients", "tokens", "steps", "sequential_rate", "batched_rate", "speed", "sequential_mb",
+    "batched_mb", "floor_gflops", "sequential_to_floor", "batched_to_floor",
+)  # fmt: skip
+
+
+def measure(case: Case, *, repeats: int = 2, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Rates, memory and floor of one case; the two sides alternate, and the best of ``repeats`` runs counts.
+
+    On the CPU one thread; processor time, so that other work on the machine does not count as ours.
+
+    Returns
+    -------
+    dict
+        The case and the ``labels`` of a client's batch. ``sequential_`` and ``batched_`` ``seconds``, ``rate`` (clients
+        x steps / second), ``mb`` (10^6 bytes at the peak beyond what was held before; None where that cannot be read)
+        and ``to_floor`` (seconds over the floor's). ``speed`` = sequential over batched seconds. ``floor_flops``,
+        ``floor_seconds``, ``floor_gflops`` of `clairlib.bench.lower_bound.needed_products`. ``difference``: the
+        largest between the sides' losses, relative to a client's first.
+
+    Raises
+    ------
+    RuntimeError
+        The losses of the two sides differ by more than AGREE.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is not available here; use --device cpu")
+    model, targets = model_of(case, seed=seed)
+    data = data_of(case, model.config.vocab_size, seed=seed)
+    model.to(device)
+    schedule = Schedule(steps=case.steps, learning_rate=LEARNING_RATE)
+    sides: dict[str, Callable[[], Tensor]] = {
+        "sequential": lambda: _sequential(model, data, targets, schedule, seed=seed, device=device),
+        "batched": lambda: _batched(model, data, targets, schedule, seed=seed, device=device),
+    }
+    with one_thread():
+        runs: dict[str, list[tuple[Tensor, float, int | None]]] = {side: [] for side in sides}
+        for _ in range(repeats):
+            for side, run in sides.items():
+                runs[side].append(_watched(run, device))
+        work = Work(case.clients, len(data[0].examples), _length(data[0]), _labels(data[0]), RANK, case.steps)
+        products = lower_bound.needed_products(model, targets, work)
+        least, flops = lower_bound.seconds(products, device), lower_bound.flops(products)
+    row = asdict(case) | {"labels": work.labels, "difference": _difference(*(own[0][0] for own in runs.values()))}
+    if not row["difference"] <= AGREE:
+        raise RuntimeError(f"the two sides' losses differ by {row['difference']:.2g} in {case}")
+    for side, own in runs.items():
+        row |= _figures(side, own, case.clients * case.steps, least)
+    speed = row["sequential_seconds"] / row["batched_seconds"]
+    bound = {"floor_flops": flops, "floor_seconds": least, "floor_gflops": flops / least / 1e9}
+    return row | {"speed": speed} | bound
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference of losses (K, steps), relative to a client's first."""
+    return float(((found - expected).abs() / expected[:, :1]).max())
+
+
+def _figures(side: str, runs: Sequence[tuple[Tensor, float, int | None]], count: int, least: float) -> dict[str, Any]:
+    seconds = min(seconds for _, seconds, _ in runs)
+    peaks = [peak for *_, peak in runs if peak is not None]
+    return {
+        f"{side}_seconds": seconds, f"{side}_rate": count / seconds, f"{side}_to_floor": seconds / least,
+        f"{side}_mb": max(peaks) / 1e6 if peaks else None,
+    }  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _length(data: ClientData) -> int:
+    return len(data.examples[0]["input_ids"])
+
+
+def _labels(data: ClientData) -> int:
+    return sum(int((example["labels"][1:] != NO_LABEL).sum()) for example in data.examples)
+
+
+def _batched(
+    model: Any, data: list[ClientData], targets: list[str], schedule: Schedule, *, seed: int, device: str
+) -> Tensor:
+    """Losses (K, steps)."""
+    trained = train_adapters(model, data, targets, schedule, seed=seed, device=device)
+    return torch.stack([client.losses for client in trained])
+
+
+def _sequential(
+    model: Any, data: list[ClientData], targets: list[str], schedule: Schedule, *, seed: int, device: str
+) -> Tensor:
+    """Losses (K, steps) of the ordinary way: peft's model, whole forward and backward passes, client after client."""
+    losses = torch.zeros(len(data), schedule.steps, device=device)
+    for k, client in enumerate(data):
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(model, config).eval()  # no dropout on either side
+        for name in targets:
+            A = model.get_submodule(name).lora_A["default"].weight
+            A.data.copy_(_initial(A, derive(seed, client.name, name)))
+        ids, labels = (torch.stack([e[key] for e in client.examples]).to(device) for key in ("input_ids", "labels"))
+        optimizer = torch.optim.AdamW(
+            [w for w in adapted.parameters() if w.requires_grad], lr=schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+        )  # fmt: skip
+        for step in range(schedule.steps):
+            optimizer.zero_grad()
+            loss = adapted(input_ids=ids, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            losses[k, step] = loss.detach()  # small tensors kept between large ones would keep the heap from shrinking
+        adapted.unload()
+    return losses.double().cpu()
+
+
+def _initial(A: Tensor, draws: torch.Generator) -> Tensor:
+    """The A that the trainer draws."""
+    return nn.init.kaiming_uniform_(torch.empty(A.shape), a=math.sqrt(5), generator=draws)
+
+
+def _watched(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float, int | None]:
+    """Result, seconds and bytes at the peak beyond those held before."""
+    gc.collect()
+    before, began = _reset_peak(device), lower_bound.now(device)
+    result = run()
+    seconds, after = lower_bound.now(device) - began, _peak(device)
+    return result, seconds, None if before is None or after is None else after - before
+
+
+def _reset_peak(device: str) -> int | None:
+    """Bytes held now, the record of their peak starting anew; None where there is no such record."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed is given back first
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):  # another C library, or not allowed here
+        return None
+    return _resident("VmRSS")
+
+
+def _peak(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+
+
+def _resident(key: str) -> int | None:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def write(rows: Sequence[dict[str, Any]], stem: Path) -> None:
+    """``stem.csv``, and with provenance ``stem.json``; each appears whole."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    record = {"what": EXPLANATION, "rows": list(rows), "provenance": provenance.collect()}
+    texts = {".csv": table.getvalue(), ".json": json.dumps(record, indent=1, allow_nan=False) + "\n"}
+    for suffix, text in texts.items():
+        path = stem.with_name(stem.name + suffix)
+        with write_atomically(path) as partial:
+            partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,133 @@
+"""``clair bench``: the solvers, the trainer and alignment against what else there is, and against their floors."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from clairlib.cli.console import console, progress, quiet_libraries, show, stop
+
+bench = typer.Typer(help="Measure the solvers, the trainer and alignment.", no_args_is_help=True)
+
+
+class Model(StrEnum):
+    llama = "llama-2-7b"
+    qwen = "qwen2.5-0.5b"
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@bench.command()
+def convex(
+    instances: Annotated[int, typer.Option(min=1, help="Number of small planted instances.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the instances.")] = 0,
+) -> None:
+    """Time the convex solver against cvxpy + SCS at equal objective, instance by instance."""
+    from clairlib.bench.convex import convex as run
+    from clairlib.bench.convex import speed_ratio
+    from clairlib.core.seeds import derive
+
+    try:
+        rows = run(instances=instances, generator=derive(seed, "bench", "convex"))
+    except ModuleNotFoundError as error:
+        stop(error)
+    columns = ["p", "K", "q", "nu", "ours_seconds", "cvxpy_seconds", "scs_seconds", "ours_error", "scs_error"]
+    columns += ["speed", "speed_solver"]
+    table = Table(*(column.replace("_", " ") for column in columns))
+    for row in rows:
+        table.add_row(*(show(row[column]) for column in columns))
+    console().print(table)
+    whole, solver = speed_ratio(rows), speed_ratio(rows, "speed_solver")
+    typer.echo(f"median speed ratio: {whole:.3g} to cvxpy + SCS, {solver:.3g} to SCS alone")
+
+
+@bench.command()
+def training(
+    clients: Annotated[list[int] | None, typer.Option(min=1, help="Clients; may be given several times.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a client's batch; likewise.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="The whole table; about an hour on one CPU thread.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side, of which the best counts.")] = 2,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and initial factors.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="STEM", help="Write the table to STEM.csv, with provenance to STEM.json.")
+    ] = None,
+) -> None:
+    """Time the batched trainer against sequential peft, side by side, at equal losses; on the CPU on one thread.
+
+    Rates are clients x steps / second from set-up to the last step, speed is their ratio, mb is the peak of memory
+    beside the model. Floor: the needed matrix products at this machine's own measured speed.
+    """
+    from clairlib.bench.cases import EXPLANATION, cases
+    from clairlib.bench.training import SHOWN, measure, write
+
+    quiet_libraries()
+    try:
+        chosen = cases(clients, tokens, full=full)
+        with progress("cases") as bar:
+            rows = []
+            for case in chosen:
+                rows.append(measure(case, repeats=repeats, device=device.value, seed=seed))
+                bar(advance=1, total=len(chosen))
+        if output is not None:
+            write(rows, output)
+    except (ValueError, OSError) as error:
+        stop(error)
+    table = Table(*(name.replace("_", " ") for name in SHOWN))
+    for row in rows:
+        values = (row[name] for name in SHOWN)
+        table.add_row(*(str(value) if isinstance(value, str | int) else show(value) for value in values))
+    console().print(table)
+    typer.echo(EXPLANATION)
+
+
+@bench.command()
+def align(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="CLIENTS_DIR", help="Adapter folders; default: planted for the occasion.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=3, help="Planted clients, an eighth of them contaminated.")] = 64,
+    rank: Annotated[int, typer.Option(min=5, help="Rank of their adapters.")] = 16,
+    model: Annotated[Model, typer.Option(help="Whose modules they adapt.")] = Model.llama,
+    layers: Annotated[int, typer.Option(min=1, help="Layers with adapters; 32 of them are 5.1 GB.")] = 4,
+    jobs: Annotated[str, typer.Option(help="Numbers of processes to try, with commas.")] = "1,2",
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for what is written meanwhile; default: the system's.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table there, too.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of planted clients.")] = 0,
+) -> None:
+    """Time `clair align` against the floor, reading and Gram products, and against the dense route, side by side."""
+    from clairlib.bench.alignment import EXPLANATION, measure, measure_planted
+    from clairlib.core.files import AdapterError
+    from clairlib.simulate import Plan
+
+    try:
+        counts = [int(count) for count in jobs.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise typer.BadParameter(f"must be whole numbers from 1 on with commas, got {jobs!r}", param_hint="--jobs")
+    try:
+        if folder is not None:
+            table = measure(folder, scratch=scratch, jobs=counts)
+        else:
+            plan = Plan(clients=clients, rank=rank, contaminated=clients // 8, seed=seed)
+            table = measure_planted(plan, scratch=scratch, jobs=counts, model=model.value, layers=layers)
+        if csv is not None:
+            table.to_csv(csv, index=False)
+    except (AdapterError, OSError) as error:
+        stop(error)
+    numbers = table.drop(columns="contaminated")
+    shown = Table(*(name.replace("_", " ") for name in numbers))
+    for row in numbers.itertuples(index=False):
+        shown.add_row(*(show(value) if isinstance(value, float) else str(value) for value in row))
+    console().print(shown)
+    typer.echo(EXPLANATION)

@@ -1,0 +1,132 @@
+"""The code behind a result: one hash of a piece of Python and of everything of this project that it imports."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def code_digest(text: str, beside: Path) -> str:
+    """sha256 of Python code and of the project's files that it imports, at once or further down; hexadecimal.
+
+    The project's files are those of clairlib and the packages in the folder ``beside``. Docstrings, comments and blank
+    lines do not count. A file belongs to a module of the same stem beside it (``page.css`` to ``page.py``). Imports
+    inside functions count, those under ``if TYPE_CHECKING`` do not, but for names that a package loads lazily; so does
+    a module that is run by name, as in ["-m", "clairlib"].
+
+    Raises
+    ------
+    SyntaxError
+        The text, or a file that it imports, is not Python.
+    """
+    files: set[Path] = set()
+    todo = set(_imports(text, beside))
+    while todo:
+        file = todo.pop()
+        files.add(file)
+        todo |= set(_imports(_read(file), beside)) - files
+    digest = hashlib.sha256(_bare(text).encode())
+    for file in sorted(files):
+        for part in sorted(file.parent.glob(f"{file.stem}.*")):
+            if part.is_file():
+                content = _bare(_read(part)) if part.suffix == ".py" else _read(part)
+                digest.update(f"{_label(part, beside)}\0{content}\0".encode())
+    return digest.hexdigest()
+
+
+def module_digest(name: str, file: Path) -> str:
+    """`code_digest` of a module, given its dotted name and its file."""
+    return code_digest(_read(file), file.resolve().parents[name.count(".")])
+
+
+def _read(file: Path) -> str:
+    status = file.stat()
+    return _text_of(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _text_of(file: Path, changed: int, size: int) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=1024)
+def _bare(text: str) -> str:
+    """The lines of Python code, without docstrings, lines of comment and blank lines."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+
+
+def _label(file: Path, beside: Path) -> str:
+    """A name that is the same on every machine."""
+    root = PACKAGE.parent if file.is_relative_to(PACKAGE) else beside
+    return file.relative_to(root).as_posix()
+
+
+@lru_cache(maxsize=4096)
+def _imports(text: str, beside: Path) -> tuple[Path, ...]:
+    """The project's files that a piece of code imports itself."""
+    found = (file for name in _imported_names(ast.parse(text), beside) if (file := _file_of(name, beside)))
+    return tuple(dict.fromkeys(found))
+
+
+def _imported_names(tree: ast.AST, beside: Path) -> Iterator[str]:
+    for node in _running(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _with_packages(alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from _with_packages(node.module)
+            for alias in node.names:
+                yield from (f"{node.module}.{alias.name}", *_lazy_home(node.module, alias.name, beside))
+        elif isinstance(node, ast.List | ast.Tuple):
+            words = [own.value if isinstance(own, ast.Constant) else None for own in node.elts]
+            if "-m" in words[:-1] and isinstance(name := words[words.index("-m") + 1], str):
+                yield from (*_with_packages(name), f"{name}.__main__")
+
+
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes of the code that runs: all but what is under ``if TYPE_CHECKING``."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if not _is_for_types(child):
+            yield from _running(child)
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _with_packages(name: str) -> Iterator[str]:
+    """a.b.c after a and a.b, which are imported with it."""
+    parts = name.split(".")
+    yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def _lazy_home(package: str, name: str, beside: Path) -> Iterator[str]:
+    """The module from which a package loads a name on first use, as its imports under ``if TYPE_CHECKING`` say."""
+    file = _file_of(package, beside)
+    if file is None or file.name != "__init__.py":
+        return
+    for block in filter(_is_for_types, ast.parse(_read(file)).body):
+        for node in ast.walk(block):
+            if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
+                yield from _with_packages(node.module)
+
+
+def _file_of(name: str, beside: Path) -> Path | None:
+    """File of a module or package of this project; None for any other."""
+    first, *rest = name.split(".")
+    place = PACKAGE if first == "clairlib" else beside / first
+    place = place.joinpath(*rest)
+    for file in (place.with_suffix(".py"), place / "__init__.py"):
+        if file.is_file():
+            return file
+    return None

@@ -1,0 +1,5 @@
+"""Limits that several floors check."""
+
+from __future__ import annotations
+
+MINIMUM_CLIENTS = 3  # with two nobody can say which of them differs

@@ -1,0 +1,1 @@
+"""Floor 1: subspaces, ranks and low-rank matrices. Knows nothing of the statistics."""

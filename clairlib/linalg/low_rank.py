@@ -1,0 +1,168 @@
+"""Client updates in factored form, and the small cores on which everything is computed.
+
+A LoRA adapter changes a weight matrix by ``scale * B @ A``. The p x q product is never formed: the clients'
+factors are reduced to K small cores in orthonormal coordinates, which keep every norm, angle and singular value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMPTY = 1e-13  # directions with less than this part of the largest singular value hold rounding only
+SURE = 1e-10
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One client's update ``scale * B @ A`` of a p x q weight matrix, kept as factors.
+
+    Parameters
+    ----------
+    B : Tensor (p, rho)
+        Output-side factor (PEFT's ``lora_B``).
+    A : Tensor (rho, q)
+        Input-side factor (PEFT's ``lora_A``).
+    scale : float
+        Scaling of the product; alpha / rho for LoRA, alpha / sqrt(rho) for rsLoRA.
+    """
+
+    B: Tensor
+    A: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, q) of the update."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Adapter rank rho, the inner dimension of the factors."""
+        return self.B.shape[1]
+
+    def dense(self) -> Tensor:
+        """The p x q update itself. For tests and dense input; never called for adapters."""
+        return self.scale * (self.B @ self.A)
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Updates in orthonormal coordinates: Theta_k = left @ core[k] @ right.T.
+
+    ``left`` (p, m) and ``right`` (q, n) have orthonormal columns, or are None where the coordinates are the original
+    ones. ``core`` is (K, m, n), float64. Products with orthonormal columns are isometries, so norms, inner products,
+    projections and singular values of the cores are those of the updates.
+    """
+
+    core: Tensor
+    left: Tensor | None
+    right: Tensor | None
+
+    @property
+    def common(self) -> tuple[int, int]:
+        """Rows and columns that all clients have in common: all of them."""
+        return self.core.shape[1], self.core.shape[2]
+
+    def lift_rows(self, columns: Tensor) -> Tensor:
+        """Vectors given in core coordinates (m, j) as vectors of the output side (p, j)."""
+        return columns if self.left is None else self.left @ columns
+
+    def lift_columns(self, columns: Tensor) -> Tensor:
+        """Vectors given in core coordinates (n, j) as vectors of the input side (q, j)."""
+        return columns if self.right is None else self.right @ columns
+
+    def lift(self, core: Tensor) -> LowRank:
+        """A matrix (m, n) in core coordinates as a factored p x q update, numerically zero directions dropped."""
+        U, s, Vh = torch.linalg.svd(core, full_matrices=False)
+        keep = max(1, int((s > s[0] * 1e-15 * max(core.shape)).sum())) if s.numel() else 0
+        root = s[:keep].sqrt()
+        return LowRank(self.lift_rows(U[:, :keep] * root), (self.lift_columns(Vh[:keep].T * root)).T)
+
+
+def _orthonormal_side(blocks: list[Tensor], length: int) -> tuple[Tensor | None, list[Tensor]]:
+    """Orthonormal basis Q of the joint column space of blocks (length, rho_k), and the blocks in its coordinates."""
+    widths = [block.shape[1] for block in blocks]
+    if sum(widths) >= length:
+        return None, blocks
+    Q, R = torch.linalg.qr(torch.cat(blocks, dim=1))  # (length, N), (N, N)
+    return Q, list(R.split(widths, dim=1))
+
+
+def cores_of_factors(updates: Sequence[LowRank]) -> Cores:
+    """Cores of factored updates through two thin QR factorisations; cost O((p + q) N^2), N = sum of ranks."""
+    p, q = updates[0].shape
+    left, B = _orthonormal_side([u.scale * u.B.double() for u in updates], p)
+    right, At = _orthonormal_side([u.A.double().T for u in updates], q)
+    return _without_empty_directions(Cores(torch.stack([b @ at.T for b, at in zip(B, At, strict=True)]), left, right))
+
+
+def cores_of_dense(updates: Tensor) -> Cores:
+    """Cores of a dense stack (K, p, q): directions of either side that no client uses are left out."""
+    return _without_empty_directions(Cores(updates.double(), None, None))
+
+
+def _without_empty_directions(cores: Cores) -> Cores:
+    """The same updates without rows and columns that are empty in every client.
+
+    The coordinates then have the dimensions of the updates' joint column and row space, whatever form they came in.
+    """
+    core = cores.core
+    if not bool(core.isfinite().all()):
+        raise OverflowError("an update overflows float64")
+    rows = _used_directions(core)
+    core = core if rows is None else rows.T @ core
+    columns = _used_directions(core.mT)
+    core = core if columns is None else core @ columns
+    left = cores.left if rows is None else cores.lift_rows(rows)
+    right = cores.right if columns is None else cores.lift_columns(columns)
+    return Cores(core, left, right)
+
+
+def _used_directions(core: Tensor) -> Tensor | None:
+    """Orthonormal basis (m, j) of the joint column space of the blocks (K, m, n); None where it is everything."""
+    K, m, n = core.shape
+    core = core / core.abs().max().clamp(min=torch.finfo(core.dtype).tiny)  # or squares overflow, or vanish
+    if K * n >= m:
+        spectrum = torch.linalg.eigvalsh(torch.einsum("kmn,kln->ml", core, core))
+        if spectrum[0] > SURE * spectrum[-1]:  # eigenvalues are squares: far above rounding, no need for the SVD
+            return None
+    U, s, _ = torch.linalg.svd(core.permute(1, 0, 2).reshape(m, K * n), full_matrices=False)
+    used = max(1, int((s > EMPTY * s[:1]).sum()))
+    return None if used == m else U[:, :used]
+
+
+def truncate(update: LowRank, rank: int) -> tuple[LowRank, float]:
+    """Best rank-``rank`` approximation in Frobenius norm (Eckart-Young), in factored form.
+
+    Returns
+    -------
+    LowRank
+        Balanced factors (both carry the square root of the singular values), scale 1, of inner dimension exactly
+        ``rank``, padded with zeros where the update has fewer directions. Dtype and device of ``update``.
+    float
+        Relative Frobenius error ||update - truncated|| / ||update||, before rounding to the dtype; 0 for a zero update.
+    """
+    Qb, Rb = torch.linalg.qr(update.scale * update.B.double())
+    Qa, Ra = torch.linalg.qr(update.A.double().T)
+    U, s, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    keep = min(rank, s.numel())
+    root = s[:keep].sqrt()
+    B = update.B.new_zeros(update.shape[0], rank)
+    A = update.A.new_zeros(rank, update.shape[1])
+    B[:, :keep] = (Qb @ (U[:, :keep] * root)).to(B.dtype)
+    A[:keep] = ((Qa @ (Vh[:keep].T * root)).T).to(A.dtype)
+    total = torch.linalg.vector_norm(s)
+    error = float(torch.linalg.vector_norm(s[keep:]) / total) if total > 0 else 0.0
+    return LowRank(B, A), error
+
+
+def as_dense(updates: Mapping[str, Tensor | Sequence[LowRank]]) -> dict[str, Tensor]:
+    """Updates by module as matrices (K, p, q), float64: adapters keep their rank when multiplied out."""
+    return {name: torch.stack([_dense(update) for update in own]) for name, own in updates.items()}
+
+def _dense(update: Tensor | LowRank) -> Tensor:
+    return update.double() if isinstance(update, Tensor) else update.scale * (update.B.double() @ update.A.double())

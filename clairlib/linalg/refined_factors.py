@@ -1,0 +1,192 @@
+"""Refined adapters from Gram matrices: shared subspace and common part of a set of clients, and what each client gets.
+
+Everything is a combination of the clients' factors: a direction of the output side is B v with v (N,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from clairlib.linalg.grams import Stacked
+from clairlib.linalg.low_rank import LowRank
+
+GUARD = 8  # directions iterated on beyond those wanted
+MOST_ROUNDS = 200  # few where a gap ends the subspace; where none does, a rank taken from noise converges slowly
+CONVERGED = {torch.float64: 1e-11, torch.float32: 1e-7}  # residual over the gap, which bounds the angle to the subspace
+ROUNDING = 1e-13
+OFF_ROUNDS = 3  # directions of noise need not converge: more rounds take a thousandth off the truncation error
+PARTS = 4  # of the clients, whose refined adapters are computed at a time
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Shared subspace and off-subspace common part of a set of clients, as combinations of all clients' factors.
+
+    Orthonormal basis U = B ``basis`` (N, r). P_perp M = (B - U U' B) diag(``shares``) A, ``shares`` (N,) the weights of
+    the members' columns in their mean, times their scales.
+    """
+
+    stacked: Stacked
+    basis: Tensor
+    shares: Tensor
+
+    def lifted_basis(self) -> Tensor:
+        """U (p, r)."""
+        return self.stacked.B @ self.basis.to(self.stacked.B.dtype)
+
+    def common_part(self) -> LowRank:
+        """P_perp M, factored; its inner dimension is the sum of the members' ranks."""
+        used, s = self.shares != 0, self.stacked
+        U = self.lifted_basis()
+        B = s.B[:, used]
+        return LowRank((B - U @ (U.T @ B)) * self.shares[used].to(B.dtype), s.A[used])
+
+
+def shared_part(stacked: Stacked, members: Tensor, weights: Tensor, start: Tensor, rank: int) -> Shared:
+    """The leading ``rank`` directions of sum_k w_k (Theta_k - M)(Theta_k - M)' over the members (K,) bool, and M.
+
+    Subspace iteration with Rayleigh-Ritz steps from the combinations ``start`` (N, m), m >= rank, until the subspace
+    stays: the scatter is B Omega B' with Omega = blockdiag(w_k c_k^2 G_A[k, k]) - (s_i s_j / W) G_A[i, j], s = w c.
+    """
+    w = torch.where(members, weights, 0.0)
+    W = w.sum()
+    by_column = (w * stacked.scales)[stacked.owner]
+    shares = by_column / W
+    blocks = (w * stacked.scales.square())[:, None, None] * stacked.blocks(stacked.G_A)
+
+    def scatter(inner: Tensor) -> Tensor:
+        """Of combinations V, from G_B V."""
+        own = stacked.times_blocks(blocks, inner)
+        return own - by_column[:, None] * (stacked.G_A @ (shares[:, None] * inner))
+
+    V, inner = orthonormal(start, stacked.G_B @ start)
+    for _ in range(MOST_ROUNDS if rank else 0):
+        rank = min(rank, V.shape[1])  # less than asked for where the members do not differ in so many directions
+        image = scatter(inner)
+        seen = stacked.G_B @ image
+        values, E = torch.linalg.eigh(inner.T @ image)
+        values, E = values.flip(0), E.flip(1)
+        V, inner, image, seen = V @ E, inner @ E, image @ E, seen @ E
+        residual = image[:, :rank] - V[:, :rank] * values[:rank]
+        if _angle(stacked.G_B, residual, values, rank) <= CONVERGED[stacked.B.dtype]:
+            break
+        V, inner = orthonormal(image, seen)
+    return Shared(stacked, V[:, :rank], shares)
+
+
+def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Combinations W (N, m') of the columns of V with W' G W = I, and G W, from ``inner`` = G V.
+
+    Directions that hold rounding only are dropped.
+    """
+    values, E = torch.linalg.eigh(V.T @ inner)
+    kept = values > ROUNDING * values[-1:]
+    E = (E[:, kept] * values[kept].rsqrt()).flip(1)
+    return V @ E, inner @ E
+
+
+def _angle(G: Tensor, residual: Tensor, values: Tensor, rank: int) -> float:
+    """Bound on the sine of the angle to the exact subspace: residual over the gap that ends it."""
+    beyond = values[rank] if len(values) > rank else values.new_zeros(())
+    size = (residual * (G @ residual)).sum().clamp(min=0.0).sqrt()
+    return float(size / (values[rank - 1] - beyond).clamp(min=torch.finfo(G.dtype).tiny))
+
+
+def _near_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
+    """Combinations (N, m), somewhat more than ``count``, near the leading left singular directions of P_perp M.
+
+    Randomised subspace iteration in the precision of the factors, off the subspace.
+    """
+    s, w = shared.stacked, shared.shares[:, None]
+    N, low = len(s.G_B), s.B.dtype
+    inside = shared.basis.T @ s.G_B  # (r, N)
+    G_B, G_A, basis, part, by = (x.to(low) for x in (s.G_B, s.G_A, shared.basis, inside, w))
+    V = by * torch.randn(N, min(count + GUARD, N), generator=generator, dtype=torch.float32).to(G_B)
+    for _ in range(OFF_ROUNDS):
+        V = torch.linalg.qr(V - basis @ (part @ V))[0]
+        V = by * (G_A @ (by * (G_B @ V)))
+    V = V.double()
+    return V - shared.basis @ (inside @ V)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What all refined adapters of a module are put together from.
+
+    ``left`` (p, r + t): the shared subspace and the leading directions of the common part. ``outside`` (t, q): the
+    common part in those. ``gram`` (t, t) and ``cross`` (t, N): inner products of its rows with one another and with
+    A's rows. ``energy``: ||P_perp M||_F^2.
+    """
+
+    shared: Shared
+    left: Tensor
+    outside: Tensor
+    gram: Tensor
+    cross: Tensor
+    energy: float
+
+
+def assemble(shared: Shared, count: int, generator: Generator) -> Assembly:
+    """Prepare the refined adapters of a module, with at most ``count`` directions of the common part."""
+    s, dtype = shared.stacked, shared.stacked.B.dtype
+    V = _near_off_part(shared, count, generator)
+    V, inner = orthonormal(V, s.G_B @ V)
+    rows = inner * shared.shares[:, None]  # V' M = rows' A
+    cross = s.G_A @ rows
+    E = torch.linalg.eigh(rows.T @ cross)[1].flip(1)[:, :count]
+    Q, rows, cross = V @ E, (rows @ E).T, (cross @ E).T
+    inside = shared.basis.T @ s.G_B * shared.shares  # U' M = inside @ A
+    energy = float(shared.shares @ (s.G_A * s.G_B) @ shared.shares - ((inside @ s.G_A) * inside).sum())
+    left = s.B @ torch.cat([shared.basis, Q], dim=1).to(dtype)
+    return Assembly(shared, left, rows.to(dtype) @ s.A, cross @ rows.T, cross, energy)
+
+
+def refined_adapters(
+    assembly: Assembly, clients: Sequence[int], ranks: Sequence[int], scales: Sequence[float]
+) -> Iterator[tuple[LowRank, float]]:
+    """P Theta_k + P_perp M of ``clients`` at adapter ranks ``ranks``, each with the truncation's relative error.
+
+    Factors that balance at the ``scales`` given, of inner dimension exactly the rank, padded with zeros. Best in
+    Frobenius norm among the updates that use the directions of ``assembly``. So many clients at once that their factors
+    are few beside B and A.
+    """
+    step = max(1, len(assembly.shared.stacked.ranks) // PARTS)
+    for i in range(0, len(clients), step):
+        yield from _refined(assembly, clients[i : i + step], ranks[i : i + step], scales[i : i + step])
+
+
+def _refined(
+    assembly: Assembly, clients: Sequence[int], ranks: Sequence[int], scales: Sequence[float]
+) -> Iterator[tuple[LowRank, float]]:
+    s, r = assembly.shared.stacked, assembly.shared.basis.shape[1]
+    n, dtype, chosen = len(clients), s.B.dtype, torch.tensor(clients, device=s.B.device)
+    coordinates = s.by_client(assembly.shared.basis.T @ s.G_B)[chosen]
+    inside = s.scales[chosen, None, None] * coordinates  # (n, r, w): U' Theta_k = inside @ A_k
+    corner = inside @ s.by_client(assembly.cross)[chosen].mT
+    upper = torch.cat([inside @ s.blocks(s.G_A)[chosen] @ inside.mT, corner], dim=2)
+    lower = torch.cat([corner.mT, assembly.gram.expand(n, -1, -1)], dim=2)
+    gram = torch.cat([upper, lower], dim=1)  # of the rows of [U' Theta_k; Q' M]
+    values, E = torch.linalg.eigh(gram)
+    most, least = max(ranks), min(max(ranks), values.shape[1])
+    values, E = values.flip(1)[:, :least].clamp(min=0.0), E.flip(2)[:, :, :least]
+    kept = torch.arange(least, device=values.device) < torch.tensor(ranks, device=values.device)[:, None]
+    values = torch.where(kept, values, 0.0)
+    total = gram[:, :r, :r].diagonal(dim1=1, dim2=2).sum(dim=1) + assembly.energy
+    lost = ((total - values.sum(dim=1)) / total).clamp(min=0.0).sqrt()
+    errors = torch.where(total > 0, lost, 0.0).tolist()
+    root = values.sqrt()
+    size = torch.tensor(scales, dtype=root.dtype, device=root.device).rsqrt()[:, None, None]
+    down, up = E * root.sqrt()[:, None] * size, E * torch.where(root > 0, root.rsqrt(), 0.0)[:, None] * size
+    down, up = (torch.nn.functional.pad(side, (0, most - least)) for side in (down, up))  # (n, r + t, most)
+    Bs = assembly.left.expand(n, -1, -1) @ down.to(dtype)
+    As = (up[:, r:].mT.flatten(0, 1).to(dtype) @ assembly.outside).unflatten(0, (n, most))
+    weights = (up[:, :r].mT @ inside).to(dtype)  # (n, most, w)
+    starts = s.starts.tolist()
+    for i, (k, rank) in enumerate(zip(clients, ranks, strict=True)):
+        own = s.A[starts[k] : starts[k] + s.ranks[k]]
+        A = As[i, :rank].addmm_(weights[i, :rank, : s.ranks[k]], own)
+        yield LowRank(Bs[i, :, :rank], A, scales[i]), errors[i]

@@ -1,0 +1,33 @@
+"""Subspaces: bases, projections, angles between subspaces, and the edge of the noise spectrum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project_out(basis: Tensor, matrix: Tensor) -> Tensor:
+    """P_perp X = X - U U' X for an orthonormal basis U (..., p, r) and X (..., p, q)."""
+    return matrix - basis @ (basis.mT @ matrix)
+
+
+def sin_theta(first: Tensor, second: Tensor) -> float:
+    """Sine of the largest principal angle between two subspaces, ||P_perp(second) first||_2, in [0, 1].
+
+    ``first`` (p, r) and ``second`` (p, r') are orthonormal bases; bases are unique up to rotation, so compare
+    subspaces with this, never entry by entry. 1 when the dimensions differ. Computed from the residual, not from
+    the arc cosine, so that it is accurate for small angles.
+    """
+    if first.shape[1] != second.shape[1]:
+        return 1.0
+    if first.shape[1] == 0:
+        return 0.0
+    return min(1.0, float(torch.linalg.matrix_norm(project_out(second, first), ord=2)))
+
+
+def squared_singular_values(X: Tensor) -> Tensor:
+    """Squared singular values (n, min(p, q)) of matrices (n, p, q), descending."""
+    gram = X.mT @ X if X.shape[2] <= X.shape[1] else X @ X.mT
+    return torch.linalg.eigvalsh(gram).flip(1).clamp(min=0.0)
+
+

@@ -1,0 +1,147 @@
+"""The convex program of `clairlib.recovery.convex`: its two-block ADMM iterates and the bounds that certify them.
+
+Blocks are kept as (p, K, q), so that their concatenation [X_1 .. X_K], (p, K*q), is a view.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RELAXATION = 1.6  # over-relaxation of ADMM; saves about 13 % of the steps here
+BALANCE_EVERY, BALANCE_UNTIL = 5, 500  # then the penalty is frozen, so that ADMM provably converges
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data (p, K, q), centred over clients when there is a common part, with spectral norm 1."""
+
+    data: Tensor
+    lam: float
+    nu: float
+    common: bool
+
+    def centre(self, blocks: Tensor) -> Tensor:
+        """The best M for blocks M + L_k: their mean (see ``iterates``), zero without a common part."""
+        return blocks.mean(1, keepdim=True) if self.common else torch.zeros_like(blocks[:, :1])
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """One step of ADMM, in blocks (p, K, q), with what the bounds need."""
+
+    common: Tensor  # (p, 1, q)
+    low_rank: Tensor
+    nuclear: Tensor  # ||L||_*, a by-product of the shrinkage
+    contamination: Tensor
+    dual: Tensor  # centred, spectral norm <= 1; ||Y_k||_F <= lam only in the limit
+
+
+def iterates(problem: Problem) -> Iterator[Iterate]:
+    """Two-block ADMM, each block minimised in closed form; T = S + Z.
+
+    Block 1, (M, L) with W = X - T + Y/beta: M = mean_k W_k and L = SVT_{1/beta}(W - M). For let C = I - 11'/K
+    (on clients) and (M, L) be any pair. (mean W, L C) is at least as good: L C has no larger nuclear norm, C
+    being a contraction; and ||W - M - L||_F^2 >= ||(W - M - L) C||_F^2 = ||W C - L C||_F^2. Among L = L C the
+    best is SVT(W C), which has zero block mean as W C has.
+
+    Block 2, (S, Z) with R = X - M - L + Y/beta: the best Z is beta nu / (1 + beta nu) (R - S), which leaves
+    lam sum ||S_k||_F + beta / (2 (1 + beta nu)) ||R - S||_F^2: block shrinkage at lam (1 + beta nu) / beta.
+
+    Two blocks and a penalty that is finally constant: the iterates converge (Boyd et al. 2011, section 3.2).
+    """
+    x, lam, nu = problem.data, problem.lam, problem.nu
+    beta = 3.0  # in units of 1 / ||X||_2; balanced below
+    outside, multiplier, contamination = (torch.zeros_like(x) for _ in range(3))  # T, Y, S
+    for step in itertools.count(1):
+        target = x - outside + multiplier / beta
+        common = problem.centre(target)
+        low_rank, nuclear = shrink_spectrum(target - common, 1 / beta)
+        aligned = common + low_rank
+        yield Iterate(common, low_rank, nuclear, contamination, beta * (target - aligned))
+        relaxed = RELAXATION * aligned + (1 - RELAXATION) * (x - outside)
+        residual = x - relaxed + multiplier / beta
+        contamination = shrink_blocks(residual, lam * (1 + beta * nu) / beta)
+        previous, outside = outside, contamination + beta * nu / (1 + beta * nu) * (residual - contamination)
+        multiplier = beta * (residual - outside)
+        if step % BALANCE_EVERY == 0 and step <= BALANCE_UNTIL:
+            misfit = (x - aligned - outside).norm() / x.norm()
+            moved = beta * (outside - previous).norm() / multiplier.norm()
+            beta *= _balance(float(misfit), float(moved))
+
+
+def _balance(misfit: float, moved: float) -> float:
+    """Factor for the penalty that balances the relative residuals, primal and dual (Wohlberg 2017)."""
+    if not math.isfinite(moved) or 0.5 * moved <= misfit <= 2 * moved:
+        return 1.0
+    return min(4.0, max(0.25, math.sqrt(misfit / moved))) if moved > 0 else 4.0
+
+
+def block_norms(blocks: Tensor) -> Tensor:
+    """Frobenius norm of each block, (K,)."""
+    return torch.linalg.vector_norm(blocks, dim=(0, 2))
+
+
+def shrink_blocks(blocks: Tensor, threshold: float) -> Tensor:
+    """Every block shortened by the threshold in Frobenius norm; those below it become exactly zero."""
+    norms = block_norms(blocks)
+    factor = torch.where(norms > threshold, 1 - threshold / norms, 0.0)
+    return blocks * factor[:, None]
+
+
+def shrink_spectrum(blocks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Singular value thresholding of the concatenation, and the nuclear norm of the result.
+
+    Through the eigenvectors of the smaller Gram matrix: 1.4 to 3 times faster than an SVD. Squaring costs a
+    kept singular value s >= threshold a relative error of about 1e-16 (s_max / s)^2 <= 1e-8, enough for
+    gaps of 1e-6, as long as threshold >= 1e-4 s_max; below that the SVD is taken.
+    """
+    wide = blocks.flatten(1)  # (p, K*q)
+    tall = wide.shape[0] > wide.shape[1]
+    short = wide.T if tall else wide
+    squares, vectors = torch.linalg.eigh(short @ short.T)
+    values = squares.clamp(min=0).sqrt()
+    if threshold < 1e-4 * float(values[-1]):
+        vectors, values, _ = torch.linalg.svd(short, full_matrices=False)
+    kept = values > threshold
+    vectors, values = vectors[:, kept], values[kept]
+    shrunk = (vectors * (1 - threshold / values)) @ (vectors.T @ short)
+    return (shrunk.T if tall else shrunk).reshape(blocks.shape), (values - threshold).sum()
+
+
+def dual_scale(problem: Problem, dual: Tensor) -> tuple[float, float]:
+    """Best t >= 0 such that t Y is admissible, for Y centred with spectral norm <= 1, and its dual value."""
+    linear, square = float((dual * problem.data).sum()), float(dual.square().sum())
+    largest = float(block_norms(dual).max())
+    t = min(1.0, problem.lam / largest) if largest > 0 else 1.0
+    if problem.nu > 0 and square > 0:
+        t = min(t, linear / (problem.nu * square))
+    t = max(t, 0.0)
+    return t, t * linear - 0.5 * problem.nu * t * t * square
+
+
+def objective(problem: Problem, nuclear: Tensor, contamination: Tensor, residual: Tensor) -> float:
+    """||L||_* + lam sum_k ||S_k||_F + ||Z||_F^2 / (2 nu), the nuclear norm being given."""
+    norms = block_norms(contamination)
+    value = nuclear + torch.where(norms > 0, problem.lam * norms, 0.0).sum()  # lam = inf: inf * 0 is 0 here
+    if problem.nu > 0:
+        value = value + residual.square().sum() / (2 * problem.nu)
+    return float(value)
+
+
+def relative_gap(primal: float, dual: float) -> float:
+    """(primal - dual) / primal; 0 when both are 0."""
+    return (primal - dual) / max(primal, 1e-300)
+
+
+def quick_gap(problem: Problem, iterate: Iterate) -> float:
+    """Relative gap of (M, L) with the best S, from norms that the iteration has at hand; no factorisation."""
+    rest = problem.data - iterate.common - iterate.low_rank
+    contamination = shrink_blocks(rest, problem.lam * problem.nu)
+    primal = objective(problem, iterate.nuclear, contamination, rest - contamination)
+    return relative_gap(primal, dual_scale(problem, iterate.dual)[1])

@@ -1,0 +1,301 @@
+"""CLAIR: recover the shared subspace, find the contaminated clients, refine the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from clairlib.core.limits import MINIMUM_CLIENTS
+from clairlib.core.seeds import derive
+from clairlib.linalg.compress import FILLED, compress, leads
+from clairlib.linalg.grams import stack
+from clairlib.linalg.low_rank import Cores, LowRank, cores_of_dense, cores_of_factors
+from clairlib.recovery.consensus import consensus
+from clairlib.recovery.convex import Certificate, decompose
+from clairlib.recovery.detection import Calibration
+from clairlib.recovery.frame import Frame, fit_frame, floor_energy
+from clairlib.recovery.inputs import Module, read_modules, read_noise, read_weights, transpose, where
+from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE, leave_one_out, shared_structure
+from clairlib.recovery.module_fit import Fit, Outcome
+from clairlib.recovery.result import ClairResult, ModuleResult
+from clairlib.recovery.start_sets import robust_half
+from clairlib.recovery.verdict import Reading, settle, vote
+
+NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
+PILOTS = 8  # modules, at most, in which the first set is searched; all of them then judge it
+AGREED = 3  # modules that find the same set: then no more of the pilots are searched
+CROWD = 256  # clients, at most, among whom the first set is searched; the others are then judged by its frame
+
+
+class CLAIR:
+    """Collaborative low-rank alignment and identifiable recovery, with nothing known in advance.
+
+    Benign clients follow Theta_k = M + U A_k + H_k: a shared subspace span(U) in which each differs, a common part
+    outside it, small heterogeneity H_k. Contaminated clients are arbitrary. The problem and the idea of a structured
+    low-rank plus block-sparse decomposition are from the paper's abstract (arXiv:2605.21217); the program's form,
+    equations and algorithms are this project's reconstruction.
+
+    Parameters
+    ----------
+    rank : int, optional
+        Dimension r of the shared subspace; estimated per module where None.
+    solver : {"consensus", "convex"}
+        How the first set of benign clients is found. ``consensus`` grows candidate sets from few clients; ``convex``
+        solves the structured low-rank + block-sparse program and attaches its duality gap as certificate. The program
+        finds contamination that is larger than the noise of an update; ``consensus`` finds smaller ones too.
+    side : {"output", "input"}
+        Side of the weight matrix on which the subspace lies: rows p (LoRA B) or columns q (LoRA A).
+    seed : int
+        Seed of the random sample of client tuples; the result is a function of data and seed alone.
+    lam : float, optional
+        Weight of the contamination term of the convex program; chosen from its window where None.
+    tolerance : float
+        Relative duality gap at which the convex program stops.
+    """
+
+    def __init__(
+        self,
+        rank: int | None = None,
+        solver: str = "consensus",
+        side: str = "output",
+        *,
+        seed: int = 0,
+        lam: float | None = None,
+        tolerance: float = 1e-6,
+    ) -> None:
+        if solver not in ("consensus", "convex"):
+            raise ValueError(f"solver must be 'consensus' or 'convex'; got {solver!r}")
+        if side not in ("output", "input"):
+            raise ValueError(f"side must be 'output' or 'input'; got {side!r}")
+        if rank is not None and (not isinstance(rank, int) or rank < 0):
+            raise ValueError(f"rank must be a whole number, not negative; got {rank!r}")
+        self.rank, self.solver, self.side, self.seed = rank, solver, side, seed
+        self.lam, self.tolerance = lam, tolerance
+
+    def fit(
+        self,
+        updates: Any,
+        names: list[str] | None = None,
+        weights: Any = None,
+        noise: Any = None,
+        *,
+        progress: Callable[[str], None] | None = None,
+    ) -> ClairResult:
+        """Find the contaminated clients and refine the others.
+
+        Parameters
+        ----------
+        updates : Tensor or array (K, p, q), or sequence of LowRank, or dict of module name -> either
+            One update a client, of any floating dtype; ranks of LowRank may differ. K >= 3.
+        names : list of str, optional
+            Client names; ``client_0`` .. where None.
+        weights : array (K,), optional
+            Positive; the noise variance of client k is proportional to 1 / weights[k] (its sample size, say). The
+            convex program takes every client alike; weights enter with the frames fitted to its benign clients.
+        noise : array (K,), or dict of module name -> array, optional
+            Expected squared error ||E_k||_F^2 of each update where known, as from the standard errors of a regression:
+            refinement is then refused where benign clients differ by more than it pays for.
+        progress : callable, optional
+            Called with each module's name when its subspace is found.
+
+        Raises
+        ------
+        TypeError, ValueError
+            One line that names client and module, for updates that cannot be compared or are not finite.
+        """
+        modules, clients, by_module = read_modules(updates, names, self.side)
+        w = read_weights(weights, clients).to(modules[0].reference.device)
+        known = read_noise(noise, [module.name for module in modules], clients)
+        few = pilots(modules, self.solver)
+        first = [self.prepare(module, w, noise=known.get(module.name)) for module in few]
+        benign, certificates = self.search(few, first)
+        fits = {fit.name: fit for fit in first}
+
+        def fitted(members: Tensor) -> list[Fit]:
+            for module in modules:
+                if module.name not in fits or not fits[module.name].suits(members):
+                    fits[module.name] = self.prepare(module, w, members, noise=known.get(module.name))
+            return [fits[module.name] for module in modules]
+
+        start = self.settle(first, benign)[0]
+        benign, pooled = settle(start, lambda who: [fit.reading(who) for fit in fitted(who)], self.wider(first))
+        outcomes = []
+        for fit in fitted(benign):
+            outcomes.append(fit.outcome(benign))
+            if progress is not None:
+                progress(fit.name)
+        share = max(outcome.structure for outcome in outcomes) >= LITTLE_STRUCTURE
+        results = {
+            module.name: _module_result(module, fit, outcome, share, certificates.get(module.name))
+            for module, fit, outcome in zip(modules, fitted(benign), outcomes, strict=True)
+        }
+        numpy = modules[0].numpy
+        out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
+        return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
+
+    def prepare(
+        self,
+        module: Module,
+        weights: Tensor,
+        members: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        keep: bool = False,
+    ) -> Fit:
+        """A module's cores, ready to be asked for the frame of any set of clients.
+
+        Cores that do not hold the updates exactly are for sets close to ``members``. With ``keep`` the clients' factors
+        stay with those.
+        """
+        self._check_rank(module, len(weights))
+        updates = module.updates
+        try:
+            if isinstance(updates, Tensor):
+                return Fit(module.name, cores_of_dense(updates), weights, self.rank, noise=noise)
+            if max(module.shape) <= FILLED:
+                return Fit(module.name, cores_of_factors(updates), weights, self.rank, noise=noise)
+        except OverflowError as error:
+            raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
+        stacked = stack(updates)
+        generator = derive(self.seed, "compress", module.name)
+        cores = compress(stacked, leads(stacked, self.rank, members), members=members, generator=generator)
+        kept = stacked if keep else None
+        return Fit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, noise=noise)
+
+    def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
+        """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""
+        frames: list[Frame] = []
+        certificates = {}
+        for module, fit in zip(modules, fits, strict=True):
+            frame, proof = self.first_frame(module, fit)
+            frames.append(frame)
+            if proof is not None:
+                certificates[fit.name] = proof
+            if self.agree(frames):
+                break
+        return first_set(fits, frames), certificates
+
+    def agree(self, frames: Sequence[Frame]) -> bool:
+        """Have modules enough found the same set? The convex program is solved in all, for its certificates."""
+        same = all(torch.equal(frame.members, frames[0].members) for frame in frames)
+        return self.solver == "consensus" and len(frames) == AGREED and same
+
+    def first_frame(self, module: Module, fit: Fit) -> tuple[Frame, Certificate | None]:
+        """The frame that the clients of one module suggest by themselves."""
+        if self.solver == "consensus":
+            generator, K = derive(self.seed, "tuples", fit.name), len(fit.X)
+            how: dict[str, Any] = {"rank": self.rank, "common": fit.cores.common, "generator": generator}
+            if K <= CROWD:
+                return consensus(fit.X, fit.weights, **how), None
+            crowd = torch.randperm(K, generator=generator)[:CROWD].to(fit.X.device)
+            members = torch.zeros(K, dtype=torch.bool, device=fit.X.device)
+            members[crowd] = consensus(fit.X[crowd], fit.weights[crowd], **how).members
+            return fit.frame(members), None
+        members, certificate = self._convex_members(module)
+        return fit.frame(members), certificate
+
+    def settle(self, fits: Sequence[Fit], benign: Tensor) -> tuple[Tensor, Calibration]:
+        """The set that stays when all these modules judge it."""
+        return settle(benign, lambda members: [fit.reading(members) for fit in fits], self.wider(fits))
+
+    def wider(self, fits: Sequence[Fit]) -> Callable[[Tensor], list[Reading]] | None:
+        """Readings of a set by wider frames, in `pilots`; None where the rank is given."""
+        few = pilots(fits, "consensus")
+        return None if self.rank is not None else (lambda members: [fit.wider_reading(members) for fit in few])
+
+    def _check_rank(self, module: Module, K: int) -> None:
+        if self.rank is None:
+            return
+        p, q = module.shape
+        largest = min(p, (K - 2) * q)  # the subspace must be found without any one of the clients
+        if isinstance(module.updates, list):
+            largest = min(largest, sum(update.rank for update in module.updates))
+        if self.rank > largest:
+            raise ValueError(f"rank {self.rank} is larger than the updates of module {module.name!r} allow, {largest}")
+
+    def _convex_members(self, module: Module) -> tuple[Tensor, Certificate]:
+        """Clients without contamination part in the convex program, in its noisy form where the updates are noisy."""
+        updates = module.updates
+        cores = cores_of_dense(updates) if isinstance(updates, Tensor) else cores_of_factors(updates)
+        size = float(cores.core.abs().max()) or 1.0
+        X = cores.core / size
+        nu = NOISE_WEIGHT * _noise_norm(X, self.rank)
+        solution = decompose(X, lam=self.lam, nu=nu, tolerance=self.tolerance)
+        members = ~solution.contaminated
+        if int(members.sum()) < MINIMUM_CLIENTS:  # nothing agrees: start from whoever is least contaminated
+            order = torch.linalg.matrix_norm(solution.contamination).argsort()
+            members = torch.zeros_like(members)
+            members[order[:MINIMUM_CLIENTS]] = True
+        proof = solution.certificate
+        return members, replace(proof, primal=size * proof.primal, dual=size * proof.dual)
+
+
+def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
+    """The modules that find the first set: ``PILOTS`` spread over all, or all for the convex program."""
+    if solver == "convex" or len(fits) <= PILOTS:
+        return list(fits)
+    return [fits[i * (len(fits) - 1) // (PILOTS - 1)] for i in range(PILOTS)]
+
+
+def first_set(fits: Sequence[Fit], frames: Sequence[Frame]) -> Tensor:
+    """The set (K,) bool that most modules have found, of the first of ``fits``."""
+    searched = zip(fits, frames, strict=False)
+    return vote(frames, [shared_structure(fit.X, fit.weights, frame) for fit, frame in searched])
+
+
+def _module_result(
+    module: Module, fit: Fit, outcome: Outcome, share: bool, certificate: Certificate | None
+) -> ModuleResult:
+    """Refined where it is estimated to pay; nowhere if the clients ``share`` next to nothing in every module."""
+    frame, is_refined = outcome.frame, outcome.is_refined(share)
+    if isinstance(fit.cores, Cores):
+        basis, off = fit.lifted(frame)
+    else:
+        shared = fit.shared(frame, fit.stacked or stack(cast(list[LowRank], module.updates)))
+        basis, off = shared.lifted_basis(), shared.common_part()
+    benign = frame.members
+    return ModuleResult(
+        name=module.name,
+        shape=module.shape[::-1] if module.transposed else module.shape,
+        rank=frame.rank,
+        basis=module.out(basis),
+        common=module.out_update(off),
+        scores=outcome.scores.cpu().numpy() if module.numpy else outcome.scores,
+        refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
+        gain=outcome.gain.relative,
+        gain_terms=outcome.gain.scaled(fit.size * fit.size),
+        is_refined=is_refined,
+        shared_structure=outcome.structure,
+        spectrum=outcome.spectrum.cpu().numpy(),
+        certificate=certificate,
+    )
+
+
+def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
+    """P Theta_k + P_perp M for the clients to refine, their own update for the others, in the form of the input."""
+    if isinstance(module.updates, Tensor):
+        X = module.updates.double()
+        refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + off.dense(), X)
+        return module.out(refined.mT if module.transposed else refined)
+    adapters: list[LowRank] = []
+    for update, wanted in zip(module.updates, refine.tolist(), strict=True):
+        if wanted:
+            inside = update.scale * (basis.T.double() @ update.B.double()) @ update.A.double()  # (r, q)
+            joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A]))
+            update = LowRank(joined.B.to(update.B.dtype), joined.A.to(update.A.dtype))
+            if not bool(update.A.isfinite().all()):
+                raise ValueError(f"refined updates of module {module.name!r} overflow {update.A.dtype}")
+        adapters.append(transpose(update) if module.transposed else update)
+    return adapters
+
+
+def _noise_norm(X: Tensor, rank: int | None) -> float:
+    """Frobenius norm of a benign client's noise: off-subspace residuals of the robust half; 0 below rounding."""
+    ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
+    frame = fit_frame(X, ones, robust_half(X, ones, rank), rank)
+    energy = float(leave_one_out(X, ones, frame)[frame.members].square().sum(dim=(1, 2)).mean())
+    return energy**0.5 if energy > floor_energy(X) else 0.0

@@ -1,0 +1,199 @@
+"""The public door: client updates in any accepted form, checked once, and results given back in the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clairlib.core.limits import MINIMUM_CLIENTS
+from clairlib.linalg.low_rank import LowRank
+
+SINGLE = "update"  # name of the module when updates are not given by module
+MAX_WEIGHT_RATIO = 1e9  # beyond, a sum over clients in float64 no longer sees the smallest weight
+
+
+@dataclass(frozen=True)
+class Module:
+    """The clients' updates of one weight matrix, output or input side first as asked for.
+
+    ``updates`` is a stack (K, p, q) or a list of LowRank; ``transposed`` says that rows and columns were swapped.
+    """
+
+    name: str
+    updates: Tensor | list[LowRank]
+    transposed: bool
+    numpy: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, q), p the side whose subspace is sought."""
+        first = self.updates[0]
+        return (int(first.shape[0]), int(first.shape[1]))
+
+    @property
+    def reference(self) -> Tensor:
+        """A tensor with the dtype and device in which results are given back."""
+        return self.updates if isinstance(self.updates, Tensor) else self.updates[0].B
+
+    def out(self, tensor: Tensor) -> Any:
+        """A result tensor in the input's dtype, numpy where the input was."""
+        tensor = tensor.to(self.reference.dtype)
+        return tensor.cpu().numpy() if self.numpy else tensor
+
+    def out_update(self, update: LowRank) -> Any:
+        """A p x q result: factored where the input was, dense where it was dense; in the input's orientation."""
+        update = transpose(update) if self.transposed else update
+        if isinstance(self.updates, Tensor):
+            return self.out(update.dense())
+        return LowRank(self.out(update.B), self.out(update.A), update.scale)
+
+
+def transpose(update: LowRank) -> LowRank:
+    """The transposed update, A' B'."""
+    return LowRank(update.A.T, update.B.T, update.scale)
+
+
+def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list[Module], list[str], bool]:
+    """Check updates and bring them into modules.
+
+    Returns
+    -------
+    list of Module, client names, and whether the input was a dict of modules.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One line that names the module and the client.
+    """
+    by_module = isinstance(updates, Mapping)
+    groups = updates if by_module else {SINGLE: updates}
+    if not groups:
+        raise ValueError("no modules given: updates is an empty dict")
+    for module, group in groups.items():
+        if not isinstance(module, str):
+            raise TypeError(f"module names must be text; got {module!r}")
+        if not isinstance(group, Sequence | Tensor | np.ndarray) or getattr(group, "ndim", 1) == 0:
+            what = f"a (K, p, q) array or a sequence of LowRank; got {type(group).__name__}"
+            raise TypeError(f"updates{where(module)} must be {what}")
+    counts = {module: len(group) for module, group in groups.items()}
+    K = next(iter(counts.values()))
+    for module, count in counts.items():
+        if count != K:
+            first = next(iter(counts))
+            raise ValueError(f"modules must have one update a client; {module!r} has {count}, {first!r} has {K}")
+    if K < MINIMUM_CLIENTS:
+        raise ValueError(f"need at least {MINIMUM_CLIENTS} clients to tell who agrees with whom; got {K}")
+    clients = [f"client_{k}" for k in range(K)] if names is None else [str(name) for name in names]
+    if len(clients) != K:
+        raise ValueError(f"names must have one entry a client; got {len(clients)} names for {K} clients")
+    if len(set(clients)) != K:
+        twice = next(name for name in clients if clients.count(name) > 1)
+        raise ValueError(f"client names must differ; {twice!r} is given twice")
+    modules = [_read_module(name, group, clients, side == "input") for name, group in groups.items()]
+    devices = {module.reference.device: module.name for module in modules}
+    if len(devices) > 1:
+        places = ", ".join(f"{module!r} on {device}" for device, module in devices.items())
+        raise ValueError(f"all modules must be on one device; got {places}")
+    return modules, clients, by_module
+
+
+def where(module: str) -> str:
+    """How a message names the module: not at all where there is only one."""
+    return "" if module == SINGLE else f" in module {module!r}"
+
+
+def _read_module(name: str, group: Any, clients: list[str], transposed: bool) -> Module:
+    place = where(name)
+    if isinstance(group, Sequence) and any(isinstance(update, LowRank) for update in group):
+        return Module(name, _read_factors(group, clients, transposed, place), transposed, False)
+    numpy = not isinstance(group, Tensor) and not all(isinstance(update, Tensor) for update in group)
+    try:
+        if numpy:
+            stack = torch.as_tensor(np.asarray(group))
+        else:
+            stack = group if isinstance(group, Tensor) else torch.stack(list(group))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"updates{place} must be a (K, p, q) array or a sequence of LowRank: {error}") from None
+    _check_tensor(stack, f"updates{place}")
+    if stack.ndim != 3:
+        raise ValueError(f"updates{place} must have shape (K, p, q); got {tuple(stack.shape)}")
+    finite = stack.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        raise ValueError(f"client {clients[int((~finite).nonzero()[0])]!r} has NaN or Inf{place}")
+    stack = stack.detach()
+    return Module(name, stack.mT if transposed else stack, transposed, numpy)
+
+
+def _check_tensor(tensor: Any, what: str) -> None:
+    """A dense floating-point tensor with entries."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} must be a tensor; got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise TypeError(f"{what} must be a dense tensor with data; got {tensor.layout} on {tensor.device}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{what} must be floating point; got {tensor.dtype}")
+    if 0 in tensor.shape:
+        raise ValueError(f"{what} are empty: shape {tuple(tensor.shape)}")
+
+
+def _read_factors(group: Sequence[Any], clients: list[str], transposed: bool, where: str) -> list[LowRank]:
+    read: list[LowRank] = []
+    for client, update in zip(clients, group, strict=True):
+        if not isinstance(update, LowRank):
+            raise TypeError(f"client {client!r} has {type(update).__name__}{where}, expected LowRank like the others")
+        for factor in (update.B, update.A):
+            _check_tensor(factor, f"the factors of client {client!r}{where}")
+        if update.B.ndim != 2 or update.A.ndim != 2 or update.B.shape[1] != update.A.shape[0]:
+            raise ValueError(f"client {client!r} has factors {tuple(update.B.shape)}, {tuple(update.A.shape)}{where}")
+        if read and update.shape != read[0].shape:
+            raise ValueError(
+                f"updates must share (p, q); client {client!r} has {update.shape}{where}, expected {read[0].shape}"
+            )
+        if not isinstance(update.scale, int | float):
+            raise TypeError(f"client {client!r} has scale {update.scale!r}{where}, expected a number")
+        if not (bool(update.B.isfinite().all() and update.A.isfinite().all()) and isfinite(update.scale)):
+            raise ValueError(f"client {client!r} has NaN or Inf{where}")
+        read.append(LowRank(update.B.detach(), update.A.detach(), float(update.scale)))
+    return [transpose(update) for update in read] if transposed else read
+
+
+def read_weights(weights: Any, clients: list[str]) -> Tensor:
+    """Weights (K,), positive, with mean 1; all 1 where None is given."""
+    if weights is None:
+        return torch.ones(len(clients), dtype=torch.float64)
+    w = torch.as_tensor(weights, dtype=torch.float64).detach()
+    if w.shape != (len(clients),):
+        raise ValueError(f"weights must have shape ({len(clients)},), one a client; got {tuple(w.shape)}")
+    bad = ~(w.isfinite() & (w > 0))
+    if bool(bad.any()):
+        raise ValueError(f"weights must be positive; client {clients[int(bad.nonzero()[0])]!r} has {w[bad][0].item()}")
+    if float(w.max() / w.min()) > MAX_WEIGHT_RATIO:
+        raise ValueError(f"weights must lie within a factor of {MAX_WEIGHT_RATIO:g} of one another")
+    w = w / w.max()
+    return w / w.mean()
+
+
+def read_noise(noise: Any, modules: list[str], clients: list[str]) -> dict[str, Tensor]:
+    """Expected squared errors (K,) by module; empty where none are given."""
+    if noise is None:
+        return {}
+    by_module = noise if isinstance(noise, Mapping) else {module: noise for module in modules}
+    if unknown := set(by_module) - set(modules):
+        raise ValueError(f"noise names module {min(map(str, unknown))!r}, of which there are no updates")
+    if not isinstance(noise, Mapping) and len(modules) > 1:
+        raise ValueError("noise of several modules must be a dict of module name -> array (K,)")
+    read = {}
+    for module, values in by_module.items():
+        own = torch.as_tensor(values, dtype=torch.float64).detach()
+        if own.shape != (len(clients),):
+            raise ValueError(f"noise{where(module)} must have shape ({len(clients)},); got {tuple(own.shape)}")
+        if not bool((own.isfinite() & (own >= 0)).all()):
+            raise ValueError(f"noise{where(module)} must be finite and not negative")
+        read[module] = own
+    return read

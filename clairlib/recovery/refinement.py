@@ -1,0 +1,132 @@
+"""Refinement: a benign client keeps its own part inside the subspace and takes the benign average outside."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from clairlib.linalg.rank import gap_rank, numerical_ranks
+from clairlib.linalg.subspace import project_out, squared_singular_values
+from clairlib.recovery.effective_dimensions import Spread
+from clairlib.recovery.frame import Frame, centred, floor_energy
+from clairlib.recovery.leave_one_out import LeftOut
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Estimated error of local and refined updates, mean squared Frobenius norm over the benign clients.
+
+    ``local`` = noise outside and inside the subspace; ``off_subspace`` what remains of the outside noise after
+    averaging, ``heterogeneity`` what averaging wipes out of benign differences, ``subspace_cost`` the signal lost
+    because the subspace is itself estimated, less the benign differences that its tilt keeps: it may be negative.
+    """
+
+    local: float
+    inside: float
+    off_subspace: float
+    heterogeneity: float
+    subspace_cost: float
+
+    def scaled(self, factor: float) -> Gain:
+        """The same gain for updates whose squared size is ``factor`` times as large."""
+        return Gain(*(factor * value for value in astuple(self)))
+
+    @property
+    def relative(self) -> float:
+        """1 - refined error / local error: the share of the local squared error that refinement removes."""
+        refined = self.inside + self.off_subspace + self.heterogeneity + self.subspace_cost
+        return 1.0 - refined / self.local if self.local > 0 else 0.0
+
+
+def refined_core(X: Tensor, frame: Frame) -> Tensor:
+    """P X_k + P_perp M for every client (K, p, q)."""
+    return X - project_out(frame.basis, X - frame.mean)
+
+
+def estimate_gain(
+    X: Tensor,
+    weights: Tensor,
+    frame: Frame,
+    known: float | None = None,
+    left_out: LeftOut | None = None,
+    ranks: Tensor | None = None,
+) -> Gain:
+    """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
+
+    With s members, off-subspace noise N per member, effective dimensions p_e, q_e and structured heterogeneity h^2:
+    local error N (1 + r / p_e), refined error N r / p_e + N / s + h^2 (1 - 1/s) + r (N - h^2) / (q_e s), the last being
+    the first-order cost of the estimated subspace: the tilted subspace keeps a part of the heterogeneity.
+
+    The energy V of residuals left one out is (N + h^2) (1 + r / (q_e (s - 1))): the subspace fitted without a member
+    loses that much of it. h^2 is what stands above the noise in the members' own spectra (gap of the mean squared
+    singular values), less the noise in it; 0 for adapters of rank below 8. Not guaranteed: differences between benign
+    clients that look like noise, spread over all directions, cannot be told from noise by any method that sees one
+    update a client. With ``known``, the expected ||E_k||_F^2 of a client of weight 1, they can: what residuals have
+    beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``left_out`` are the residuals of
+    all clients and ``ranks`` (K,) the numerical ranks of their updates, where known.
+    """
+    left_out = left_out or LeftOut.of(X, weights, frame)
+    s, r, R = frame.size, frame.rank, left_out.benign.R
+    V = float(R.square().sum(dim=(1, 2)).mean())
+    if s < 2 or floor_energy(X) >= V:
+        return Gain(0.0, 0.0, 0.0, 0.0, 0.0)
+    own = numerical_ranks(squared_singular_values(X[frame.members])) if ranks is None else ranks[frame.members]
+    rank = int(own.median())
+    squares, rest = _structure(R, left_out.squares[frame.members], rank)
+    spread = left_out.benign if rest is R else Spread(rest, frame.common)
+    p_eff, q_eff = spread.effective_dimensions()
+    V /= 1 + r / (q_eff * (s - 1))
+    noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
+    h2 = _kept_out(X, weights, frame, rank, p_eff, q_eff) if squares.shape[1] else 0.0
+    if known is not None:
+        noise = min(noise, known * p_eff / (p_eff + r))
+        h2 = max(h2, V - noise)
+    inside = noise * r / p_eff
+    return Gain(noise + inside, inside, noise / s, h2 * (1 - 1 / s), r * (noise - h2) / (q_eff * s))
+
+
+def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, columns: float) -> float:
+    """h^2 of the structure that the subspace, fitted with everybody in it, leaves outside: what averaging wipes out.
+
+    Where the subspace has grown to hold each client's own differences, they stand out in the residuals left one out,
+    and yet refinement keeps them.
+    """
+    s = frame.size
+    residuals = project_out(frame.basis, centred(X, weights, frame)[frame.members])  # H_k enters times 1 - 1/s
+    energy = float(residuals.square().sum(dim=(1, 2)).mean())
+    squares, _ = _structure(residuals, squared_singular_values(residuals), rank)
+    return _energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2
+
+
+def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Squared singular values (s, g) of the residuals that stand apart from the noise, and the residuals without them.
+
+    g is one number for all clients, from the gap of their mean spectrum: one client's own is too rough to show it. Only
+    as many directions as the median update has ``rank`` are looked at: an adapter of rank rho confines its noise to rho
+    directions, and where those are few nothing can be told.
+    """
+    g = gap_rank(squares.mean(dim=0)[:rank], rank // 2)
+    if not g:
+        return squares[:, :0], R
+    U, S, Vh = torch.linalg.svd(R, full_matrices=False)
+    return S[:, :g].square(), (U[:, :, g:] * S[:, None, g:]) @ Vh[:, g:]
+
+
+def _energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -> float:
+    """Energy of the signal behind singular values that noise has raised, mean over clients.
+
+    y^2 = (x^2 + a) (x^2 + b) / x^2 for a signal x in noise of a = sigma^2 rows, b = sigma^2 columns (Benaych-Georges
+    and Nadakuditi 2012), solved for x^2; sigma^2 is what remains of V over rows x columns, repeated until it stays.
+    """
+    noise, energy = V, 0.0
+    for _ in range(100):
+        a, b = noise / columns, noise / rows
+        middle = squares - a - b
+        signal = (middle + (middle.square() - 4 * a * b).clamp(min=0.0).sqrt()) / 2
+        energy = float(signal.clamp(min=0.0).sum(dim=1).mean())
+        if abs(V - energy - noise) <= 1e-9 * V:
+            break
+        noise = max(V - energy, 0.0)
+    return energy

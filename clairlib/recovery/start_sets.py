@@ -1,0 +1,171 @@
+"""Start sets: small groups of clients that agree unusually well, from which the consensus solver grows.
+
+Beyond the paper.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import ceil, comb
+
+import torch
+from torch import Generator, Tensor
+
+from clairlib.linalg.subspace import project_out
+from clairlib.recovery.effective_dimensions import Common
+from clairlib.recovery.frame import centred, fit_frame, floor_energy
+
+# At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
+# benign a quarter of the pairs is, and even at 90 % contamination 300 pairs hold three benign ones on average.
+TUPLE_LIMIT = 300
+STARTS = 6  # start sets from which a set is grown: the first three, then disjoint ones
+START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
+LEAST_SPREAD = 1e-12  # energies below this part of the mean client's do not tell tuples apart
+CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are scored
+
+
+def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
+    """Tuples of clients (T, t): all of them, or ``TUPLE_LIMIT`` distinct random ones.
+
+    t = 2 where a pair can span a frame of rank ``START_RANK``, else ceil(START_RANK / q) + 1, at most K - 1.
+    """
+    t = max(2, min(ceil(min(START_RANK, p) / q) + 1, K - 1))
+    if comb(K, t) <= TUPLE_LIMIT:
+        return torch.tensor(list(combinations(range(K), t)))
+    drawn = {tuple(sorted(torch.randperm(K, generator=generator)[:t].tolist())) for _ in range(TUPLE_LIMIT)}
+    return torch.tensor(sorted(drawn))
+
+
+def score_tuples(X: Tensor, tuples: Tensor, common: Common | None = None) -> tuple[list[int], Tensor]:
+    """Order the tuples by how closely the other clients gather around their frames.
+
+    The frame of a tuple is over-specified on purpose: all directions of its members' differences, up to p / 4. Its
+    score is the sum over the other clients of the log off-frame energy, a bounded-influence loss: many clients far
+    away cost little, a few very close ones pay. What lies in a client's own coordinates is off every frame.
+
+    Returns
+    -------
+    list of int
+        Tuples, best first.
+    Tensor (T, K)
+        Off-frame energy of each client, zero for the tuple's own clients.
+    """
+    energies, common = X.square().sum(dim=(1, 2)), common or (X.shape[1], X.shape[2])
+    X = X[:, : common[0], : common[1]]
+    K, p, q = X.shape
+    t = tuples.shape[1]
+    width = max(1, min((t - 1) * q, p // 4, K * q))
+    step = max(1, CHUNK_ENTRIES // (width * K * q + t * p * q))
+    stacked = X.permute(1, 0, 2).reshape(p, K * q)
+    gram = X.flatten(1) @ X.flatten(1).T
+    floor = LEAST_SPREAD * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny
+    distances = []
+    for part in tuples.split(step):
+        group = X[part]  # (T, t, p, q)
+        centre = group.mean(dim=1)
+        D = (group[:, 1:] - group[:, :1]).permute(0, 2, 1, 3).flatten(2)  # (T, p, (t-1) q)
+        U = torch.linalg.qr(D)[0] if width == D.shape[2] else torch.linalg.svd(D, full_matrices=False).U[..., :width]
+        coefficients = (U.mT @ stacked).unflatten(2, (K, q)) - (U.mT @ centre)[:, :, None]  # (T, width, K, q)
+        cross = gram[part].mean(dim=1)  # (T, K): <X_k, centre>
+        energy = energies - 2 * cross + centre.square().sum(dim=(1, 2))[:, None]
+        distances.append((energy - coefficients.square().sum(dim=(1, 3))).clamp(min=floor))
+    result = torch.cat(distances)
+    total = result.log().sum(dim=1) - result.log().gather(1, tuples.to(X.device)).sum(dim=1)
+    return total.argsort().tolist(), result.scatter(1, tuples.to(X.device), 0.0)
+
+
+def start_sets(
+    X: Tensor,
+    tuples: Tensor,
+    order: list[int],
+    distances: Tensor,
+    allowed: Tensor,
+    shortlist: int = TUPLE_LIMIT,
+    common: Common | None = None,
+) -> list[Tensor]:
+    """Start sets (K,) bool among the allowed clients, most concentrated first.
+
+    The best ``shortlist`` tuples, each with the two clients closest to its frame; ordered by the determinant of the
+    set's centred scatter, as in the minimum covariance determinant (Rousseeuw 1984): one client too many adds
+    directions of its own, and what the score of a pair misses, the spectrum of four clients shows. A pair with one
+    client of each of two groups holds both subspaces and scores best of all; its set has twice the directions.
+    """
+    size = tuples.shape[1] + 2
+    if int(allowed.sum()) < size:
+        return []
+    kept = bool(allowed.all())
+    chosen = [i for i in order if kept or bool(allowed[tuples[i]].all())][:shortlist]
+    if not chosen:
+        return []
+    reach = distances[chosen].masked_fill(~allowed, torch.inf)
+    sets = reach.argsort(dim=1)[:, :size].sort(dim=1).values.unique(dim=0)
+    members = torch.zeros(len(sets), len(X), dtype=torch.bool, device=X.device).scatter(1, sets, True)
+    return list(members[log_determinants(X, sets, common).argsort()])
+
+
+def log_determinants(X: Tensor, sets: Tensor, common: Common | None = None) -> Tensor:
+    """Log determinant (T,) of the centred scatter of each set of clients (T, n), up to a common constant.
+
+    A floor of rounding size on the diagonal stands in for the directions that n clients cannot span.
+    """
+    p, q = X.shape[1:]
+    floor = LEAST_SPREAD * float(X.square().sum(dim=(1, 2)).mean()) + torch.finfo(X.dtype).tiny
+    step = max(1, CHUNK_ENTRIES // (sets.shape[1] * p * q + p * p))
+    result = []
+    for part in sets.split(step):
+        D = _apart(X[part], common)
+        D = (D - D.mean(dim=1, keepdim=True)).permute(0, 2, 1, 3).flatten(2)  # (T, p, n q)
+        gram = D @ D.mT if D.shape[1] <= D.shape[2] else D.mT @ D
+        gram.diagonal(dim1=1, dim2=2).add_(floor)
+        result.append(torch.linalg.slogdet(gram).logabsdet)
+    return torch.cat(result)
+
+
+def _apart(X: Tensor, common: Common | None) -> Tensor:
+    """Sets of n clients (T, n, p, q) in coordinates of the set: own rows and columns beside those of the others."""
+    T, n, p, q = X.shape
+    if common is None or (p, q) == common:
+        return X
+    rows, columns = common
+    own_rows, own_columns = p - rows, q - columns
+    placed = X.new_zeros(T, n, rows + n * own_rows, columns + n * own_columns)
+    for k in range(n):
+        at = torch.cat([torch.arange(rows), torch.arange(own_rows) + rows + k * own_rows])
+        beside = torch.cat([torch.arange(columns), torch.arange(own_columns) + columns + k * own_columns])
+        placed[:, k, at[:, None], beside] = X[:, k]
+    return placed
+
+
+def spread_starts(sets: list[Tensor]) -> list[Tensor]:
+    """The first three sets, then those without a client in common with any before, ``STARTS`` in all."""
+    starts = sets[:3]
+    for members in sets:
+        if not any(bool((members & start).any()) for start in starts):
+            starts.append(members)
+        if len(starts) == STARTS:
+            break
+    return starts
+
+
+def _closest(distances: Tensor, count: int) -> Tensor:
+    members = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
+    members[distances.argsort()[:count]] = True
+    return members
+
+
+def robust_half(X: Tensor, weights: Tensor, rank: int | None, common: Common | None = None, rounds: int = 15) -> Tensor:
+    """The half of the clients closest to a frame fitted to all of them with weights 1 / distance.
+
+    Iteratively reweighted, as in FMS (Lerman and Maunu 2018), on matrices: a start that averages over every client
+    where single pairs are too noisy.
+    """
+    K, common = len(X), common or (X.shape[1], X.shape[2])
+    width = rank if rank is not None else max(1, min(max(common[1], START_RANK), common[0] // 4))
+    everyone = torch.ones(K, dtype=torch.bool, device=X.device)
+    v, floor = weights, floor_energy(X)
+    for _ in range(rounds):
+        frame = fit_frame(X, v, everyone, width, common)
+        distance = project_out(frame.basis, centred(X, v, frame)).square().sum(dim=(1, 2)) * weights
+        v = weights * distance.clamp(min=floor).rsqrt()
+        v = v / v.mean()
+    return _closest(distance, max(min(4, K), K // 2))

@@ -1,0 +1,91 @@
+"""Parameter grids to tidy tables: every cell a cached file, resumable, in parallel processes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from clairlib.core import provenance
+from clairlib.core.code import module_digest
+from clairlib.core.files import write_atomically
+from clairlib.core.processes import workers
+
+Rows = list[dict[str, Any]]
+Cell = Callable[..., Mapping[str, Rows]]
+
+
+def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every combination of the values, in order: grid(seed=[0, 1], noise=[.1]) has two cells."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def sweep(
+    cell: Cell,
+    cells: Iterable[Mapping[str, Any]],
+    *,
+    shared: Mapping[str, Any] | None = None,
+    cache: Path | str | None = None,
+    jobs: int = 1,
+) -> dict[str, pd.DataFrame]:
+    """Run a cell function over parameter sets and join what it returns into one tidy table a name.
+
+    Parameters
+    ----------
+    cell : function of keyword arguments -> {table name: rows}
+        Defined in a module, so that worker processes find it; a function of its arguments alone.
+    cells : parameter sets, JSON values only; their items become columns of every table.
+    shared : further arguments of every cell that do not change what it computes, a folder to work in, say; no columns.
+    cache : folder, optional
+        A finished cell is kept there under a hash of its parameters, of its module with all of this project that it
+        imports, and of the versions it runs on, and read back later: a change of a plot runs no cell again, a change of
+        a solver all that depend on it. A cell that failed or was interrupted leaves nothing.
+    jobs : int
+        Worker processes; they are spawned, one thread each.
+    """
+    todo = [dict(c) for c in cells]
+    kept = None if cache is None else (Path(cache) / f"{cell.__module__}.{cell.__name__}", made_with(cell))
+    if jobs > 1 and len(todo) > 1:
+        with workers(min(jobs, len(todo))) as pool:
+            results = pool.map(_run, *map(itertools.repeat, (cell, shared or {})), todo, itertools.repeat(kept))
+            done = list(tqdm(results, total=len(todo), desc=cell.__name__, mininterval=1))
+    else:
+        done = [_run(cell, shared or {}, c, kept) for c in tqdm(todo, desc=cell.__name__, mininterval=1)]
+    tables: dict[str, Rows] = {}
+    for parameters, result in zip(todo, done, strict=True):
+        for name, rows in result.items():
+            tables.setdefault(name, []).extend({**parameters, **row} for row in rows)
+    return {name: pd.DataFrame(rows) for name, rows in tables.items()}
+
+
+def _run(
+    cell: Cell, shared: Mapping[str, Any], parameters: dict[str, Any], kept: tuple[Path, str] | None
+) -> Mapping[str, Rows]:
+    """One cell, from the cache if it is there; under its name in the cache only once it is whole."""
+    torch.set_num_threads(1)
+    if kept is None:
+        return cell(**parameters, **shared)
+    folder, code = kept
+    key = hashlib.sha256(json.dumps([parameters, code], sort_keys=True).encode()).hexdigest()[:24]
+    path = folder / f"{key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    result = cell(**parameters, **shared)
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as partial:
+        partial.write_text(json.dumps(result))
+    return json.loads(path.read_text())
+
+
+def made_with(cell: Cell) -> str:
+    """Hash of what a cached result must have been made with: the cell's code, all it imports, and the versions."""
+    code = module_digest(cell.__module__, Path(inspect.getfile(cell)))
+    return hashlib.sha256(json.dumps([code, provenance.versions()], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Statement 3: at which distance off the subspace a detector that is told P, M and sigma finds the exact set.
+
+This project's own derivation (notebook 04), not the paper's (arXiv:2605.21217).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import log, sqrt
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from clairlib.core.seeds import derive
+from clairlib.linalg.subspace import project_out
+from clairlib.recovery.detection import FAMILY_ERROR
+from clairlib.recovery.leave_one_out import filtered_energy
+
+NULL_DRAWS = 200_000  # behind the null quantile of the filtered energy, which has no closed form
+
+
+def energy_separation(rows: int, columns: int, clients: int, error: float = FAMILY_ERROR) -> float:
+    """Off-subspace distance over sigma from which the energy finds the exact set with chance 1 - error (Statement 3).
+
+    sqrt(2 x) + 2 sqrt(x + sqrt(n x)) with n = rows * columns degrees of freedom and x = log(clients / error).
+    """
+    n, x = rows * columns, log(clients / error)
+    return sqrt(2 * x) + 2 * sqrt(x + sqrt(n * x))
+
+def filtered_separation(rows: int, columns: int, directions: int, clients: int, error: float = FAMILY_ERROR) -> float:
+    """The same for the energy in the top g directions of a residual, against ||Delta||_(g) / sigma.
+
+    With a >= b the sides of the residual, x = log(clients / error) and c = min(sqrt(g) (sqrt(a) + sqrt(b)), sqrt(a b)),
+    which bounds the mean norm of the noise: the smaller of c + 2 sqrt(2 x) and
+    sqrt(2 x) + sqrt(c^2 - a g + 2 c sqrt(2 x) + 2 sqrt(a g x) + 4 x).
+    """
+    a, b = max(rows, columns), min(rows, columns)
+    g, x = min(directions, b), log(clients / error)
+    c, t = min(sqrt(g) * (sqrt(a) + sqrt(b)), sqrt(a * b)), sqrt(2 * x)
+    return min(c + 2 * t, t + sqrt(c * c - a * g + 2 * c * t + 2 * sqrt(a * g * x) + 4 * x))
+
+@lru_cache
+def filtered_null(rows: int, columns: int, rank: int) -> np.ndarray:
+    """Ascending sample of the filtered energy of pure unit noise (rows, columns).
+
+    A Gaussian matrix has the singular values of Bartlett's triangle: the roots of chi^2 on the diagonal, the i-th with
+    a - i degrees of freedom, i = 0 .., and standard normal entries above it.
+    """
+    a, b = max(rows, columns), min(rows, columns)
+    draw = np.random.default_rng(derive(0, "filtered null", rows, columns, rank).initial_seed())
+    triangle = np.triu(draw.standard_normal((NULL_DRAWS, b, b)), 1)
+    triangle[:, range(b), range(b)] = np.sqrt(draw.chisquare(a - np.arange(b), (NULL_DRAWS, b)))
+    return np.sort(filtered_energy(torch.from_numpy(triangle), rank).numpy())
+
+def told_benign(updates: Tensor, basis: Tensor, common: Tensor, noise: float, statistic: str = "energy") -> Tensor:
+    """Benign clients (K,) by the detector of Statement 3, told P, M and sigma, at level FAMILY_ERROR / K a client.
+
+    ``statistic`` "energy": all of ||P_perp (X_k - M)||_F^2, whose null law is chi^2; "filtered": the part in the top
+    2 r singular directions, as in CLAIR's score, with a simulated null quantile.
+    """
+    K, p, q = updates.shape
+    R, rows, level = project_out(basis, updates - common) / noise, p - basis.shape[1], FAMILY_ERROR / K
+    if statistic == "energy":
+        return R.square().sum(dim=(1, 2)) <= stats.chi2.isf(level, rows * q)
+    null = filtered_null(rows, q, basis.shape[1])
+    return filtered_energy(R, basis.shape[1]) <= np.quantile(null, 1 - level)

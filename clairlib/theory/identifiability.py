@@ -1,0 +1,187 @@
+"""What exact updates determine: frames through a few clients, their consensus sets, and whether the largest is unique.
+
+An r-frame is a pair (P, C) of a rank-r projector and an off-subspace matrix C = P_perp C; its consensus set is
+{k: P_perp Theta_k = C}. Clients come as a float64 stack Theta (K, p, q). Noiseless algebra, nothing is estimated; and,
+at the end, planted clients at the border of what can be told apart. Statement 1 is this project's
+reconstruction (notebook 01), not the paper's (arXiv:2605.21217).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil, comb
+
+import torch
+from torch import Generator, Tensor
+
+from clairlib.linalg.subspace import project_out
+from clairlib.simulate import Planted, planted
+from clairlib.simulate.attacks import random_frame
+
+TOLERANCE = 1e-8  # what is smaller than this part of the clients it was computed from is zero
+CHUNK_ENTRIES = 2**22  # entries of the largest temporary while tuples are compared
+TUPLE_LIMIT = 10**6  # tuples looked at in an exhaustive search
+RIVALS = ("coalition", "anchored coalition", "sign_flip")
+INSIDE_ATTACKS = ("spread", "one direction")
+
+
+@dataclass(frozen=True)
+class ExactFrame:
+    """A frame that clients agree on exactly: ``basis`` U (p, d), ``common`` C = P_perp C (p, q), ``members`` (K,) bool.
+
+    d = r where the clients it was taken from span r directions; with d < r they lie in many r-frames.
+    """
+
+    basis: Tensor
+    common: Tensor
+    members: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Dimension d of its subspace."""
+        return self.basis.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Number of clients in its consensus set."""
+        return int(self.members.sum())
+
+
+def tuple_size(rank: int, q: int) -> int:
+    """Clients whose differences can span r directions, ceil(r / q) + 1: a pair when q >= r."""
+    return ceil(rank / q) + 1
+
+
+def chance_size(rank: int, q: int) -> int:
+    """Clients that lie in one r-frame whatever they are, floor(r / q) + 1: their differences have r columns at most."""
+    return rank // q + 1
+
+
+def difference_ranks(targets: Tensor) -> Tensor:
+    """Numerical ranks (K, K) of Theta_j - Theta_k, zero on the diagonal."""
+    K = len(targets)
+    pairs = torch.combinations(torch.arange(K), 2)
+    ranks = torch.zeros(K, K, dtype=torch.long)
+    ranks[pairs[:, 0], pairs[:, 1]] = tuple_ranks(targets, pairs)
+    return ranks + ranks.T
+
+
+def tuple_ranks(targets: Tensor, tuples: Tensor) -> Tensor:
+    """Dimension (T,) of the span of the differences within each tuple of clients (T, t).
+
+    Singular values below ``TOLERANCE`` of the tuple's largest client are zero.
+    """
+    norms = torch.linalg.matrix_norm(targets)
+    step = max(1, CHUNK_ENTRIES // (tuples.shape[1] * targets[0].numel()))
+    ranks = []
+    for part in tuples.split(step):
+        values = torch.linalg.svdvals(_differences(targets[part]))
+        ranks.append((values > TOLERANCE * norms[part].amax(dim=1, keepdim=True)).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def _differences(groups: Tensor) -> Tensor:
+    """[Theta_2 - Theta_1, .., Theta_t - Theta_1] (..., p, (t-1) q) of groups of clients (..., t, p, q)."""
+    return (groups[..., 1:, :, :] - groups[..., :1, :, :]).movedim(-3, -2).flatten(-2)
+
+
+def frame_through(targets: Tensor, clients: Tensor) -> ExactFrame:
+    """The smallest frame through some clients (t,): the span of their differences, and every client that lies in it."""
+    group = targets[clients]
+    vectors, values, _ = torch.linalg.svd(_differences(group), full_matrices=False)
+    basis = vectors[:, values > TOLERANCE * torch.linalg.matrix_norm(group).max()]
+    common = project_out(basis, group[0])
+    return ExactFrame(basis, common, consensus_set(targets, basis, common))
+
+
+def consensus_set(targets: Tensor, basis: Tensor, common: Tensor) -> Tensor:
+    """Clients (K,) bool with P_perp Theta_k = C, up to ``TOLERANCE`` of their size."""
+    off = torch.linalg.matrix_norm(project_out(basis, targets) - common)
+    return off <= TOLERANCE * (torch.linalg.matrix_norm(targets) + torch.linalg.matrix_norm(common))
+
+
+def consensus_frames(targets: Tensor, rank: int) -> list[ExactFrame]:
+    """Every frame of at most r dimensions through a tuple of ``tuple_size`` clients, largest consensus first.
+
+    Exhaustive over tuples. An r-frame is missed only where none of its tuples spans all of it, which assumption (a) of
+    Statement 1 rules out for the benign one; sets of ``chance_size`` clients are no evidence and need not be listed.
+
+    Raises
+    ------
+    ValueError
+        When there are more than ``TUPLE_LIMIT`` tuples.
+    """
+    K, _, q = targets.shape
+    t = tuple_size(rank, q)
+    if comb(K, t) > TUPLE_LIMIT:
+        raise ValueError(f"{comb(K, t)} tuples of {t} among {K} clients are more than {TUPLE_LIMIT}")
+    tuples = torch.combinations(torch.arange(K), t)
+    frames: list[ExactFrame] = []
+    wide: list[Tensor] = []  # consensus sets that hold other tuples too
+    for clients in tuples[tuple_ranks(targets, tuples) <= rank]:
+        if any(bool(members[clients].all()) for members in wide):
+            continue  # its consensus set is inside that one
+        frames.append(frame_through(targets, clients))
+        if frames[-1].size > t:
+            wide.append(frames[-1].members)
+    return sorted(frames, key=lambda frame: -frame.size)
+
+
+def identified_frame(frames: list[ExactFrame], rank: int, q: int) -> ExactFrame | None:
+    """The unique r-frame of largest consensus among ``consensus_frames``; None where there is a tie or no evidence.
+
+    No evidence: no set is larger than ``chance_size``, or the largest spans fewer than r directions, so that its
+    clients are known but not their subspace.
+    """
+    if not frames or frames[0].size <= chance_size(rank, q) or frames[0].rank < rank:
+        return None
+    tie = len(frames) > 1 and frames[1].size == frames[0].size
+    return None if tie else frames[0]
+
+
+def moved_gauge(
+    basis: Tensor, common: Tensor, coefficients: Tensor, shift: Tensor, rotation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Other parameters (U, M, A) of the same updates M + U A_k: (U R, M - U B, R' (A_k + B)).
+
+    ``coefficients`` A (K, r, q); ``shift`` B (r, q) moves a part of P M into every client; ``rotation`` R in O(r).
+    """
+    return basis @ rotation, common - basis @ shift, rotation.mT @ (coefficients + shift)
+
+
+def rivals(kind: str, benign: int, count: int, noise: float, *, generator: Generator) -> tuple[Planted, Tensor]:
+    """Planted clients with ``count`` contaminated ones that agree among themselves, and the set (K,) bool they form.
+
+    An "anchored coalition" takes its common part from one benign client's update, which then lies in its frame too.
+    """
+    K = benign + count
+    base = "coalition" if kind == "anchored coalition" else kind
+    truth = planted(base, share=count / K, K=K, noise=noise, generator=generator)
+    rival = ~truth.benign
+    if kind != "anchored coalition":
+        return truth, rival
+    anchor = int(truth.benign.nonzero()[0])
+    (p, r), q = truth.basis.shape, truth.common.shape[1]
+    frame = random_frame(p, r, generator=generator)
+    steps = torch.randn(count, r, q, generator=generator, dtype=torch.float64) / q**0.5
+    targets = truth.targets.clone()
+    targets[rival] = targets[anchor] + frame @ steps
+    rival[anchor] = True
+    return replace(truth, targets=targets, updates=truth.updates - truth.targets + targets), rival
+
+
+def attacked(truth: Planted, attack: str, attackers: int, size: float, *, generator: Generator) -> Planted:
+    """Planted clients of which the first ``attackers`` move inside the subspace, and only there.
+
+    Theta_k = M + ``size`` U A_k', with E ||A_k'||_F^2 = r as for the others: in all directions ("spread"), or the same
+    single direction with the same coefficients for all attackers ("one direction").
+    """
+    q = truth.common.shape[1]
+    A = torch.randn(attackers, truth.rank, q, generator=generator, dtype=torch.float64) / q**0.5
+    if attack == "one direction":
+        first = A[0, 0] * truth.rank**0.5
+        A = torch.zeros_like(A)
+        A[:, 0] = first
+    targets = truth.targets.clone()
+    targets[:attackers] = truth.common + size * truth.basis @ A
+    return replace(truth, targets=targets, updates=truth.updates - truth.targets + targets)

@@ -1,0 +1,214 @@
+"""Clients' examples as one table of tokens, and groups of clients whose batches go through the model together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clairlib.training.schedule import NO_LABEL
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tokens of all examples, one row a token, one example after another.
+
+    Attributes
+    ----------
+    ids, targets : ndarray (R,)
+        Tokens, and what is to be predicted at each (NO_LABEL: nothing).
+    classes : ndarray (E,) or None
+        One label an example instead; ``targets`` are then not used.
+    attended : ndarray (R,) bool
+    starts, lengths, labelled : ndarray (E,)
+        First row, rows and labels of every example.
+    single : bool
+        Rows are positions on their own, not sequences: only labelled ones are there.
+    pad : int
+        Token that fills up.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    classes: np.ndarray | None
+    attended: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    labelled: np.ndarray
+    pad: int
+    single: bool = False
+
+    def only_labelled(self) -> Table:
+        """The table of the labelled positions alone."""
+        keep = self.targets != NO_LABEL
+        starts = np.concatenate([[0], np.cumsum(self.labelled)])[:-1]
+        ids, attended = np.full(keep.sum(), self.pad), np.ones(keep.sum(), dtype=bool)
+        return Table(ids, self.targets[keep], None, attended, starts, self.labelled, self.labelled, self.pad, True)
+
+
+def tabulate(examples: Sequence[Mapping[str, Tensor]], *, shift: bool, classes: bool, pad: int) -> Table:
+    """All examples as one table; ``shift``: the target of a position is the next token's label."""
+    lengths = np.array([len(example["input_ids"]) for example in examples])
+    ids = _flat([example["input_ids"] for example in examples])
+    masks = [example.get("attention_mask", torch.ones(len(example["input_ids"]))) for example in examples]
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    labels = np.array([int(e["labels"]) for e in examples]) if classes else None
+    targets = np.full(len(ids), NO_LABEL) if classes else _flat([example["labels"] for example in examples])
+    if shift:
+        targets = np.append(targets[1:], NO_LABEL)
+        targets[starts + lengths - 1] = NO_LABEL
+    labelled = np.ones_like(lengths) if classes else np.add.reduceat(targets != NO_LABEL, starts, dtype=np.int64)
+    return Table(ids, targets, labels, _flat(masks) != 0, starts, lengths, labelled, pad)
+
+
+def _flat(tensors: list[Tensor]) -> np.ndarray:
+    return torch.cat([tensor.detach().cpu().long() for tensor in tensors]).numpy()
+
+
+@dataclass(frozen=True)
+class Item:
+    """Part of one client's step: its position in the stack, its examples, and the labels of its whole step."""
+
+    position: int
+    examples: tuple[int, ...]
+    labels: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equally many filled-up sequences of G clients, client after client.
+
+    Attributes
+    ----------
+    positions : tuple of int
+        The clients' positions in the stack.
+    rows : Tensor (G * b, T)
+        Row of the table behind every token; what fills up repeats a row of the same client.
+    ids : Tensor (G * b, T)
+    attended : Tensor (G * b, T) or None
+        Attention mask; None where nothing is filled up.
+    select : Tensor (G * s,) or None
+        Where the targets stand among the tokens; None: everywhere.
+    targets, weights : Tensor (G, s)
+        Labels, and the share of each in its client's loss; 0 for what fills up.
+    """
+
+    positions: tuple[int, ...]
+    rows: Tensor
+    ids: Tensor
+    attended: Tensor | None
+    select: Tensor | None
+    targets: Tensor
+    weights: Tensor
+
+    def to(self, device: str, dtype: torch.dtype) -> Group:
+        """The group on a device, its weights in a dtype."""
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        moved["weights"] = moved["weights"].to(dtype)
+        return Group(**{**vars(self), **moved})
+
+
+def split(table: Table, items: Sequence[Item], limit: int) -> list[list[Item]]:
+    """Items, large ones cut up, in groups of at most ``limit`` tokens as filled up; one example is never cut.
+
+    Items of similar size come together, so that little is filled up. A client has one item in a group.
+    """
+    rounds: list[list[Item]] = []
+    for item in items:
+        for index, part in enumerate(_cut(table, item, limit)):
+            if index == len(rounds):
+                rounds.append([])
+            rounds[index].append(part)
+    groups: list[list[Item]] = []
+    for parts in rounds:
+        shape = (0, 0)
+        parts.sort(key=lambda part: (*_shape(table, part), -part.position), reverse=True)
+        for part in parts:
+            own = _shape(table, part)
+            shape = (max(shape[0], own[0]), max(shape[1], own[1]))
+            if part is parts[0] or (len(groups[-1]) + 1) * shape[0] * shape[1] > limit:
+                groups.append([])
+                shape = own
+            groups[-1].append(part)
+    return [sorted(group, key=lambda part: part.position) for group in groups]
+
+
+def _shape(table: Table, item: Item) -> tuple[int, int]:
+    """(T, b) of the item's examples; (1, b) for single rows."""
+    lengths = table.lengths[list(item.examples)]
+    return (1, int(lengths.sum())) if table.single else (int(lengths.max()), len(lengths))
+
+
+def _cut(table: Table, item: Item, limit: int) -> list[Item]:
+    """The item in parts of at most ``limit`` tokens, or of one example."""
+    parts: list[list[int]] = [[]]
+    total = longest = 0
+    for example in item.examples:
+        length = int(table.lengths[example])
+        total, longest = total + length, max(longest, length)
+        if parts[-1] and (total if table.single else longest * (len(parts[-1]) + 1)) > limit:
+            parts.append([])
+            total = longest = length
+        parts[-1].append(example)
+    return [Item(item.position, tuple(part), item.labels) for part in parts]
+
+
+def collate(table: Table, items: Sequence[Item]) -> Group:
+    """The items' examples, filled up to common sizes."""
+    shares = np.array([1.0 / item.labels for item in items])
+    positions = tuple(item.position for item in items)
+    return (_collate_rows if table.single else _collate_sequences)(table, items, positions, shares)
+
+
+def _collate_rows(table: Table, items: Sequence[Item], positions: tuple[int, ...], shares: np.ndarray) -> Group:
+    parts = [np.concatenate([np.arange(table.lengths[e]) + table.starts[e] for e in item.examples]) for item in items]
+    size = max(map(len, parts))
+    rows = np.stack([np.append(part, np.repeat(part[:1], size - len(part))) for part in parts])  # (G, s)
+    real = np.arange(size) < np.array([[len(part)] for part in parts])
+    weights, ids = np.where(real, shares[:, None], 0.0), table.ids[rows].reshape(-1, 1)
+    targets = torch.from_numpy(table.targets[rows])
+    return Group(
+        positions, torch.from_numpy(rows.reshape(-1, 1)), torch.from_numpy(ids), None, None, targets,
+        torch.from_numpy(weights),
+    )  # fmt: skip
+
+
+def _collate_sequences(table: Table, items: Sequence[Item], positions: tuple[int, ...], shares: np.ndarray) -> Group:
+    b = max(len(item.examples) for item in items)
+    examples = np.array([[*item.examples, *item.examples[:1] * (b - len(item.examples))] for item in items])  # (G, b)
+    real = np.arange(b) < np.array([[len(item.examples)] for item in items])
+    lengths = table.lengths[examples].reshape(-1, 1)
+    place = np.arange(lengths.max())
+    rows = table.starts[examples].reshape(-1, 1) + np.minimum(place, lengths - 1)  # (G * b, T)
+    inside = place < lengths
+    attended = inside & table.attended[rows]
+    ids = np.where(inside, table.ids[rows], table.pad)
+    select, targets, weights = None, table.classes, real * shares[:, None]
+    if targets is None:
+        select, weights = _labelled(table.targets[rows], inside & real.reshape(-1, 1), shares)
+        targets = table.targets[rows].reshape(-1)[select].reshape(len(items), -1)
+    else:
+        targets = targets[examples]
+    return Group(
+        positions,
+        torch.from_numpy(rows),
+        torch.from_numpy(ids),
+        None if attended.all() else torch.from_numpy(attended.astype(np.int64)),
+        None if select is None else torch.from_numpy(select),
+        torch.from_numpy(targets),
+        torch.from_numpy(weights),
+    )
+
+
+def _labelled(targets: np.ndarray, real: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat places (G * s,) of every client's labels among the tokens, filled up with its first, and weights (G, s)."""
+    G = len(shares)
+    mine = ((targets != NO_LABEL) & real).reshape(G, -1)
+    counts = mine.sum(axis=1)
+    places = [np.flatnonzero(own) + client * mine.shape[1] for client, own in enumerate(mine)]
+    size = int(counts.max())
+    select = np.concatenate([np.append(own, np.repeat(own[:1], size - len(own))) for own in places])
+    return select, np.where(np.arange(size) < counts[:, None], shares[:, None], 0.0)

@@ -1,0 +1,257 @@
+"""From clients' data to their adapters and a report: what ``clair train`` does."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clairlib.core import provenance
+from clairlib.core.files import REPORT, whole_folder
+from clairlib.training.client_data import Tokens, data_files, hold_out, read_client
+from clairlib.training.preparation import GROUP_TOKENS, Memory, memory_needed
+from clairlib.training.saving import TrainedClient, save_adapters
+from clairlib.training.schedule import ClientData, Schedule
+from clairlib.training.targets import target_names
+from clairlib.training.trainer import train_adapters
+
+MAX_LENGTH = 512  # tokens of an example, where the model takes as many
+CAUSAL, CLASSIFIER = ("ForCausalLM", "LMHeadModel"), "ForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the clients train; the same for all.
+
+    Attributes
+    ----------
+    targets : list of str or str
+        What is adapted, as peft's ``target_modules``.
+    rank, alpha, use_rslora
+        The adapters', as peft has them.
+    epochs, steps : int or None
+        Passes over a client's examples, and the most optimiser steps it takes; one of them at least.
+    batch, learning_rate
+        Examples a step; AdamW's learning rate.
+    validation : float
+        Share of each client's examples that is held back; the adapter with the least loss on them is kept.
+    max_length : int or None
+        Tokens of an example, the rest is cut off; None: MAX_LENGTH, or what the model takes.
+    group_tokens : int
+        Most tokens that go through the model together.
+    device, bf16
+        Where to compute; products in bfloat16 (on CUDA).
+    seed : int
+    """
+
+    targets: Sequence[str] | str = ("o_proj", "down_proj")
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+    epochs: int | None = 3
+    steps: int | None = None
+    batch: int = 8
+    learning_rate: float = 2e-4
+    validation: float = 0.2
+    max_length: int | None = None
+    group_tokens: int = GROUP_TOKENS
+    device: str = "cpu"
+    bf16: bool = False
+    seed: int = 0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The trainer's."""
+        steps = sys.maxsize if self.steps is None else self.steps
+        return Schedule(steps=steps, epochs=self.epochs, batch=self.batch, learning_rate=self.learning_rate)
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Outcome of :func:`finetune`: each client's training, the report as written to report.json, the output folder."""
+
+    trained: list[TrainedClient]
+    report: dict[str, Any]
+    output: Path
+
+
+def finetune(
+    folder: str | Path,
+    base: str,
+    output: str | Path,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    announce: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Finetuning:
+    """Train an adapter for every client of a folder, all at once, and write them as PEFT adapter folders.
+
+    Until the output appears, a checkpoint lies beside it (``.OUTPUT.checkpoint``), from which a run that was
+    interrupted goes on with the same result.
+
+    Parameters
+    ----------
+    folder : path
+        A folder or .jsonl file a client, with lines as :func:`clairlib.training.client_data.read_client` takes them.
+    base : str
+        Name or path of a causal language model or sequence classifier, saved as safetensors with its tokenizer. A
+        classifier must have its head: adapters alone are trained.
+    output : path
+        Folder to write; it appears whole or not at all. A client whose training diverged has no adapter in it.
+    resume : bool
+        Go on from the checkpoint, if there is one.
+    overwrite : bool
+        Replace an output folder that an earlier call wrote.
+    announce : callable, optional
+        Called before training starts with one line that states the memory it takes.
+    progress : callable, optional
+        Called with the steps done and their total, of all clients together.
+
+    Raises
+    ------
+    ValueError
+        One line naming the client, line, module, option or file that cannot be used; the output is not touched.
+    OSError
+        The frozen part's activations fit neither into memory nor on the disk.
+    """
+    folder, output = Path(folder), Path(output)
+    _check(settings, folder, output, overwrite)
+    checkpoint = _checkpoint(output, resume)
+    files = data_files(folder)
+    model, tokenizer = load_base(base)
+    tokens = _read(files, model, tokenizer, settings)
+    clients = [_client(name, own, settings) for name, own in tokens.items()]
+    job: dict[str, Any] = {
+        "device": settings.device, "group_tokens": settings.group_tokens,
+        "autocast": torch.bfloat16 if settings.bf16 else None,
+    }  # fmt: skip
+    memory = memory_needed(model, clients, settings.targets, settings.schedule, **job)
+    if announce is not None:
+        announce(f"{len(clients)} clients; {memory}")
+    try:
+        trained = train_adapters(
+            model, clients, settings.targets, settings.schedule, seed=settings.seed, checkpoint=checkpoint,
+            progress=progress, **job,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory on device {settings.device}; lower --group-tokens") from error
+    if all(client.status == "diverged" for client in trained):
+        checkpoint.unlink()
+        raise ValueError(f"every client's loss diverged at learning rate {settings.learning_rate:g}; lower it")
+    with whole_folder(output, overwrite=overwrite, inputs=[folder]) as fresh:
+        save_adapters(model, trained, fresh)
+        report = _report(model, clients, tokens, trained, memory, settings)
+        (fresh / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    checkpoint.unlink()
+    return Finetuning(trained, report, output)
+
+
+class _Untouched(Exception):
+    """Leaves `whole_folder` before anything appears."""
+
+
+def _check(settings: Settings, folder: Path, output: Path, overwrite: bool) -> None:
+    """What can fail at once should not fail after hours."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is not available here; use --device cpu")
+    if settings.bf16 and settings.device != "cuda":
+        raise ValueError("bfloat16 products are for --device cuda only")
+    if not 0 <= settings.validation < 1:
+        raise ValueError(f"the share held back for validation must lie in [0, 1), got {settings.validation:g}")
+    with suppress(_Untouched), whole_folder(output, overwrite=overwrite, inputs=[folder]):
+        raise _Untouched
+
+
+def _checkpoint(output: Path, resume: bool) -> Path:
+    path = output.absolute().parent / f".{output.name}.checkpoint"
+    if path.exists() and not resume:
+        raise ValueError(f"an unfinished run left {str(path)!r}; pass --resume to go on from it, or remove it")
+    return path
+
+
+def load_base(name: str) -> tuple[Any, Any]:
+    """Model, in its checkpoint's precision, and tokenizer; from safetensors alone, and no code of the checkpoint's.
+
+    Raises
+    ------
+    ValueError
+        One line: the model cannot be loaded, is of another kind, or its checkpoint lacks the head.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = next(iter(config.architectures or ()), "model without a head")
+        if not kind.endswith((*CAUSAL, CLASSIFIER)):
+            raise ValueError(f"it is a {kind}; only causal language models and sequence classifiers are trained")
+        auto: Any = AutoModelForSequenceClassification if kind.endswith(CLASSIFIER) else AutoModelForCausalLM
+        model, found = auto.from_pretrained(
+            name, config=config, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        # without a folder of this name transformers asks the Hugging Face hub
+        where = "" if Path(name).is_dir() else "; if the hub cannot be reached, give the folder of a saved model"
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise ValueError(f"model {name!r} cannot be loaded: {reason}{where}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"model {name!r}: its checkpoint lacks {missing[0]!r}, and adapters alone are trained")
+    return model, tokenizer
+
+
+def _read(files: Mapping[str, list[Path]], model: Any, tokenizer: Any, settings: Settings) -> dict[str, Tokens]:
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    length = settings.max_length or min(MAX_LENGTH, room)
+    if length > room:
+        raise ValueError(f"--max-length {length} is more than the {room} tokens that the model takes")
+    classes = model.config.label2id if model.loss_type == CLASSIFIER else None
+    return {
+        name: read_client(name, own, tokenizer, max_length=int(length), classes=classes) for name, own in files.items()
+    }
+
+
+def _client(name: str, tokens: Tokens, settings: Settings) -> ClientData:
+    own, held = hold_out(name, tokens.examples, settings.validation, seed=settings.seed)
+    return ClientData(name, own, settings.rank, settings.alpha, settings.use_rslora, held)
+
+
+def _report(
+    model: Any,
+    clients: Sequence[ClientData],
+    tokens: Mapping[str, Tokens],
+    trained: Sequence[TrainedClient],
+    memory: Memory,
+    settings: Settings,
+) -> dict[str, Any]:
+    entries = [
+        {
+            "name": client.name,
+            "status": client.status,
+            "diverged_at": client.diverged_at,
+            "examples": len(data.examples),
+            "validation_examples": len(data.validation),
+            "cut_off": tokens[client.name].truncated,
+            "steps": len(client.losses),
+            "best_step": client.best_step,
+            "losses": [loss if math.isfinite(loss) else None for loss in client.losses.tolist()],
+        }
+        for client, data in zip(trained, clients, strict=True)
+    ]
+    modules = [
+        {"name": name, "shape": list(model.get_submodule(name).weight.shape)}
+        for name in target_names(model, settings.targets)
+    ]
+    facts = {"model": model.name_or_path} | asdict(settings)
+    return {
+        "clients": entries, "modules": modules, "settings": facts, "memory": asdict(memory),
+        "provenance": provenance.collect(),
+    }  # fmt: skip

@@ -1,0 +1,129 @@
+"""What training gives, and low-rank updates saved as ordinary PEFT adapter folders by peft itself."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from torch import Tensor
+
+from clairlib.adapters.config import CONFIG, config_for
+from clairlib.linalg.low_rank import LowRank
+from clairlib.training.grouped_lora import Update
+from clairlib.training.suffix import shared_copy
+from clairlib.training.targets import loss_kind
+
+
+@dataclass(frozen=True)
+class TrainedClient:
+    """One client's result.
+
+    Attributes
+    ----------
+    name : str
+    updates : dict
+        Module name -> LowRank, or (p, q) Tensor for full-matrix updates; empty where training diverged.
+    losses : Tensor (steps,)
+        Mean loss over the labels of each step, before the step; float64.
+    diverged_at : int or None
+        The step, counted from 1, whose loss was not a finite number or had grown past all bounds, or after which the
+        weights were not finite.
+    best_step : int or None
+        With validation examples: the step after which the weights were kept.
+    use_rslora : bool
+        Whether alpha in the adapter folder is meant per square root of the rank.
+    """
+
+    name: str
+    updates: dict[str, Update] = field(repr=False)
+    losses: Tensor = field(repr=False)
+    diverged_at: int | None = None
+    best_step: int | None = None
+    use_rslora: bool = False
+
+    @property
+    def status(self) -> Literal["trained", "diverged"]:
+        """Whether there are updates."""
+        return "trained" if self.diverged_at is None else "diverged"
+
+
+def save_adapters(model: Any, trained: Sequence[TrainedClient], folder: Path | str) -> list[Path]:
+    """Write every client's adapter to ``folder/<client's name>``; each folder appears whole or not at all.
+
+    An adapter of that name is replaced. Diverged clients are left out.
+
+    Raises
+    ------
+    ValueError
+        A client has a full-matrix update, which is no adapter, or another file has its name.
+    """
+    folder, paths = Path(folder), []
+    built: dict[str, peft.PeftModel] = {}
+    for client in trained:
+        if client.status == "diverged":
+            continue
+        options = _options(client)
+        key = repr(options)
+        if key not in built:
+            built = {key: _adapted(model, options)}  # one at a time: each holds factors of every module
+        _put(built[key], client)
+        paths.append(folder / client.name)
+        _save(built[key], paths[-1])
+    return paths
+
+
+def _options(client: TrainedClient) -> dict[str, Any]:
+    """Rank and alpha of peft's configuration, with patterns where modules differ."""
+    alone = {}
+    for name, update in client.updates.items():
+        if not isinstance(update, LowRank):
+            raise ValueError(f"client {client.name!r} has a full-matrix update, which is not an adapter")
+        alpha = update.scale * (math.sqrt(update.rank) if client.use_rslora else update.rank)
+        alone[name] = LowRank(update.B, update.A, round(alpha, 9) / update.rank)
+    options = config_for({}, alone)
+    del options["inference_mode"], options["peft_type"]
+    return options | {"use_rslora": client.use_rslora}
+
+
+def _adapted(model: Any, options: dict[str, Any]) -> peft.PeftModel:
+    # another task type would have peft save the head of a classifier too
+    task = "CAUSAL_LM" if loss_kind(model)[0] else None
+    with torch.random.fork_rng(devices=[]):  # peft draws an A from the global generator
+        return peft.get_peft_model(shared_copy(model, "cpu"), peft.LoraConfig(**options, task_type=task))
+
+
+def _put(adapted: peft.PeftModel, client: TrainedClient) -> None:
+    state = {}
+    for name, update in client.updates.items():
+        assert isinstance(update, LowRank)
+        state[f"base_model.model.{name}.lora_A.weight"] = update.A
+        state[f"base_model.model.{name}.lora_B.weight"] = update.B
+    peft.set_peft_model_state_dict(adapted, state)
+
+
+def _save(adapted: peft.PeftModel, path: Path) -> None:
+    """Write beside and rename; an adapter that is there is moved aside first and removed afterwards."""
+    if os.path.lexists(path) and not (path / CONFIG).is_file():
+        raise ValueError(f"{str(path)!r} exists and is no adapter folder; move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        # save_embedding_layers="auto" would ask the Hugging Face hub about the base model
+        adapted.save_pretrained(str(staging / "new"), save_embedding_layers=False)
+        if path.exists():
+            os.rename(path, staging / "old")
+        os.rename(staging / "new", path)
+    except BaseException:
+        if (staging / "old").exists() and not path.exists():
+            os.rename(staging / "old", path)
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""What is to be trained: each client's data and adapter, the schedule that all share, and the order of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from math import ceil, sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clairlib.core.seeds import derive
+
+NO_LABEL = -100  # the index that torch's cross entropy leaves out
+KEYS = {"input_ids", "labels", "attention_mask"}
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's examples and the adapter to be trained on them.
+
+    Attributes
+    ----------
+    name : str
+        Names the client's draws and its adapter folder.
+    examples : sequence of mappings
+        ``input_ids`` (T,) and ``labels``: (T,) as `transformers` has them (-100: no label; causal models shift them
+        themselves), or one class (). ``attention_mask`` (T,) is optional.
+    rank : int or None
+        Adapter rank rho of every target; None trains a full-matrix update (p, q), which is kept in memory only.
+    alpha, use_rslora
+        The update is scale * B @ A with scale alpha / rho, or alpha / sqrt(rho) with rsLoRA.
+    validation : sequence of mappings
+        With it, the weights of the check with the least validation loss are kept (early stopping).
+    start : Path or None
+        PEFT adapter folder to start from; its ranks and scales are then taken in place of the three above.
+    """
+
+    name: str
+    examples: Sequence[Mapping[str, Tensor]] = field(repr=False)
+    rank: int | None = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+    validation: Sequence[Mapping[str, Tensor]] = field(default=(), repr=False)
+    start: Path | None = None
+
+    def scale(self) -> float:
+        """What multiplies B @ A; 1 for a full-matrix update."""
+        if self.rank is None:
+            return 1.0
+        return self.alpha / (sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How every client trains, by AdamW with torch's betas and eps.
+
+    Attributes
+    ----------
+    steps : int
+        Optimiser steps of each client; with ``epochs`` the most it takes.
+    batch : int or None
+        Examples a step; the last step of an epoch takes what is left. None: all of the client's.
+    accumulate : int
+        Parts in which a step's batch goes through the model. The loss is the mean over all labels of the step,
+        so this changes memory only.
+    epochs : int or None
+        Passes over the client's examples, so that clients with more data take more steps.
+    max_norm : float or None
+        Each client's gradient, over all its modules, is clipped to this norm.
+    check_every : int
+        Steps between two checks of the validation loss; there is one after the last step too.
+    """
+
+    steps: int
+    batch: int | None = None
+    accumulate: int = 1
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    max_norm: float | None = None
+    check_every: int = 10
+    epochs: int | None = None
+
+    def steps_of(self, client: ClientData) -> int:
+        """Optimiser steps of this client."""
+        if self.epochs is None:
+            return self.steps
+        return min(self.steps, self.epochs * ceil(len(client.examples) / (self.batch or len(client.examples))))
+
+    def is_full_batch(self, client: ClientData) -> bool:
+        """Do all steps of this client see the same examples?"""
+        return self.batch is None or self.batch >= len(client.examples)
+
+
+def batches(client: ClientData, schedule: Schedule, *, seed: int) -> Iterator[list[int]]:
+    """The examples of the client's steps, without end: epochs in random order, drawn by ``(name, "order")``.
+
+    A client whose batch holds all its examples has them in their own order at every step.
+    """
+    count = len(client.examples)
+    if schedule.is_full_batch(client):
+        yield from repeat(list(range(count)))
+    assert schedule.batch is not None
+    draws = derive(seed, client.name, "order")
+    while True:
+        order = torch.randperm(count, generator=draws).tolist()
+        yield from (order[at : at + schedule.batch] for at in range(0, count, schedule.batch))
+
+
+def check_jobs(clients: Sequence[ClientData], schedule: Schedule, *, shift: bool, classes: bool) -> None:
+    """Refuse what cannot be trained, in one line that names the client or the setting.
+
+    ``shift``: labels belong to the position before theirs; ``classes``: one label an example, not one a token.
+    """
+    for name in ("steps", "batch", "accumulate", "check_every", "epochs"):
+        value = getattr(schedule, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not clients:
+        raise ValueError("no client to train")
+    names = [client.name for client in clients]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two clients have the name {next(name for name in names if names.count(name) > 1)!r}")
+    kinds = {client.rank is None: client.name for client in clients}
+    if len(kinds) == 2:
+        raise ValueError(f"client {kinds[True]!r} has a full-matrix update and {kinds[False]!r} not; train them apart")
+    for client in clients:
+        _check_client(client, shift, classes)
+
+
+def _check_client(client: ClientData, shift: bool, classes: bool) -> None:
+    name = client.name
+    if not name or name[0] == "." or not name.isprintable() or "/" in name or "\\" in name:
+        raise ValueError(f"{name!r} cannot be a client's name, as it names a folder")
+    if client.rank is not None and client.rank < 1:
+        raise ValueError(f"client {name!r} has rank {client.rank}; it must be at least 1")
+    if client.rank is None and client.start is not None:
+        raise ValueError(f"client {name!r}: a full-matrix update cannot start from an adapter folder")
+    if not client.examples:
+        raise ValueError(f"client {name!r} has no examples")
+    for kind, examples in (("example", client.examples), ("validation example", client.validation)):
+        for index, example in enumerate(examples):
+            if problem := _problem(example, shift, classes):
+                raise ValueError(f"client {name!r}: {kind} {index} {problem}")
+
+
+def _problem(example: Mapping[str, Tensor], shift: bool, classes: bool) -> str | None:
+    if unknown := set(example) - KEYS:
+        return f"has {min(unknown)!r}; only {', '.join(sorted(KEYS))} are used"
+    if missing := {"input_ids", "labels"} - set(example):
+        return f"lacks {min(missing)!r}"
+    tokens, labels = example["input_ids"], example["labels"]
+    if tokens.dim() != 1 or not len(tokens):
+        return f"has input_ids of shape {tuple(tokens.shape)}, expected (T,)"
+    if labels.is_floating_point():
+        return "has labels that are not integers"
+    expected = () if classes else tuple(tokens.shape)
+    if tuple(labels.shape) != expected:
+        return f"has labels of shape {tuple(labels.shape)}, expected {expected}"
+    mask = example.get("attention_mask", tokens)
+    if mask.shape != tokens.shape:
+        return f"has an attention_mask of shape {tuple(mask.shape)}, expected {tuple(tokens.shape)}"
+    if not classes and not bool((labels[1:] if shift else labels).ne(NO_LABEL).any()):
+        return "has no label" + (" after its first token" if shift else "")
+    return None

@@ -1,0 +1,301 @@
+"""Train K clients' LoRA adapters on one frozen base at once: the result of training each by itself, sooner.
+
+What lies below the first adapted module is run once and cached (`prefix`, `activations`); the rest runs for many
+clients together, each one's low-rank product as part of a grouped product (`grouped`). Clients share no parameter, so
+the sum of their losses gives each the gradient of its own. Dropout is off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clairlib.core import state_file
+from clairlib.training import checkpoint
+from clairlib.training.activations import Activations, Recorder, Slot, fill
+from clairlib.training.batches import Group, Item, collate, split
+from clairlib.training.grouped_lora import Stacks, Update, are_finite
+from clairlib.training.preparation import CACHE_BYTES, GROUP_TOKENS, Memory, Preparation, memory_needed, prepare
+from clairlib.training.saving import TrainedClient, save_adapters
+from clairlib.training.schedule import ClientData, Schedule, batches
+from clairlib.training.suffix import Suffix
+from clairlib.training.targets import initial_updates
+
+__all__ = ["ClientData", "Memory", "Schedule", "TrainedClient", "memory_needed", "save_adapters", "train_adapters"]
+
+CHECKPOINT_SECONDS = 30.0
+DIVERGED = 100.0  # a loss of this many nats, and this many times the first one, is not training any more
+
+
+def train_adapters(
+    model: Any,
+    clients: Sequence[ClientData],
+    targets: Sequence[str] | str,
+    schedule: Schedule,
+    *,
+    seed: int,
+    device: str = "cpu",
+    autocast: torch.dtype | None = None,
+    group_tokens: int = GROUP_TOKENS,
+    cache_bytes: int = CACHE_BYTES,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TrainedClient]:
+    """Train every client's adapter of the targets by AdamW, as if each were trained by itself through the whole model.
+
+    Parameters
+    ----------
+    model : a `transformers` model for causal or masked language modelling, token or sequence classification
+        It is not changed.
+    targets : list of module names or their ends, regular expression, or "all-linear", as peft's ``target_modules``
+    seed : int
+        Initial factors are drawn from it by (client's name, module's name), the order of data by (name, "order").
+    autocast : torch.dtype or None
+        Products in this dtype, by ``torch.autocast``; parameters and AdamW stay as they are.
+    group_tokens : int
+        Most tokens that go through the model together, or one example. Changes memory and rounding only.
+    cache_bytes : int
+        Most memory for the frozen part's activations; beyond it they lie in a file (TMPDIR).
+    checkpoint : Path or None
+        File that keeps the state, written every CHECKPOINT_SECONDS and at the end. Where it exists, training goes on
+        from there, with the same result; remove it when the adapters are saved.
+    progress : called with the steps done and their total, of all clients together
+
+    Returns
+    -------
+    list of TrainedClient
+        In the clients' order. One whose loss or final weights are not finite, or whose loss exceeds DIVERGED times the
+        first one (at least 1 nat), is given up and has no updates; the others are not touched by it.
+
+    Raises
+    ------
+    ValueError
+        One line that names the client, module, setting or checkpoint that cannot be used.
+    OSError
+        The activations fit neither into ``cache_bytes`` nor on the disk.
+    """
+    plan = prepare(
+        model, clients, targets, schedule, device=device, autocast=autocast, group_tokens=group_tokens,
+        cache_bytes=cache_bytes,
+    )  # fmt: skip
+    run = _Run(plan, seed=seed)
+    keeper = _Keeper(run, checkpoint, seed)
+    try:
+        keeper.resume()
+        while run.stacks.clients:
+            run.step()
+            keeper.save_now_and_then()
+            if progress is not None:
+                progress(run.done, run.total)
+        keeper.save()
+    finally:
+        run.close()
+    return [run.result(k) for k in range(len(clients))]
+
+
+class _Run:
+    """The state of training: who is still in, at which step, and what came of the others."""
+
+    def __init__(self, plan: Preparation, *, seed: int) -> None:
+        self.plan, self.clients, self.schedule = plan, plan.clients, plan.schedule
+        self.steps = [plan.schedule.steps_of(client) for client in plan.clients]
+        self.total, self.taken = sum(self.steps), 0
+        self.orders = [batches(client, plan.schedule, seed=seed) for client in plan.clients]
+        self.losses = np.full((len(plan.clients), max(self.steps)), np.nan)
+        self.best = np.full(len(plan.clients), np.inf)
+        self.best_step: list[int | None] = [None] * len(plan.clients)
+        self.updates: dict[int, dict[str, Update]] = {}
+        self.diverged: dict[int, int] = {}
+        self.stacks = Stacks(
+            initial_updates(plan.model, plan.targets, plan.clients, seed=seed),
+            learning_rate=plan.schedule.learning_rate,
+            weight_decay=plan.schedule.weight_decay,
+            device=plan.device,
+        )
+        self.dtype = self.stacks.flat[0].dtype
+        self.activations = self._activations()
+        self.suffix = Suffix(
+            plan.twin, plan.targets, plan.plan.shortcuts, outputs=plan.plan.outputs, autocast=plan.autocast
+        )
+        self.kept: tuple[tuple[int, ...], list[tuple[Group, dict[Slot, Tensor]]]] = ((), [])
+
+    def _activations(self) -> Activations | None:
+        plan, shortcuts = self.plan, self.plan.plan.shortcuts
+        if shortcuts.cut is None:
+            return None
+        kept = Activations(plan.plan.widths, len(plan.rows.ids), device=plan.device, limit=plan.cache_bytes)
+        with Recorder(plan.twin, shortcuts.cut, unmasked=shortcuts.unmasked, autocast=plan.autocast) as record:
+            fill(kept, record, plan.table, plan.group_tokens)
+        return kept
+
+    @property
+    def done(self) -> int:
+        """Steps done, of all clients together; a client that was given up has done all of its own."""
+        return sum(own if k in self.diverged else min(own, self.taken) for k, own in enumerate(self.steps))
+
+    def step(self) -> None:
+        """One optimiser step of every client still in training."""
+        losses = torch.zeros(len(self.stacks.clients), dtype=torch.float64, device=self.plan.device)
+        for group, values in self._groups():
+            leaves = self.stacks.load(self.suffix.layers, group.positions)
+            own = self.suffix.losses(group, values)
+            self.stacks.accumulate(group.positions, torch.autograd.grad(own.sum(), leaves))
+            losses[self.stacks.index(group.positions)] += own.detach()
+        self.stacks.step(self.schedule.max_norm)
+        self.losses[self.stacks.clients, self.taken] = losses.cpu().numpy()
+        self.taken += 1
+        self._give_up_diverged()
+        self._validate()
+        self._let_finished_go()
+
+    def _groups(self) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
+        """The step's groups with their cached values."""
+        chosen = [next(self.orders[k]) for k in self.stacks.clients]
+        active = tuple(self.stacks.clients)
+        if self.plan.keeps_groups and self.kept[0] == active:
+            return iter(self.kept[1])
+        places = [[self.plan.examples[k][e] for e in own] for k, own in zip(active, chosen, strict=True)]
+        groups = self._collated(places, self.schedule.accumulate)
+        if self.plan.keeps_groups:
+            self.kept = (active, list(groups))
+            return iter(self.kept[1])
+        return groups
+
+    def _collated(self, places: Sequence[Sequence[int]], parts: int) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
+        """Groups of the examples of every position in the stack, in this many parts."""
+        rows = self.plan.rows
+        for part in range(parts):
+            items = []
+            for position, own in enumerate(places):
+                size = -(-len(own) // parts)
+                if mine := own[part * size : (part + 1) * size]:
+                    items.append(Item(position, tuple(mine), int(rows.labelled[list(own)].sum())))
+            for group in split(rows, items, self.plan.group_tokens):
+                collated = collate(rows, group).to(self.plan.device, self.dtype)
+                yield collated, self.activations.gather(collated) if self.activations is not None else {}
+
+    def _give_up_diverged(self) -> None:
+        active = self.stacks.clients
+        now, first = self.losses[active, self.taken - 1], self.losses[active, 0]
+        sound = (now <= DIVERGED * np.maximum(first, 1.0)).tolist()  # false for nan
+        self.diverged |= {k: self.taken for k, fine in zip(active, sound, strict=True) if not fine}
+        self._keep([position for position, fine in enumerate(sound) if fine])
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Put by the weights of clients whose validation loss is the least so far."""
+        due = [
+            position
+            for position, k in enumerate(self.stacks.clients)
+            if self.clients[k].validation and self.taken in (self.steps[k], self._next_check())
+        ]
+        if not due:
+            return
+        found = torch.zeros(len(self.stacks.clients), dtype=torch.float64, device=self.plan.device)
+        places = [self.plan.validation[k] if p in due else [] for p, k in enumerate(self.stacks.clients)]
+        for group, values in self._collated(places, 1):
+            self.stacks.load(self.suffix.layers, group.positions)
+            found[self.stacks.index(group.positions)] += self.suffix.losses(group, values)
+        better = [p for p in due if found[p].item() < self.best[self.stacks.clients[p]]]
+        for position in better:
+            k = self.stacks.clients[position]
+            self.best[k], self.best_step[k] = found[position].item(), self.taken
+        if better:
+            self.stacks.remember(better)
+
+    def _next_check(self) -> int:
+        every = self.schedule.check_every
+        return -(-self.taken // every) * every
+
+    def _let_finished_go(self) -> None:
+        staying = []
+        for position, k in enumerate(self.stacks.clients):
+            if self.taken < self.steps[k]:
+                staying.append(position)
+            elif are_finite(updates := self.stacks.update(position, best=self.best_step[k] is not None)):
+                self.updates[k] = updates
+            else:
+                self.diverged[k] = self.taken
+        self._keep(staying)
+
+    def _keep(self, positions: Sequence[int]) -> None:
+        if len(positions) < len(self.stacks.clients):
+            self.stacks.keep(positions)
+
+    def result(self, k: int) -> TrainedClient:
+        """What client k ends with."""
+        client, at = self.clients[k], self.diverged.get(k)
+        losses = torch.from_numpy(self.losses[k, : at or self.steps[k]].copy())
+        updates = self.updates.get(k, {})
+        return TrainedClient(client.name, updates, losses, at, self.best_step[k], client.use_rslora)
+
+    def close(self) -> None:
+        """Remove what lies on disk."""
+        if self.activations is not None:
+            self.activations.close()
+
+
+class _Keeper:
+    """Keeps the state of a run in its checkpoint file; does nothing without one."""
+
+    def __init__(self, run: _Run, path: Path | None, seed: int) -> None:
+        self.run, self.path, self.last = run, path, time.monotonic()
+        self.fingerprint = "" if path is None else _fingerprint(run.plan, seed)
+
+    def save_now_and_then(self) -> None:
+        """Save, if the last time is long ago."""
+        if time.monotonic() - self.last >= CHECKPOINT_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write everything that the rest of the run depends on."""
+        if self.path is None:
+            return
+        run, scales = self.run, {}
+        own_losses = {"losses": torch.from_numpy(run.losses), "best_losses": torch.from_numpy(run.best)}
+        tensors = checkpoint.pack_stacks(run.stacks) | own_losses
+        for k, updates in run.updates.items():
+            own, scales[str(k)] = checkpoint.pack_updates(str(k), updates)
+            tensors |= own
+        facts = {
+            "fingerprint": self.fingerprint, "taken": run.taken, "clients": run.stacks.clients, "scales": scales,
+            "diverged": run.diverged, "best_step": run.best_step,
+        }  # fmt: skip
+        state_file.save(self.path, tensors, facts)
+        self.last = time.monotonic()
+
+    def resume(self) -> None:
+        """Bring the run to the state in the file, if there is one."""
+        if self.path is None or not self.path.exists():
+            return
+        tensors, facts = state_file.load(self.path, self.fingerprint)
+        run = self.run
+        checkpoint.unpack_stacks(run.stacks, tensors, facts["clients"], facts["taken"])
+        run.losses, run.best = tensors["losses"].numpy(), tensors["best_losses"].numpy()
+        run.taken = facts["taken"]
+        run.best_step, run.diverged = facts["best_step"], {int(k): at for k, at in facts["diverged"].items()}
+        for k, scales in facts["scales"].items():
+            run.updates[int(k)] = checkpoint.unpack_updates(k, tensors, scales)
+        for k in run.stacks.clients:
+            next(islice(run.orders[k], run.taken - 1, run.taken))
+
+
+def _fingerprint(plan: Preparation, seed: int) -> str:
+    """Hash of all that decides the result: settings, data, and the model, of which every parameter is sampled."""
+    clients = [{key: getattr(c, key) for key in ("name", "rank", "alpha", "use_rslora", "start")} for c in plan.clients]
+    facts = {
+        "seed": seed, "schedule": asdict(plan.schedule), "targets": plan.targets, "clients": clients,
+        "device": plan.device, "autocast": plan.autocast, "group_tokens": plan.group_tokens, "torch": torch.__version__,
+        "examples": [(own.start, own.stop) for own in (*plan.examples, *plan.validation)],
+    }  # fmt: skip
+    table = [t for t in vars(plan.table).values() if isinstance(t, np.ndarray)]
+    weights = (w.detach().flatten()[:: max(1, w.numel() // 1024)] for w in plan.model.parameters())
+    return state_file.digest(facts, [*map(torch.from_numpy, table), *weights])

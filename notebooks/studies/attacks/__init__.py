@@ -1,0 +1,1 @@
+"""Notebook 09: every attack against every aggregation rule."""

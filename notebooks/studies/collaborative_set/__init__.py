@@ -1,0 +1,1 @@
+"""Notebook 04: how often the benign clients are found exactly."""

@@ -1,0 +1,1 @@
+"""What several studies need, once: rules, verdicts, federations, intervals, tables, plots."""

@@ -1,0 +1,1 @@
+"""Notebook 01: what the updates determine."""

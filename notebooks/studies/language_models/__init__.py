@@ -1,0 +1,1 @@
+"""Notebook 10: language models, labels and responses."""

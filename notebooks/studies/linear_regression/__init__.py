@@ -1,0 +1,1 @@
+"""Notebook 06: published regression designs, and real data."""

@@ -1,0 +1,1 @@
+"""Notebook 07: a small network on images of digits."""

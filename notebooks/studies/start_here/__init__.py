@@ -1,0 +1,1 @@
+"""Notebook 00: planted clients, and adapter folders."""

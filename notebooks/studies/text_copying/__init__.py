@@ -1,0 +1,1 @@
+"""Notebook 08: text copying on a small Transformer."""
