@@ -225,16 +225,25 @@ def reproduce(
 
 
 @app.command()
-def report() -> None:
-    """Write figures/claims.json and the claims table of README.md from what the notebooks measured."""
+def report(
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse results that are not of today's code.")] = False,
+) -> None:
+    """Write figures/claims.json and the table of docs/claims.md from what the notebooks measured.
+
+    A result of a tree with changes, of a commit that is no ancestor of today's, or of other code than its notebook has
+    today is marked stale, and the notebooks to run again are named.
+    """
     from clairlib.reproduce.claims import LedgerError, write_report
 
     try:
-        entries = write_report(Path("."))
+        entries = write_report(Path("."), strict=strict)
     except (LedgerError, OSError) as error:
         stop(error)
-    holding = sum(entry["holds"] for entry in entries)
-    typer.echo(f"{holding} of {len(entries)} claims hold; written to figures/claims.json and README.md")
+    holding, stale = sum(bool(entry["holds"]) for entry in entries), [e["notebook"] for e in entries if e["stale"]]
+    typer.echo(f"{holding} of {len(entries)} claims hold; written to figures/claims.json and docs/claims.md")
+    if stale:
+        again = " ".join(dict.fromkeys(stale))
+        typer.echo(f"{len(stale)} results are stale; run: clair reproduce {again} --profile paper")
 
 
 app.command()(synth)

@@ -44,14 +44,20 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the git checkout whose top is ``folder`` and whether its files differ; None if it is none.
 
     A repository that merely encloses the folder (an environment inside someone's project) does not count.
-    Files under ``figures`` do not make it dirty: they are results, written while a run is still going on.
+    Files under ``figures`` and ``docs`` do not make it dirty: they are results, written while a run is still going on,
+    and text.
     """
     top = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
     if not top or not commit or Path(top).resolve() != folder.resolve():
         return None
-    changes = _git(folder, "status", "--porcelain", "--", ".", ":(exclude)figures")
+    changes = _git(folder, "status", "--porcelain", "--", ".", ":(exclude)figures", ":(exclude)docs")
     return {"commit": commit, "dirty": changes != ""}
+
+
+def is_ancestor(folder: Path, commit: str) -> bool:
+    """Whether a commit is an ancestor of the folder's checkout, or it; False where git does not know it."""
+    return _git(folder, "merge-base", "--is-ancestor", commit, "HEAD") is not None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

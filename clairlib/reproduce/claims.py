@@ -1,7 +1,7 @@
 """The claims ledger: what is claimed, the check that decides it, and what was measured.
 
 ``notebooks/claims.toml`` lists the claims; a notebook measures a value for each of its own and ``holds`` decides.
-``write_report`` joins both into ``figures/claims.json`` and the table of README.
+``write_report`` joins both into ``figures/claims.json`` and the table of docs/claims.md.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import operator
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from clairlib.core import provenance
+from clairlib.core.files import write_atomically
+from clairlib.reproduce.sources import notebook_digest
 
 SOURCES = ("abstract", "ours")
 RELATIONS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
@@ -80,73 +84,123 @@ def holds(check: str, value: float, interval: Sequence[float] | None = None) -> 
     )
 
 
-def collect(claims: dict[str, Claim], figures: Path) -> list[dict[str, Any]]:
-    """What was measured for every claim, from ``figures/NOTEBOOK/claims.json``; LedgerError where that is missing."""
+def collect(claims: dict[str, Claim], root: Path) -> list[dict[str, Any]]:
+    """What was measured for every claim, from ``figures/NOTEBOOK/claims.json``, and why it is stale, if it is.
+
+    ``stale`` lists the reasons; empty where the result is of a clean tree, of an ancestor of today's commit, and of the
+    code that the notebook has today. ``value`` is None where nothing was measured.
+
+    Raises
+    ------
+    LedgerError
+        A result is not of the profile "paper".
+    """
+    logs = {name: _log(root, name) for name in {claim.notebook for claim in claims.values()}}
+    reasons = {name: _reasons(root, name, log["provenance"]) for name, log in logs.items() if log}
     entries = []
     for claim in claims.values():
-        path = figures / claim.notebook / "claims.json"
-        log = json.loads(path.read_text()) if path.exists() else {"claims": {}}
-        outcome = log["claims"].get(claim.id)
-        again = f"run: clair reproduce {claim.notebook} --profile paper"
-        if outcome is None:
-            raise LedgerError(f"claim {claim.id} has no result in {path}; {again}")
-        profile = log["provenance"]["profile"]
-        if profile != "paper":
-            raise LedgerError(f"{path} is of profile {profile!r}; {again}")
-        if (outcome["statement"], outcome["threshold"]) != (claim.statement, claim.check_at(profile)):
-            raise LedgerError(f"claim {claim.id} was changed since {path} was written; {again}")
-        entries.append(
-            {
-                "id": claim.id,
-                "statement": claim.statement,
-                "source": claim.source,
-                "notebook": claim.notebook,
-                "value": outcome["value"],
-                "interval": outcome["interval"],
-                "threshold": outcome["threshold"],
-                "holds": outcome["holds"],
-                "profile": profile,
-                "provenance": log["provenance"],
-            }
-        )
+        log = logs[claim.notebook]
+        outcome = log["claims"].get(claim.id) if log else None
+        entry = asdict(claim) | {"threshold": claim.check, "value": None, "interval": None, "holds": None}
+        stale = [] if outcome else ["nothing was measured"]
+        if outcome:
+            entry |= {"value": outcome["value"], "interval": outcome["interval"]}
+            entry["holds"] = holds(claim.check, outcome["value"], outcome["interval"])
+            stale = reasons[claim.notebook] + _changes(claim, outcome)
+        facts = log["provenance"] if log else None
+        kept = ("id", "statement", "source", "notebook", "value", "interval", "threshold", "holds")
+        entries.append({key: entry[key] for key in kept} | {"stale": stale, "provenance": facts})
     return entries
 
 
-def readme_table(entries: list[dict[str, Any]]) -> str:
-    """The claims as a Markdown table."""
-    lines = ["| claim | whose | measured | check | notebook |", "|---|---|---|---|---|"]
+def _log(root: Path, notebook: str) -> dict[str, Any]:
+    path = root / "figures" / notebook / "claims.json"
+    log = json.loads(path.read_text()) if path.exists() else {}
+    if log and (profile := log["provenance"]["profile"]) != "paper":
+        raise LedgerError(f"{path} is of profile {profile!r}; run: clair reproduce {notebook} --profile paper")
+    return log
+
+
+def _reasons(root: Path, notebook: str, facts: dict[str, Any]) -> list[str]:
+    """Why the results of a notebook are stale."""
+    git, found = facts.get("git"), []
+    if git is None:
+        found.append("of an installed copy, whose commit is not known")
+    elif git["dirty"]:
+        found.append(f"of a tree with changes after commit {git['commit'][:10]}")
+    elif not provenance.is_ancestor(root, git["commit"]):
+        found.append(f"of commit {git['commit'][:10]}, which is no ancestor of today's")
+    if facts.get("code") is None:
+        found.append("the code behind it was not recorded")
+    elif facts["code"] != notebook_digest(root / "notebooks" / f"{notebook}.ipynb", "paper"):
+        found.append("of other code than today's")
+    return found
+
+
+def _changes(claim: Claim, outcome: dict[str, Any]) -> list[str]:
+    words = {"statement": claim.statement, "threshold": claim.check}
+    return [f"the claim's {key} was changed" for key, today in words.items() if outcome[key] != today]
+
+
+def claims_table(entries: list[dict[str, Any]]) -> str:
+    """The claims as Markdown: a table, and what has to be run again."""
+    lines = ["| claim | whose | measured | check | notebook | result |", "|---|---|---|---|---|---|"]
     for entry in entries:
-        notebook = f"[{entry['notebook'][:2]}](notebooks/{entry['notebook']}.ipynb)"
-        verdict = f"`{entry['threshold']}`" if entry["holds"] else f"`{entry['threshold']}` **does not hold**"
+        notebook = f"[{entry['notebook'][:2]}](../notebooks/{entry['notebook']}.ipynb)"
+        verdict = f"`{entry['threshold']}`" + (" **does not hold**" if entry["holds"] is False else "")
         statement = f"{entry['id']}: {entry['statement']}".replace("|", "\\|")
-        lines.append(f"| {statement} | {entry['source']} | {measured(entry)} | {verdict} | {notebook} |")
-    return "\n".join(lines)
+        state = "stale" if entry["stale"] else "current"
+        lines.append(f"| {statement} | {entry['source']} | {measured(entry)} | {verdict} | {notebook} | {state} |")
+    return "\n".join([*lines, "", *_reruns(entries)])
+
+
+def _reruns(entries: list[dict[str, Any]]) -> list[str]:
+    """Which notebooks to run again, and why."""
+    why: dict[str, list[str]] = {}
+    for entry in entries:
+        for reason in entry["stale"]:
+            known = why.setdefault(entry["notebook"], [])
+            known += [] if reason in known else [reason]
+    if not why:
+        return ["Every result is of today's code."]
+    command = f"    clair reproduce {' '.join(why)} --profile paper"
+    return ["Stale results, and why:", "", *(f"- {name}: {'; '.join(own)}" for name, own in why.items()), "", command]
 
 
 def measured(entry: dict[str, Any]) -> str:
     """A value with its interval, as text; what an older version recorded stays readable."""
     value = entry["value"]
+    if value is None:
+        return "-"
     text = f"{value:.4g}" if isinstance(value, (int, float)) else json.dumps(value)
     return text if entry.get("interval") is None else f"{text} [{entry['interval'][0]:.4g}, {entry['interval'][1]:.4g}]"
 
 
-def insert_table(readme: str, table: str) -> str:
-    """README with the table between its markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise LedgerError(f"README.md needs the lines {BEGIN} and {END}, once each")
-    before, rest = readme.split(BEGIN)
+def insert_table(page: str, table: str) -> str:
+    """The page with the table between its markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise LedgerError(f"docs/claims.md needs the lines {BEGIN} and {END}, once each")
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-def write_report(root: Path) -> list[dict[str, Any]]:
-    """Write ``figures/claims.json`` and the claims table of README; the entries."""
-    entries = collect(read_claims(root / "notebooks" / "claims.toml"), root / "figures")
-    readme = root / "README.md"
-    text = insert_table(readme.read_text(), readme_table(entries))
-    for path, content in ((root / "figures" / "claims.json", as_json(entries)), (readme, text)):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(content)
-        partial.replace(path)
+def write_report(root: Path, *, strict: bool = False) -> list[dict[str, Any]]:
+    """Write ``figures/claims.json`` and the table of ``docs/claims.md``; the entries.
+
+    Raises
+    ------
+    LedgerError
+        The ledger or its results cannot be used; with ``strict``, any result is stale. Nothing was written.
+    """
+    entries = collect(read_claims(root / "notebooks" / "claims.toml"), root)
+    stale = list(dict.fromkeys(entry["notebook"] for entry in entries if entry["stale"]))
+    if strict and stale:
+        raise LedgerError(f"stale results; run: clair reproduce {' '.join(stale)} --profile paper")
+    page = root / "docs" / "claims.md"
+    text = insert_table(page.read_text(), claims_table(entries))
+    for path, content in ((root / "figures" / "claims.json", as_json(entries)), (page, text)):
+        with write_atomically(path) as partial:
+            partial.write_text(content)
     return entries
 
 

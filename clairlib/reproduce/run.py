@@ -60,8 +60,8 @@ def reproduce(
 
     Parameters of a profile come from ``source/profiles.toml``, table [PROFILE.NAME]. A notebook is skipped
     when its stamp holds: sha256 of its cells, its parameters, its claims, the code of this project that it imports and
-    the versions under it; ``force`` runs it anyway. Its folder ``output/profile/NAME`` is emptied before it starts. With
-    ``figures``, what it leaves there (pdf, png, csv, json) is copied to ``figures/NAME``. Ctrl-C stops the kernels;
+    the versions under it; ``force`` runs it anyway. Its folder ``output/profile/NAME`` is emptied before it starts.
+    With ``figures``, what it leaves there (pdf, png, csv, json) is copied to ``figures/NAME``. Ctrl-C stops the kernels;
     running again continues with the notebooks not finished.
 
     Returns
