@@ -18,9 +18,9 @@ from clairlib.adapters import AdapterFiles, open_adapters
 from clairlib.adapters.collection import blaming, client_folders
 from clairlib.adapters.config import CONFIG
 from clairlib.adapters.tensors import WEIGHTS
-from clairlib.alignment.module import Job
+from clairlib.alignment.module import AlignmentJob
 from clairlib.alignment.page import write_alignment_page
-from clairlib.alignment.passes import settle_on_disk
+from clairlib.alignment.passes import iterate_verdict_on_disk
 from clairlib.core import provenance
 from clairlib.core.files import PAGE, PICTURE, REPORT, AdapterError, regular_file, resumable_folder
 from clairlib.recovery.clair import CLAIR
@@ -104,7 +104,7 @@ def align(
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
     with resumable_folder(output, _identity(adapters, settings), **how) as (folder, records):
         try:
-            result, errors = settle_on_disk(job, folder, records, jobs=jobs, progress=progress)
+            result, errors = iterate_verdict_on_disk(job, folder, records, jobs=jobs, progress=progress)
         except BrokenProcessPool as error:
             raise AdapterError("a worker process ended; too little memory? Use fewer --jobs") from error
         if keep_contaminated:
@@ -119,7 +119,7 @@ def align(
 
 def open_job(
     paths: Sequence[str | Path], *, adapter_rank: int | None = None, device: str = "cpu", **method: Any
-) -> Job:
+) -> AlignmentJob:
     """The clients' adapters, checked, and what is to be done with them; options as of :func:`align`."""
     try:
         clair = CLAIR(**method)
@@ -129,7 +129,7 @@ def open_job(
         raise AdapterError("device cuda is not available here; use --device cpu")
     adapters = open_adapters(paths)
     _check_adapter_rank(adapters, adapter_rank)
-    return Job(adapters, clair, device, adapter_rank)
+    return AlignmentJob(adapters, clair, device, adapter_rank)
 
 
 def _check_adapter_rank(adapters: AdapterFiles, rank: int | None) -> None:

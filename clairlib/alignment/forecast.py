@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clairlib.alignment.module import Job, pilot, read_module
+from clairlib.alignment.module import AlignmentJob, fit_and_search, read_module
 from clairlib.linalg.compress import FILLED, LEAD
 from clairlib.recovery.clair import AGREED, pilots
 
@@ -35,7 +35,7 @@ class Forecast:
         )
 
 
-def forecast(job: Job, jobs: int = 1) -> Forecast:
+def forecast(job: AlignmentJob, jobs: int = 1) -> Forecast:
     """Expected cost of an alignment by ``jobs`` processes.
 
     The module of median size is read, compressed, searched and judged once; the others are expected to take as long for
@@ -47,7 +47,7 @@ def forecast(job: Job, jobs: int = 1) -> Forecast:
     job.adapters.read(middle)
     reading = time.perf_counter() - start
     start = time.perf_counter()
-    fit, frame = pilot(job, middle)
+    fit, frame = fit_and_search(job, middle)
     searching = time.perf_counter() - start
     start = time.perf_counter()
     job.clair.prepare(read_module(job, middle), job.weights)
@@ -60,7 +60,7 @@ def forecast(job: Job, jobs: int = 1) -> Forecast:
     return Forecast(len(job.adapters.names), len(sizes), job.adapters.bytes, jobs * memory_of_a_process(job), seconds)
 
 
-def memory_of_a_process(job: Job) -> float:
+def memory_of_a_process(job: AlignmentJob) -> float:
     """Expected peak bytes of a process, from the largest module."""
     K = len(job.adapters.names)
     most = 0.0

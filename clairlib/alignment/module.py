@@ -23,9 +23,9 @@ from clairlib.linalg.refined_factors import assemble, refined_adapters
 from clairlib.recovery.clair import CLAIR
 from clairlib.recovery.frame import Frame
 from clairlib.recovery.inputs import Module, transpose
-from clairlib.recovery.module_fit import Fit, Outcome
+from clairlib.recovery.module_fit import ModuleFit, Outcome
 from clairlib.recovery.result import ModuleSummary
-from clairlib.recovery.verdict import Reading
+from clairlib.recovery.verdict import ModuleScores
 
 SHOWN = 32  # singular values of the spectrum that are reported
 OFF_DIRECTIONS = 2  # times the rank of the adapters written: directions of the common part that can enter them
@@ -34,7 +34,7 @@ Adapters = Callable[[Sequence[int], Sequence[Factors]], Iterator[tuple[LowRank, 
 
 
 @dataclass(frozen=True)
-class Job:
+class AlignmentJob:
     """What every module's work needs to know; goes to worker processes."""
 
     adapters: AdapterFiles
@@ -70,11 +70,11 @@ class Aligned:
     """
 
     summary: ModuleSummary
-    reading: Reading
+    reading: ModuleScores
     errors: list[float]
 
 
-def read_module(job: Job, name: str) -> Module:
+def read_module(job: AlignmentJob, name: str) -> Module:
     """The clients' updates of a module, the side whose subspace is sought first."""
     ahead = job.ahead.pop(name, None)
     updates = job.adapters.read(name) if ahead is None else ahead.result()
@@ -87,7 +87,7 @@ def _moved(update: LowRank, device: str) -> LowRank:
 
 
 @contextmanager
-def located(job: Job, name: str) -> Iterator[None]:
+def located(job: AlignmentJob, name: str) -> Iterator[None]:
     """Numerical failures as one line that names the module, unless it names a client or module itself."""
     try:
         yield
@@ -100,14 +100,14 @@ def located(job: Job, name: str) -> Iterator[None]:
         raise AdapterError(str(error) if named else f"module {name!r}: {error}") from error
 
 
-def prepared(job: Job, name: str) -> tuple[Fit, None]:
+def fit_module(job: AlignmentJob, name: str) -> tuple[ModuleFit, None]:
     """A module's fit, in which nothing is searched."""
     module = read_module(job, name)
     with located(job, name):
         return job.clair.prepare(module, job.weights), None
 
 
-def pilot(job: Job, name: str) -> tuple[Fit, Frame]:
+def fit_and_search(job: AlignmentJob, name: str) -> tuple[ModuleFit, Frame]:
     """A module's fit, and the frame that its clients suggest by themselves."""
     module = read_module(job, name)
     with located(job, name):
@@ -115,17 +115,17 @@ def pilot(job: Job, name: str) -> tuple[Fit, Frame]:
         return fit, job.clair.first_frame(module, fit)[0]
 
 
-def align_module(job: Job, name: str, benign: Tensor, share: bool, folder: Path) -> Aligned:
+def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool, folder: Path) -> Aligned:
     """Judge everybody by the frame of the ``benign`` (K,) bool, and write their refined adapters of this module.
 
-    ``share`` says whether the clients share a subspace in some module; else nothing is refined.
+    ``refine_any`` says whether the clients share a subspace in some module; else nothing is refined.
     """
     module, benign = read_module(job, name), benign.to(job.device)
     with located(job, name):
         fit = job.clair.prepare(module, job.weights, benign, keep=True)
         reading = fit.reading(benign)
         outcome = fit.outcome(benign)
-        is_refined = outcome.is_refined(share)
+        is_refined = outcome.is_refined(refine_any)
         clients = benign.nonzero()[:, 0].tolist()
         how = _refined(job, fit, module, outcome) if is_refined else _own(module)
         adapters = how(clients, [job.writer(folder, k).modules[name] for k in clients])
@@ -156,7 +156,7 @@ def _own(module: Module) -> Adapters:
     return make
 
 
-def _refined(job: Job, fit: Fit, module: Module, outcome: Outcome) -> Adapters:
+def _refined(job: AlignmentJob, fit: ModuleFit, module: Module, outcome: Outcome) -> Adapters:
     """Refined updates, cut to the rank asked for."""
     updates = cast(list[LowRank], module.updates)
     if isinstance(fit.cores, Cores):
@@ -184,7 +184,7 @@ def _single(update: LowRank) -> LowRank:
     return replace(update, B=update.B.to(dtype), A=update.A.to(dtype))
 
 
-def _write(job: Job, folder: Path, module: Module, client: int, update: LowRank) -> None:
+def _write(job: AlignmentJob, folder: Path, module: Module, client: int, update: LowRank) -> None:
     """Write a client's adapter of the module, in its file's dtypes and at its own scale."""
     writer = job.writer(folder, client)
     place = writer.modules[module.name]

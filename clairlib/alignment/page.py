@@ -18,7 +18,7 @@ from typing import Any
 from scipy import stats
 
 from clairlib.recovery.detection import PRIOR_CLIENTS
-from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 
 WIDTH = 1000  # pixels
 MOST_CELLS = 20_000  # of the heat map; beyond, a browser gets slow: the clients with the highest scores are shown
@@ -69,7 +69,7 @@ def _body(clients: list[dict[str, Any]], modules: list[dict[str, Any]], report: 
     verdict = f"{len(clients)} clients: {len(clients) - bad} benign, {bad} contaminated."
     yield _tag("p", f"{verdict} Benign clients were refined in {refined} of {len(modules)} modules.")
     structure = [value for module in modules if (value := module.get("shared_structure")) is not None]
-    if structure and max(structure) < LITTLE_STRUCTURE:
+    if structure and max(structure) < MIN_EXPLAINED_VARIANCE:
         missing = "No shared subspace found: the updates do not predict one another. The verdict says little."
         yield _tag("p", _tag("strong", missing))
     yield _tag("h2", "Verdict")
@@ -186,7 +186,7 @@ def _modules(modules: list[dict[str, Any]]) -> _Markup:
     table = _table(heads, [_module_row(module) for module in modules])
     caption = (
         "Shared structure: part of a client's variation that the others predict, next to none below the line at "
-        f"{LITTLE_STRUCTURE:g}. Estimated gain: part of the local squared error that refinement removes; where "
+        f"{MIN_EXPLAINED_VARIANCE:g}. Estimated gain: part of the local squared error that refinement removes; where "
         "it is refused, clients keep their own updates. Truncation error: the largest of a benign client. Spectrum: "
         "singular values of the benign clients, blue up to the rank."
     )
@@ -206,7 +206,7 @@ def _module_row(module: dict[str, Any]) -> list[_Markup]:
         _tag("td", str(module.get("name")), class_="name"),
         _tag("td", " × ".join(map(str, shape)), data_value=size),
         _number(module.get("rank")),
-        _number(structure, _svg([shared, _line(90 * LITTLE_STRUCTURE, "threshold")], 90, 12)),
+        _number(structure, _svg([shared, _line(90 * MIN_EXPLAINED_VARIANCE, "threshold")], 90, 12)),
         _number(gain, _svg([bar, _line(45, "axis")], 90, 12)),
         _tag("td", "yes" if refined else "no"),
         _number((module.get("truncation_error") or {}).get("max")),

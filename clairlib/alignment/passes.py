@@ -17,31 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clairlib.alignment.module import Aligned, Job, align_module, pilot, prepared
+from clairlib.alignment.module import Aligned, AlignmentJob, align_module, fit_and_search, fit_module
 from clairlib.alignment.records import Records
 from clairlib.core.processes import workers
 from clairlib.recovery.clair import AGREED, first_set, pilots
-from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE
-from clairlib.recovery.module_fit import Fit
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
+from clairlib.recovery.module_fit import ModuleFit
 from clairlib.recovery.result import ClairResult
-from clairlib.recovery.verdict import Reading, settle
+from clairlib.recovery.verdict import ModuleScores, iterate_verdict
 
 Progress = Callable[[str, int], None]
-Read = Callable[[Tensor], list[Reading]]
+Read = Callable[[Tensor], list[ModuleScores]]
 
 
-def settle_on_disk(
-    job: Job, folder: Path, records: Path, *, jobs: int = 1, progress: Progress | None = None
+def iterate_verdict_on_disk(
+    job: AlignmentJob, folder: Path, records: Path, *, jobs: int = 1, progress: Progress | None = None
 ) -> tuple[ClairResult, dict[str, list[float]]]:
     """Verdict over all modules, with the refined adapters in ``folder``; and their truncation errors by module."""
     names = list(job.adapters.modules)
     with _crew(job, min(jobs, len(names))) as crew:
         fits, benign = _first_set(crew, pilots(names, job.clair.solver))
-        share = max(float(fit.reading(benign).structure) for fit in fits) >= LITTLE_STRUCTURE
-        passes = Passes(crew, folder, records, share, progress)
-        benign, pooled = settle(benign.cpu(), passes.read, _in_memory(job.clair.wider(fits), job.device))
-        if passes.share_found != passes.share:
-            passes.share = passes.share_found
+        refine_any = max(float(fit.reading(benign).structure) for fit in fits) >= MIN_EXPLAINED_VARIANCE
+        passes = Passes(crew, folder, records, refine_any, progress)
+        benign, pooled = iterate_verdict(benign.cpu(), passes.read, _in_memory(job.clair.wider_frame(fits), job.device))
+        if passes.shares_subspace != passes.refine_any:
+            passes.refine_any = passes.shares_subspace
             passes.read(benign)
     for client in benign.nonzero()[:, 0].tolist():
         job.writer(folder, client).finish()
@@ -51,14 +51,14 @@ def settle_on_disk(
     return result, {name: done[name].errors for name in names}
 
 
-def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[Fit], Tensor]:
+def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[ModuleFit], Tensor]:
     """Fits of some of the modules, and the set (K,) bool that stays when they judge it."""
-    found = list(crew.run(pilot, names[:AGREED]))
-    work = prepared if crew.job.clair.agree([frame for _, frame in found]) else pilot
+    found = list(crew.run(fit_and_search, names[:AGREED]))
+    work = fit_module if crew.job.clair.agree([frame for _, frame in found]) else fit_and_search
     more = list(crew.run(work, names[AGREED:]))
     frames = [frame for _, frame in found] + [own[1] for own in more if own[1] is not None]
     fits = [fit for fit, _ in [*found, *more]]
-    return fits, crew.job.clair.settle(fits, first_set(fits, frames))[0]
+    return fits, crew.job.clair.iterate_verdict(fits, first_set(fits, frames))[0]
 
 
 def _in_memory(read: Read | None, device: str) -> Read | None:
@@ -68,18 +68,18 @@ def _in_memory(read: Read | None, device: str) -> Read | None:
 
 @dataclass
 class Passes:
-    """Passes over all modules; ``done`` is left of the last one. ``share``: do the clients share a subspace?"""
+    """Passes over all modules; ``done`` is left of the last one. ``refine_any``: do the clients share a subspace?"""
 
     crew: Crew
     folder: Path
     records: Path
-    share: bool
+    refine_any: bool
     progress: Progress | None
     done: dict[str, Aligned] = field(default_factory=dict)
 
-    def read(self, benign: Tensor) -> list[Reading]:
+    def read(self, benign: Tensor) -> list[ModuleScores]:
         """Readings of all modules by the frames of a set (K,) bool, whose refined adapters are then in the folder."""
-        job, records = self.crew.job, Records.of_pass(self.records, benign, self.share)
+        job, records = self.crew.job, Records.of_pass(self.records, benign, self.refine_any)
         names = list(job.adapters.modules)
         if not records.begun():
             self._clear(benign)
@@ -87,7 +87,7 @@ class Passes:
         self.done = {name: known for name in names if (known := records.read(name)) is not None}
         missing = [name for name in names if name not in self.done]
         self._report(self.done)
-        results = self.crew.run(align_module, missing, benign, self.share, self.folder)
+        results = self.crew.run(align_module, missing, benign, self.refine_any, self.folder)
         for name, result in zip(missing, results, strict=True):
             records.write(name, result)
             self.done[name] = result
@@ -95,9 +95,9 @@ class Passes:
         return [self.done[name].reading for name in names]
 
     @property
-    def share_found(self) -> bool:
+    def shares_subspace(self) -> bool:
         """Do the clients share a subspace, by the modules of the last pass?"""
-        return max(own.summary.shared_structure for own in self.done.values()) >= LITTLE_STRUCTURE
+        return max(own.summary.shared_structure for own in self.done.values()) >= MIN_EXPLAINED_VARIANCE
 
     def _clear(self, benign: Tensor) -> None:
         for old in self.folder.iterdir():
@@ -115,7 +115,7 @@ class Passes:
 class Crew:
     """Does a module's work in this process, reading the next module meanwhile, or in worker processes."""
 
-    job: Job
+    job: AlignmentJob
     pool: ProcessPoolExecutor | None
 
     def run(self, work: Callable[..., Any], names: Sequence[str], *arguments: Any) -> Iterator[Any]:
@@ -133,7 +133,7 @@ class Crew:
 
 
 @contextmanager
-def _crew(job: Job, jobs: int) -> Iterator[Crew]:
+def _crew(job: AlignmentJob, jobs: int) -> Iterator[Crew]:
     if jobs <= 1:
         yield Crew(job, None)
         return
@@ -142,10 +142,10 @@ def _crew(job: Job, jobs: int) -> Iterator[Crew]:
         yield Crew(job, pool)
 
 
-_job: Job | None = None  # of this worker process
+_job: AlignmentJob | None = None  # of this worker process
 
 
-def _enlist(job: Job, threads: int) -> None:
+def _enlist(job: AlignmentJob, threads: int) -> None:
     global _job
     torch.set_num_threads(threads)
     _job = job

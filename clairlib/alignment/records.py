@@ -14,7 +14,7 @@ from clairlib.alignment.module import Aligned
 from clairlib.core import state_file
 from clairlib.recovery.refinement import Gain
 from clairlib.recovery.result import ModuleSummary
-from clairlib.recovery.verdict import Reading
+from clairlib.recovery.verdict import ModuleScores
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Records:
     key: str
 
     @classmethod
-    def of_pass(cls, folder: Path, benign: Tensor, share: bool) -> Records:
+    def of_pass(cls, folder: Path, benign: Tensor, refine_any: bool) -> Records:
         """Those of the pass with this set (K,) bool, and with or without refinement."""
-        return cls(folder, hashlib.sha256(json.dumps([benign.tolist(), share]).encode()).hexdigest())
+        return cls(folder, hashlib.sha256(json.dumps([benign.tolist(), refine_any]).encode()).hexdigest())
 
     def begun(self) -> bool:
         """Is this the pass that was last begun?"""
@@ -51,7 +51,7 @@ class Records:
         tensors, facts = state_file.load(path, self.key)
         summary = facts["summary"] | {"scores": tensors["z"], "spectrum": tensors["spectrum"].numpy()}
         summary |= {"shape": tuple(summary["shape"]), "gain_terms": Gain(**summary["gain_terms"]), "certificate": None}
-        reading = Reading(tensors["scores"], facts["variance"], tensors["inside"], tensors["structure"])
+        reading = ModuleScores(tensors["scores"], facts["variance"], tensors["inside"], tensors["structure"])
         return Aligned(ModuleSummary(**summary), reading, facts["errors"])
 
     def write(self, name: str, done: Aligned) -> None:

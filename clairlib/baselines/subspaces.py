@@ -50,7 +50,7 @@ def outlier_pursuit(updates: Tensor, rank: int, lam: float | None = None) -> Ten
     """
     columns = updates.permute(0, 2, 1).flatten(0, 1)[:, :, None]  # (K*q, p, 1)
     lam = 1 / math.sqrt(math.log(len(columns))) if lam is None else lam
-    return leading_basis(decompose(columns, lam=lam, common=False).low_rank, rank)
+    return leading_basis(decompose(columns, lam=lam, with_common=False).low_rank, rank)
 
 
 def block_fms(updates: Tensor, rank: int) -> Tensor:

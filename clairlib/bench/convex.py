@@ -73,7 +73,7 @@ def _row(cvxpy: ModuleType, index: int, repeats: int, generator: Generator) -> d
     p, K, q = SIZES[index % len(SIZES)]
     nu = 0.3 if index % 2 else 0.0
     sigma = 0.05 if nu else 0.0
-    updates = planted(K=K, p=p, q=q, r=2, noise=sigma, generator=generator).updates
+    updates = planted(K=K, p=p, q=q, r=2, noise_std=sigma, generator=generator).updates
     reference = decompose(updates, nu=nu, tolerance=1e-9)
     optimum, lam = reference.certificate.primal, reference.lam
     problem = convex_problem(cvxpy, updates, lam, nu)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from clairlib.linalg.grams import Stacked
+from clairlib.linalg.grams import StackedFactors
 from clairlib.linalg.rank import numerical_ranks
 from clairlib.linalg.subspace import squared_singular_values
 
@@ -28,7 +28,7 @@ class Compressed:
     """Theta_k in coordinates common to all clients and its own: ``core`` (K, d + w, d' + w), float64.
 
     ``left`` (N, d) and ``right`` (N, d') are coefficients of orthonormal bases of the common directions: B @ left, and
-    A' @ right. ``common`` = (d, d'). ``ranks`` (K,) are the updates' numerical ranks.
+    A' @ right. ``shared_block`` = (d, d'). ``ranks`` (K,) are the updates' numerical ranks.
     """
 
     core: Tensor
@@ -37,12 +37,12 @@ class Compressed:
     ranks: Tensor
 
     @property
-    def common(self) -> tuple[int, int]:
+    def shared_block(self) -> tuple[int, int]:
         """Rows and columns that all clients have in common."""
         return self.left.shape[1], self.right.shape[1]
 
 
-def leads(stacked: Stacked, rank: int | None = None, members: Tensor | None = None) -> tuple[int, int]:
+def leads(stacked: StackedFactors, rank: int | None = None, members: Tensor | None = None) -> tuple[int, int]:
     """Common directions to keep on the output and the input side, of ``members`` (K,) bool or of everybody.
 
     At most three quarters of all theirs, unless the side is so short that clients' directions fill it: the others are
@@ -56,7 +56,7 @@ def leads(stacked: Stacked, rank: int | None = None, members: Tensor | None = No
 
 
 def compress(
-    stacked: Stacked, lead: tuple[int, int], *, members: Tensor | None = None, generator: Generator
+    stacked: StackedFactors, lead: tuple[int, int], *, members: Tensor | None = None, generator: Generator
 ) -> Compressed:
     """Cores of the clients' updates in at most ``lead`` common directions on either side, and their own.
 
@@ -70,11 +70,11 @@ def compress(
     return Compressed(stacked.scales[:, None, None] * (L @ R.mT), left, right, _ranks(stacked))
 
 
-def _members(stacked: Stacked, members: Tensor | None) -> Tensor:
+def _members(stacked: StackedFactors, members: Tensor | None) -> Tensor:
     return torch.ones_like(stacked.scales, dtype=torch.bool) if members is None else members
 
 
-def _side(stacked: Stacked, lead: int, members: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+def _side(stacked: StackedFactors, lead: int, members: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """Basis (N, d), in B, of the output side's common directions, and the clients' B_k in coordinates (K, d + w, w)."""
     own = stacked.blocks(stacked.G_B)
     other = stacked.blocks(stacked.G_A)
@@ -86,7 +86,7 @@ def _side(stacked: Stacked, lead: int, members: Tensor, generator: Generator) ->
     return basis, torch.cat([coordinates, rest], dim=1)
 
 
-def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def _leading(stacked: StackedFactors, F: Tensor, lead: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """The ``lead`` leading left singular directions of B blockdiag(F): coefficients (N, d) in B, and B in them (d, N).
 
     Randomised subspace iteration (Halko, Martinsson and Tropp 2011) in the precision of the factors, then one
@@ -107,7 +107,7 @@ def _leading(stacked: Stacked, F: Tensor, lead: int, generator: Generator) -> tu
     return V @ E, (image @ E).T
 
 
-def _ranks(stacked: Stacked) -> Tensor:
+def _ranks(stacked: StackedFactors) -> Tensor:
     """Numerical ranks (K,) of the updates; directions of a factor that may be rounding of its Gram matrix are none."""
     rounding = stacked.width * torch.finfo(stacked.B.dtype).eps
     left, right = (_root(stacked.blocks(G), rounding) for G in (stacked.G_B, stacked.G_A))

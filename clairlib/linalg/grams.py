@@ -23,7 +23,7 @@ _SETTING = Lock()
 
 
 @dataclass(frozen=True)
-class Stacked:
+class StackedFactors:
     """Theta_k = scales[k] * B[:, k] @ A[k], the k-th blocks having ranks[k] columns and rows.
 
     ``B`` (p, N), ``A`` (N, q): single precision, or double where a client's factors are. ``G_B`` = B' B and ``G_A`` =
@@ -76,12 +76,12 @@ class Stacked:
         own = torch.nn.functional.pad(rows, (0, 0, 0, 1))[self.places]  # (K, w, m)
         return (blocks @ own).flatten(0, 1)[self.places.flatten() < len(rows)]
 
-    def transposed(self) -> Stacked:
+    def transposed(self) -> StackedFactors:
         """The same for the transposed updates."""
-        return Stacked(self.A.T, self.B.T, self.scales, self.ranks, self.G_A, self.G_B)
+        return StackedFactors(self.A.T, self.B.T, self.scales, self.ranks, self.G_A, self.G_B)
 
 
-def stack(updates: Sequence[LowRank]) -> Stacked:
+def stack(updates: Sequence[LowRank]) -> StackedFactors:
     """Factors side by side and their Gram matrices, some (p + q) N^2 operations, the only large products there are."""
     dtypes = {factor.dtype for update in updates for factor in (update.B, update.A)}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -89,7 +89,7 @@ def stack(updates: Sequence[LowRank]) -> Stacked:
     A = torch.cat([u.A for u in updates], dim=0).to(dtype)
     scales = torch.tensor([u.scale for u in updates], dtype=torch.float64, device=B.device)
     with bfloat16_products(B.device, dtypes == {torch.bfloat16}):
-        return Stacked(B, A, scales, [u.rank for u in updates], gram(B), gram(A.T))
+        return StackedFactors(B, A, scales, [u.rank for u in updates], gram(B), gram(A.T))
 
 
 def gram(B: Tensor) -> Tensor:

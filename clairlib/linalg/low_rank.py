@@ -63,7 +63,7 @@ class Cores:
     right: Tensor | None
 
     @property
-    def common(self) -> tuple[int, int]:
+    def shared_block(self) -> tuple[int, int]:
         """Rows and columns that all clients have in common: all of them."""
         return self.core.shape[1], self.core.shape[2]
 

@@ -8,8 +8,8 @@ from torch import Tensor
 EDGE_SPAN = 8  # eigenvalues below the candidate rank from which the edge of the noise is fitted
 ROUNDING = 1e-13  # eigenvalues of a scatter below this part of the largest are rounding
 FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors
-REACH = 16  # directions that a held-out direction is compared with
-CLEAR = 2.0
+HELD_OUT_WINDOW = 16  # directions that a held-out direction is compared with
+HELD_OUT_SNR = 2.0
 EDGE_FACTOR = 2.5  # a gap counts when it exceeds this many fitted slopes; Onatski has span 5, factor 2
 
 
@@ -70,13 +70,13 @@ def held_out_rank(energies: Tensor, limit: int) -> int:
 
     ``energies`` (p,) is what a client has, in the mean, in each principal direction of the other clients, descending.
     A direction that only looks large because it was fitted to its clients' noise holds no more of another one than its
-    neighbours. Directions count as long as they hold ``CLEAR`` times the median of the next ``REACH``: from there on,
+    neighbours. Directions count as long as they hold ``HELD_OUT_SNR`` times the median of the next ``HELD_OUT_WINDOW``: from there on,
     the signal in a direction exceeds its noise, and a client does better to keep it than to average it out. Finds up
-    to ``REACH`` / 2 of them; more than that hide one another.
+    to ``HELD_OUT_WINDOW`` / 2 of them; more than that hide one another.
     """
     values, rank = energies.cpu(), 0
     while rank < min(limit, len(values) - 1):
-        if values[rank] <= CLEAR * values[rank + 1 : rank + 1 + REACH].median():
+        if values[rank] <= HELD_OUT_SNR * values[rank + 1 : rank + 1 + HELD_OUT_WINDOW].median():
             break
         rank += 1
     return rank

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from clairlib.linalg.grams import Stacked
+from clairlib.linalg.grams import StackedFactors
 from clairlib.linalg.low_rank import LowRank
 
 GUARD = 8  # directions iterated on beyond those wanted
@@ -23,14 +23,14 @@ PARTS = 4  # of the clients, whose refined adapters are computed at a time
 
 
 @dataclass(frozen=True)
-class Shared:
+class RefinedSubspace:
     """Shared subspace and off-subspace common part of a set of clients, as combinations of all clients' factors.
 
     Orthonormal basis U = B ``basis`` (N, r). P_perp M = (B - U U' B) diag(``shares``) A, ``shares`` (N,) the weights of
     the members' columns in their mean, times their scales.
     """
 
-    stacked: Stacked
+    stacked: StackedFactors
     basis: Tensor
     shares: Tensor
 
@@ -46,7 +46,7 @@ class Shared:
         return LowRank((B - U @ (U.T @ B)) * self.shares[used].to(B.dtype), s.A[used])
 
 
-def shared_part(stacked: Stacked, members: Tensor, weights: Tensor, start: Tensor, rank: int) -> Shared:
+def shared_part(stacked: StackedFactors, members: Tensor, weights: Tensor, start: Tensor, rank: int) -> RefinedSubspace:
     """The leading ``rank`` directions of sum_k w_k (Theta_k - M)(Theta_k - M)' over the members (K,) bool, and M.
 
     Subspace iteration with Rayleigh-Ritz steps from the combinations ``start`` (N, m), m >= rank, until the subspace
@@ -75,7 +75,7 @@ def shared_part(stacked: Stacked, members: Tensor, weights: Tensor, start: Tenso
         if _angle(stacked.G_B, residual, values, rank) <= CONVERGED[stacked.B.dtype]:
             break
         V, inner = orthonormal(image, seen)
-    return Shared(stacked, V[:, :rank], shares)
+    return RefinedSubspace(stacked, V[:, :rank], shares)
 
 
 def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _angle(G: Tensor, residual: Tensor, values: Tensor, rank: int) -> float:
     return float(size / (values[rank - 1] - beyond).clamp(min=torch.finfo(G.dtype).tiny))
 
 
-def _near_off_part(shared: Shared, count: int, generator: Generator) -> Tensor:
+def _near_off_part(shared: RefinedSubspace, count: int, generator: Generator) -> Tensor:
     """Combinations (N, m), somewhat more than ``count``, near the leading left singular directions of P_perp M.
 
     Randomised subspace iteration in the precision of the factors, off the subspace.
@@ -122,7 +122,7 @@ class Assembly:
     A's rows. ``energy``: ||P_perp M||_F^2.
     """
 
-    shared: Shared
+    shared: RefinedSubspace
     left: Tensor
     outside: Tensor
     gram: Tensor
@@ -130,7 +130,7 @@ class Assembly:
     energy: float
 
 
-def assemble(shared: Shared, count: int, generator: Generator) -> Assembly:
+def assemble(shared: RefinedSubspace, count: int, generator: Generator) -> Assembly:
     """Prepare the refined adapters of a module, with at most ``count`` directions of the common part."""
     s, dtype = shared.stacked, shared.stacked.B.dtype
     V = _near_off_part(shared, count, generator)

@@ -24,18 +24,18 @@ class Problem:
     data: Tensor
     lam: float
     nu: float
-    common: bool
+    with_common: bool
 
     def centre(self, blocks: Tensor) -> Tensor:
         """The best M for blocks M + L_k: their mean (see ``iterates``), zero without a common part."""
-        return blocks.mean(1, keepdim=True) if self.common else torch.zeros_like(blocks[:, :1])
+        return blocks.mean(1, keepdim=True) if self.with_common else torch.zeros_like(blocks[:, :1])
 
 
 @dataclass(frozen=True)
 class Iterate:
     """One step of ADMM, in blocks (p, K, q), with what the bounds need."""
 
-    common: Tensor  # (p, 1, q)
+    common_part: Tensor  # (p, 1, q)
     low_rank: Tensor
     nuclear: Tensor  # ||L||_*, a by-product of the shrinkage
     contamination: Tensor
@@ -60,10 +60,10 @@ def iterates(problem: Problem) -> Iterator[Iterate]:
     outside, multiplier, contamination = (torch.zeros_like(x) for _ in range(3))  # T, Y, S
     for step in itertools.count(1):
         target = x - outside + multiplier / beta
-        common = problem.centre(target)
-        low_rank, nuclear = shrink_spectrum(target - common, 1 / beta)
-        aligned = common + low_rank
-        yield Iterate(common, low_rank, nuclear, contamination, beta * (target - aligned))
+        common_part = problem.centre(target)
+        low_rank, nuclear = shrink_spectrum(target - common_part, 1 / beta)
+        aligned = common_part + low_rank
+        yield Iterate(common_part, low_rank, nuclear, contamination, beta * (target - aligned))
         relaxed = RELAXATION * aligned + (1 - RELAXATION) * (x - outside)
         residual = x - relaxed + multiplier / beta
         contamination = shrink_blocks(residual, lam * (1 + beta * nu) / beta)
@@ -141,7 +141,7 @@ def relative_gap(primal: float, dual: float) -> float:
 
 def quick_gap(problem: Problem, iterate: Iterate) -> float:
     """Relative gap of (M, L) with the best S, from norms that the iteration has at hand; no factorisation."""
-    rest = problem.data - iterate.common - iterate.low_rank
+    rest = problem.data - iterate.common_part - iterate.low_rank
     contamination = shrink_blocks(rest, problem.lam * problem.nu)
     primal = objective(problem, iterate.nuclear, contamination, rest - contamination)
     return relative_gap(primal, dual_scale(problem, iterate.dual)[1])

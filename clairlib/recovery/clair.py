@@ -18,17 +18,17 @@ from clairlib.recovery.consensus import consensus
 from clairlib.recovery.convex import Certificate, decompose
 from clairlib.recovery.detection import Calibration
 from clairlib.recovery.frame import Frame, fit_frame, floor_energy
-from clairlib.recovery.inputs import Module, read_modules, read_noise, read_weights, transpose, where
-from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE, leave_one_out, shared_structure
-from clairlib.recovery.module_fit import Fit, Outcome
+from clairlib.recovery.inputs import Module, read_expected_errors, read_modules, read_weights, transpose, where
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, leave_one_out, shared_structure
+from clairlib.recovery.module_fit import ModuleFit, Outcome
 from clairlib.recovery.result import ClairResult, ModuleResult
 from clairlib.recovery.start_sets import robust_half
-from clairlib.recovery.verdict import Reading, settle, vote
+from clairlib.recovery.verdict import ModuleScores, iterate_verdict, vote
 
 NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
-PILOTS = 8  # modules, at most, in which the first set is searched; all of them then judge it
+PILOT_MODULES = 8  # modules, at most, in which the first set is searched; all of them then judge it
 AGREED = 3  # modules that find the same set: then no more of the pilots are searched
-CROWD = 256  # clients, at most, among whom the first set is searched; the others are then judged by its frame
+MAX_SEARCH_CLIENTS = 256  # among whom the first set is searched; the others are then judged by its frame
 
 
 class CLAIR:
@@ -81,6 +81,7 @@ class CLAIR:
         updates: Any,
         names: list[str] | None = None,
         weights: Any = None,
+        expected_sq_error: Any = None,
         noise: Any = None,
         *,
         progress: Callable[[str], None] | None = None,
@@ -96,9 +97,10 @@ class CLAIR:
         weights : array (K,), optional
             Positive; the noise variance of client k is proportional to 1 / weights[k] (its sample size, say). The
             convex program takes every client alike; weights enter with the frames fitted to its benign clients.
-        noise : array (K,), or dict of module name -> array, optional
+        expected_sq_error : array (K,), or dict of module name -> array, optional
             Expected squared error ||E_k||_F^2 of each update where known, as from the standard errors of a regression:
-            refinement is then refused where benign clients differ by more than it pays for.
+            refinement is then refused where benign clients differ by more than it pays for. ``noise`` is the old name,
+            which goes with version 0.3.
         progress : callable, optional
             Called with each module's name when its subspace is found.
 
@@ -109,28 +111,32 @@ class CLAIR:
         """
         modules, clients, by_module = read_modules(updates, names, self.side)
         w = read_weights(weights, clients).to(modules[0].reference.device)
-        known = read_noise(noise, [module.name for module in modules], clients)
+        errors = expected_sq_error if noise is None else noise
+        known = read_expected_errors(errors, [module.name for module in modules], clients)
         few = pilots(modules, self.solver)
-        first = [self.prepare(module, w, noise=known.get(module.name)) for module in few]
+        first = [self.prepare(module, w, expected_sq_error=known.get(module.name)) for module in few]
         benign, certificates = self.search(few, first)
         fits = {fit.name: fit for fit in first}
 
-        def fitted(members: Tensor) -> list[Fit]:
+        def fitted(members: Tensor) -> list[ModuleFit]:
             for module in modules:
                 if module.name not in fits or not fits[module.name].suits(members):
-                    fits[module.name] = self.prepare(module, w, members, noise=known.get(module.name))
+                    fits[module.name] = self.prepare(module, w, members, expected_sq_error=known.get(module.name))
             return [fits[module.name] for module in modules]
 
-        start = self.settle(first, benign)[0]
-        benign, pooled = settle(start, lambda who: [fit.reading(who) for fit in fitted(who)], self.wider(first))
+        def read(members: Tensor) -> list[ModuleScores]:
+            return [fit.reading(members) for fit in fitted(members)]
+
+        start = self.iterate_verdict(first, benign)[0]
+        benign, pooled = iterate_verdict(start, read, self.wider_frame(first))
         outcomes = []
         for fit in fitted(benign):
             outcomes.append(fit.outcome(benign))
             if progress is not None:
                 progress(fit.name)
-        share = max(outcome.structure for outcome in outcomes) >= LITTLE_STRUCTURE
+        refine_any = max(outcome.structure for outcome in outcomes) >= MIN_EXPLAINED_VARIANCE
         results = {
-            module.name: _module_result(module, fit, outcome, share, certificates.get(module.name))
+            module.name: _module_result(module, fit, outcome, refine_any, certificates.get(module.name))
             for module, fit, outcome in zip(modules, fitted(benign), outcomes, strict=True)
         }
         numpy = modules[0].numpy
@@ -143,30 +149,30 @@ class CLAIR:
         weights: Tensor,
         members: Tensor | None = None,
         *,
-        noise: Tensor | None = None,
+        expected_sq_error: Tensor | None = None,
         keep: bool = False,
-    ) -> Fit:
+    ) -> ModuleFit:
         """A module's cores, ready to be asked for the frame of any set of clients.
 
         Cores that do not hold the updates exactly are for sets close to ``members``. With ``keep`` the clients' factors
         stay with those.
         """
         self._check_rank(module, len(weights))
-        updates = module.updates
+        updates, known = module.updates, {"expected_sq_error": expected_sq_error}
         try:
             if isinstance(updates, Tensor):
-                return Fit(module.name, cores_of_dense(updates), weights, self.rank, noise=noise)
+                return ModuleFit(module.name, cores_of_dense(updates), weights, self.rank, **known)
             if max(module.shape) <= FILLED:
-                return Fit(module.name, cores_of_factors(updates), weights, self.rank, noise=noise)
+                return ModuleFit(module.name, cores_of_factors(updates), weights, self.rank, **known)
         except OverflowError as error:
             raise ValueError(f"updates{where(module.name)} are too large: {error}") from None
         stacked = stack(updates)
         generator = derive(self.seed, "compress", module.name)
         cores = compress(stacked, leads(stacked, self.rank, members), members=members, generator=generator)
         kept = stacked if keep else None
-        return Fit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, noise=noise)
+        return ModuleFit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, **known)
 
-    def search(self, modules: Sequence[Module], fits: Sequence[Fit]) -> tuple[Tensor, dict[str, Certificate]]:
+    def search(self, modules: Sequence[Module], fits: Sequence[ModuleFit]) -> tuple[Tensor, dict[str, Certificate]]:
         """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""
         frames: list[Frame] = []
         certificates = {}
@@ -184,25 +190,25 @@ class CLAIR:
         same = all(torch.equal(frame.members, frames[0].members) for frame in frames)
         return self.solver == "consensus" and len(frames) == AGREED and same
 
-    def first_frame(self, module: Module, fit: Fit) -> tuple[Frame, Certificate | None]:
+    def first_frame(self, module: Module, fit: ModuleFit) -> tuple[Frame, Certificate | None]:
         """The frame that the clients of one module suggest by themselves."""
         if self.solver == "consensus":
             generator, K = derive(self.seed, "tuples", fit.name), len(fit.X)
-            how: dict[str, Any] = {"rank": self.rank, "common": fit.cores.common, "generator": generator}
-            if K <= CROWD:
+            how: dict[str, Any] = {"rank": self.rank, "shared_block": fit.cores.shared_block, "generator": generator}
+            if K <= MAX_SEARCH_CLIENTS:
                 return consensus(fit.X, fit.weights, **how), None
-            crowd = torch.randperm(K, generator=generator)[:CROWD].to(fit.X.device)
+            crowd = torch.randperm(K, generator=generator)[:MAX_SEARCH_CLIENTS].to(fit.X.device)
             members = torch.zeros(K, dtype=torch.bool, device=fit.X.device)
             members[crowd] = consensus(fit.X[crowd], fit.weights[crowd], **how).members
             return fit.frame(members), None
         members, certificate = self._convex_members(module)
         return fit.frame(members), certificate
 
-    def settle(self, fits: Sequence[Fit], benign: Tensor) -> tuple[Tensor, Calibration]:
+    def iterate_verdict(self, fits: Sequence[ModuleFit], benign: Tensor) -> tuple[Tensor, Calibration]:
         """The set that stays when all these modules judge it."""
-        return settle(benign, lambda members: [fit.reading(members) for fit in fits], self.wider(fits))
+        return iterate_verdict(benign, lambda members: [fit.reading(members) for fit in fits], self.wider_frame(fits))
 
-    def wider(self, fits: Sequence[Fit]) -> Callable[[Tensor], list[Reading]] | None:
+    def wider_frame(self, fits: Sequence[ModuleFit]) -> Callable[[Tensor], list[ModuleScores]] | None:
         """Readings of a set by wider frames, in `pilots`; None where the rank is given."""
         few = pilots(fits, "consensus")
         return None if self.rank is not None else (lambda members: [fit.wider_reading(members) for fit in few])
@@ -235,23 +241,23 @@ class CLAIR:
 
 
 def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
-    """The modules that find the first set: ``PILOTS`` spread over all, or all for the convex program."""
-    if solver == "convex" or len(fits) <= PILOTS:
+    """The modules that find the first set: ``PILOT_MODULES`` spread over all, or all for the convex program."""
+    if solver == "convex" or len(fits) <= PILOT_MODULES:
         return list(fits)
-    return [fits[i * (len(fits) - 1) // (PILOTS - 1)] for i in range(PILOTS)]
+    return [fits[i * (len(fits) - 1) // (PILOT_MODULES - 1)] for i in range(PILOT_MODULES)]
 
 
-def first_set(fits: Sequence[Fit], frames: Sequence[Frame]) -> Tensor:
+def first_set(fits: Sequence[ModuleFit], frames: Sequence[Frame]) -> Tensor:
     """The set (K,) bool that most modules have found, of the first of ``fits``."""
     searched = zip(fits, frames, strict=False)
     return vote(frames, [shared_structure(fit.X, fit.weights, frame) for fit, frame in searched])
 
 
 def _module_result(
-    module: Module, fit: Fit, outcome: Outcome, share: bool, certificate: Certificate | None
+    module: Module, fit: ModuleFit, outcome: Outcome, refine_any: bool, certificate: Certificate | None
 ) -> ModuleResult:
-    """Refined where it is estimated to pay; nowhere if the clients ``share`` next to nothing in every module."""
-    frame, is_refined = outcome.frame, outcome.is_refined(share)
+    """Refined where it is estimated to pay; nowhere if the clients ``refine_any`` next to nothing in every module."""
+    frame, is_refined = outcome.frame, outcome.is_refined(refine_any)
     if isinstance(fit.cores, Cores):
         basis, off = fit.lifted(frame)
     else:
@@ -263,7 +269,7 @@ def _module_result(
         shape=module.shape[::-1] if module.transposed else module.shape,
         rank=frame.rank,
         basis=module.out(basis),
-        common=module.out_update(off),
+        common_part=module.out_update(off),
         scores=outcome.scores.cpu().numpy() if module.numpy else outcome.scores,
         refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
         gain=outcome.gain.relative,

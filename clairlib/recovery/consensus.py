@@ -14,9 +14,9 @@ from torch import Generator, Tensor
 
 from clairlib.recovery.description_length import best_set
 from clairlib.recovery.detection import FAMILY_ERROR, benign_set, calibrate
-from clairlib.recovery.effective_dimensions import Common
+from clairlib.recovery.effective_dimensions import SharedBlock
 from clairlib.recovery.frame import Frame, fit_frame, floor_energy, rank_limit
-from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE, inside_energy, log_scores, shared_structure
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, inside_energy, log_scores, shared_structure
 from clairlib.recovery.start_sets import (
     START_RANK,
     candidate_tuples,
@@ -28,13 +28,18 @@ from clairlib.recovery.start_sets import (
 
 SHORTLIST_OF_REST = 20  # tuples among the clients that a set left out, of which one start is taken
 GROWTH = 1.5  # times as many clients a round, at most
-MOST = 0.75  # part of the clients from which on a set is checked for a smaller group in it
+SPLIT_CHECK_FRACTION = 0.75  # part of the clients from which on a set is checked for a smaller group in it
 CUT_LOSS = 0.05  # of log-likelihood a client that two groups may lose against one: a quarter of what halves of one lose
 SPLITS = 10  # times in a row, at most, that a set is replaced by the closer part of the clients
 
 
 def consensus(
-    X: Tensor, weights: Tensor, *, rank: int | None = None, common: Common | None = None, generator: Generator
+    X: Tensor,
+    weights: Tensor,
+    *,
+    rank: int | None = None,
+    shared_block: SharedBlock | None = None,
+    generator: Generator,
 ) -> Frame:
     """The frame that describes most members in the shortest description of the clients.
 
@@ -51,11 +56,11 @@ def consensus(
     generator : Generator
         Draws the tuples when there are more than ``starts.TUPLE_LIMIT``.
     """
-    common = common or (X.shape[1], X.shape[2])
-    tuples = candidate_tuples(len(X), *common, generator=generator)
-    order, distances = score_tuples(X, tuples, common)
+    shared_block = shared_block or (X.shape[1], X.shape[2])
+    tuples = candidate_tuples(len(X), *shared_block, generator=generator)
+    order, distances = score_tuples(X, tuples, shared_block)
     candidates: list[Frame] = []
-    judge = Judge(X, weights, rank, common)
+    judge = FrameCache(X, weights, rank, shared_block)
 
     def add(start: Tensor) -> None:
         for frame in grow_twice(judge, start):
@@ -63,18 +68,18 @@ def consensus(
                 candidates.append(frame)
 
     everybody = torch.ones(len(X), dtype=torch.bool, device=X.device)
-    half = robust_half(X, weights, rank, common)
+    half = robust_half(X, weights, rank, shared_block)
     add(half)
-    for start in spread_starts(start_sets(X, tuples, order, distances, everybody, common=common)):
+    for start in spread_starts(start_sets(X, tuples, order, distances, everybody, shared_block=shared_block)):
         add(start)
     for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
-        rest = start_sets(X, tuples, order, distances, ~frame.members, SHORTLIST_OF_REST, common)
+        rest = start_sets(X, tuples, order, distances, ~frame.members, SHORTLIST_OF_REST, shared_block)
         for start in rest[:1]:
             add(start)
     if not candidates:
-        return fit_frame(X, weights, everybody, rank, common)
+        return fit_frame(X, weights, everybody, rank, shared_block)
     best = best_set(X, weights, candidates)
-    if best.size >= MOST * len(X):  # everybody agrees, or a group in much noise grew on into its surroundings
+    if best.size >= SPLIT_CHECK_FRACTION * len(X):  # all agree, or a group in much noise grew into its surroundings
         others = [part for part in split_off(judge, (everybody, half)) if not torch.equal(part.members, best.members)]
         best = best_set(X, weights, [best, *others]) if others else best
     if 2 * best.size < len(X):
@@ -93,25 +98,25 @@ def larger_group(
     """
     others = ~best.members
     K = int(others.sum())
-    if K < 3 or (rank or 0) > rank_limit(K, best.common[0], X.shape[2]):
+    if K < 3 or (rank or 0) > rank_limit(K, best.shared_block[0], X.shape[2]):
         return best
     rest, w = X[others], weights[others]
 
     def is_group(frame: Frame) -> bool:
-        return frame.size > best.size and bool(shared_structure(rest, w, frame) >= LITTLE_STRUCTURE)
+        return frame.size > best.size and bool(shared_structure(rest, w, frame) >= MIN_EXPLAINED_VARIANCE)
 
     apart = [frame.members[others] for frame in candidates if not bool((frame.members & best.members).any())]
-    known = [frame for frame in (fit_frame(rest, w, own, rank, best.common) for own in apart) if is_group(frame)]
+    known = [frame for frame in (fit_frame(rest, w, own, rank, best.shared_block) for own in apart) if is_group(frame)]
     if known:
         group = best_set(rest, w, known)
     else:
-        group = consensus(rest, w, rank=rank, common=best.common, generator=generator)
-    group = fit_frame(rest, w, like_members(rest, w, group), rank, best.common)
+        group = consensus(rest, w, rank=rank, shared_block=best.shared_block, generator=generator)
+    group = fit_frame(rest, w, like_members(rest, w, group), rank, best.shared_block)
     if not is_group(group):
         return best
     members = torch.zeros_like(others)
     members[others] = group.members
-    return fit_frame(X, weights, members, rank, best.common)
+    return fit_frame(X, weights, members, rank, best.shared_block)
 
 
 def like_members(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
@@ -121,14 +126,14 @@ def like_members(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     return benign_set(x, frame.members, calibrate(x, frame.members, variance).p_values, variance, inside)
 
 
-class Judge:
+class FrameCache:
     """Frame of a set of clients, and how every client stands to it: ``log_scores`` with their variance.
 
     Remembers every set it was asked about: growing from different starts runs through the same sets again and again.
     """
 
-    def __init__(self, X: Tensor, weights: Tensor, rank: int | None, common: Common | None = None) -> None:
-        self.X, self.weights, self.rank, self.common = X, weights, rank, common
+    def __init__(self, X: Tensor, weights: Tensor, rank: int | None, shared_block: SharedBlock | None = None) -> None:
+        self.X, self.weights, self.rank, self.shared_block = X, weights, rank, shared_block
         # fewer clients span a given rank with nothing left over when one is left out
         self.least = 3 if rank is None else max(3, ceil(rank / X.shape[2]) + 2)
         self._known: dict[bytes, tuple[Frame, Tensor, float]] = {}
@@ -136,12 +141,12 @@ class Judge:
     def __call__(self, members: Tensor) -> tuple[Frame, Tensor, float]:
         key = members.cpu().numpy().tobytes()
         if key not in self._known:
-            frame = fit_frame(self.X, self.weights, members, self.rank, self.common)
+            frame = fit_frame(self.X, self.weights, members, self.rank, self.shared_block)
             self._known[key] = (frame, *log_scores(self.X, self.weights, frame))
         return self._known[key]
 
 
-def split_off(judge: Judge, starts: Sequence[Tensor]) -> list[Frame]:
+def split_off(judge: FrameCache, starts: Sequence[Tensor]) -> list[Frame]:
     """Frames of the sets that cutting the scores in two leaves of the ``starts`` (K,) bool.
 
     The description decides whether a cut was right, by the directions that the others have of their own. Of few columns
@@ -155,7 +160,7 @@ def split_off(judge: Judge, starts: Sequence[Tensor]) -> list[Frame]:
     return [frame for frame in frames if frame.size >= judge.least]
 
 
-def split_repeatedly(judge: Judge, members: Tensor) -> Tensor:
+def split_repeatedly(judge: FrameCache, members: Tensor) -> Tensor:
     """The set (K,) bool reached by taking the closer part of the clients, and of those as close to it, again and again.
 
     Growing takes in whoever cannot be told from a member, one by one, which loses a small group in noise; cutting all
@@ -208,7 +213,7 @@ def closer_part(x: Tensor) -> Tensor:
     return lower
 
 
-def grow_twice(judge: Judge, start: Tensor) -> list[Frame]:
+def grow_twice(judge: FrameCache, start: Tensor) -> list[Frame]:
     """Sets grown from a start: one that stops early, and one that goes on from there.
 
     The first leaves out whoever is unusual at level ``FAMILY_ERROR`` by itself, so that a small benign set does not
@@ -226,7 +231,7 @@ def grow_twice(judge: Judge, start: Tensor) -> list[Frame]:
     return frames
 
 
-def grow(judge: Judge, members: Tensor, level: float) -> Frame | None:
+def grow(judge: FrameCache, members: Tensor, level: float) -> Frame | None:
     """Grow a set of clients by at most half a round, refitting, until the same set returns.
 
     A round scores every client against the frame left one out and keeps the closest that fit, that is whose p-value

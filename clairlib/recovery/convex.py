@@ -57,12 +57,12 @@ class Certificate:
 class Decomposition:
     """X_k = M + L_k + S_k (+ residual when nu > 0), float64 on the device of the input.
 
-    ``common`` M (p, q); ``low_rank`` L, ``contamination`` S and the dual variable ``dual`` Y, each (K, p, q).
+    ``common_part`` M (p, q); ``low_rank`` L, ``contamination`` S and the dual variable ``dual`` Y, each (K, p, q).
     L has zero mean over clients; P M may be moved between M and L, so M alone is identified only off the
     subspace.
     """
 
-    common: Tensor
+    common_part: Tensor
     low_rank: Tensor
     contamination: Tensor
     dual: Tensor
@@ -78,7 +78,7 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class _Solution:
-    common: Tensor
+    common_part: Tensor
     low_rank: Tensor
     contamination: Tensor
     dual: Tensor
@@ -90,7 +90,7 @@ def decompose(
     *,
     lam: float | None = None,
     nu: float = 0.0,
-    common: bool = True,
+    with_common: bool = True,
     tolerance: float = 1e-6,
     max_iterations: int = 5000,
 ) -> Decomposition:
@@ -112,7 +112,7 @@ def decompose(
         Weight of the residual, in units of the updates: nu = 0 asks for an exact split. Singular values of L
         are shrunk by nu and blocks of S by lam nu, so noise of standard deviation sigma an entry stays out of
         both when nu >= sigma (sqrt(p) + sqrt(K q)) and lam nu is well above sigma sqrt(p q).
-    common : bool
+    with_common : bool
         False leaves M out (and sum_k Y_k = 0 of the dual): Outlier Pursuit in blocks (Xu, Caramanis, Sanghavi
         2012).
     tolerance : float
@@ -133,18 +133,18 @@ def decompose(
     """
     _check(updates, lam, nu, max_iterations)
     blocks = updates.detach().to(torch.float64).permute(1, 0, 2).contiguous()  # (p, K, q)
-    origin = blocks.mean(1, keepdim=True) if common else torch.zeros_like(blocks[:, :1])
+    origin = blocks.mean(1, keepdim=True) if with_common else torch.zeros_like(blocks[:, :1])
     centred = blocks - origin
     if float(centred.norm()) <= ROUNDING * float(blocks.norm()):
         centred = torch.zeros_like(centred)
     scale = float(torch.linalg.matrix_norm(centred.flatten(1), ord=2)) or 1.0
-    problem = Problem(centred / scale, lam or _first_weight(blocks.shape[1]), nu / scale, common)
+    problem = Problem(centred / scale, lam or _first_weight(blocks.shape[1]), nu / scale, with_common)
     if lam is None:
         problem = _centre_in_window(problem, max_iterations)
     found = _solve(problem, tolerance, max_iterations)
     bounds = found.certificate
     return Decomposition(
-        common=(origin + scale * found.common)[:, 0],
+        common_part=(origin + scale * found.common_part)[:, 0],
         low_rank=scale * found.low_rank.permute(1, 0, 2),
         contamination=scale * found.contamination.permute(1, 0, 2),
         dual=found.dual.permute(1, 0, 2),
@@ -219,33 +219,33 @@ def _stamp(solution: _Solution, iterations: int, tolerance: float) -> _Solution:
 
 
 def _certify(
-    problem: Problem, common: Tensor, low_rank: Tensor, contamination: Tensor, dual: Tensor
+    problem: Problem, common_part: Tensor, low_rank: Tensor, contamination: Tensor, dual: Tensor
 ) -> _Solution:
     """Bounds recomputed from the tensors by singular values, with the dual made exactly admissible."""
     spectral = float(torch.linalg.matrix_norm(dual.flatten(1), ord=2))
     dual = dual / max(1.0, spectral)
     t, lower = dual_scale(problem, dual)
-    residual = problem.data - common - low_rank - contamination
+    residual = problem.data - common_part - low_rank - contamination
     nuclear = torch.linalg.svdvals(low_rank.flatten(1)).sum()
     upper = objective(problem, nuclear, contamination, residual)
     certificate = Certificate(upper, lower, relative_gap(upper, lower), 0, False)
-    return _Solution(common, low_rank, contamination, t * dual, certificate)
+    return _Solution(common_part, low_rank, contamination, t * dual, certificate)
 
 
 def _given_contamination(problem: Problem, contamination: Tensor, dual: Tensor | None) -> _Solution:
     """The best (M, L) for a given S; feasible, and S keeps its exact zeros."""
     rest = problem.data - contamination
-    common = problem.centre(rest)
-    rest = rest - common
+    common_part = problem.centre(rest)
+    rest = rest - common_part
     if problem.nu == 0 and dual is not None:
-        return _certify(problem, common, rest, contamination, dual)
+        return _certify(problem, common_part, rest, contamination, dual)
     U, values, Vh = torch.linalg.svd(rest.flatten(1), full_matrices=False)
     low_rank = (U * (values - problem.nu).clamp(min=0)) @ Vh if problem.nu > 0 else rest
     if dual is None:  # the multiplier of the program with this S fixed
         values = torch.where(values > 1e-12 * values[0], values, 0.0)
         weights = (values / problem.nu).clamp(max=1) if problem.nu > 0 else (values > 0).double()
         dual = ((U * weights) @ Vh).reshape(rest.shape)
-    return _certify(problem, common, low_rank.reshape(rest.shape), contamination, dual)
+    return _certify(problem, common_part, low_rank.reshape(rest.shape), contamination, dual)
 
 
 def _without_contamination(problem: Problem) -> _Solution:
@@ -255,9 +255,9 @@ def _without_contamination(problem: Problem) -> _Solution:
 
 def _given_low_rank(problem: Problem, iterate: Iterate) -> _Solution:
     """The best S for a given (M, L)."""
-    rest = problem.data - iterate.common - iterate.low_rank
+    rest = problem.data - iterate.common_part - iterate.low_rank
     contamination = shrink_blocks(rest, problem.lam * problem.nu)
-    return _certify(problem, iterate.common, iterate.low_rank, contamination, iterate.dual)
+    return _certify(problem, iterate.common_part, iterate.low_rank, contamination, iterate.dual)
 
 
 def lambda_window(low_rank: Tensor, contamination: Tensor, *, rank: int | None = None) -> tuple[float, float]:

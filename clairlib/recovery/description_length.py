@@ -15,12 +15,12 @@ from torch import Tensor
 from clairlib.linalg.rank import resolved_rank
 from clairlib.linalg.subspace import project_out, squared_singular_values
 from clairlib.recovery.detection import FAMILY_ERROR
-from clairlib.recovery.effective_dimensions import Spread
+from clairlib.recovery.effective_dimensions import EffectiveDimensions
 from clairlib.recovery.frame import Frame, centred, floor_energy, rank_limit
 from clairlib.recovery.leave_one_out import leave_one_out
 
 OWN_RANK = 16  # directions of its own that an outlier is described with at most
-FAR = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
+OUTLIER_NOISE_RATIO = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
 
 
 def best_set(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
@@ -31,7 +31,7 @@ def best_set(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
 
 def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[Frame]:
     """The candidates, and their sets with the ranks of the others: sets are compared, not the ranks found for them."""
-    p, q = candidates[0].common[0], X.shape[2]
+    p, q = candidates[0].shared_block[0], X.shape[2]
     frames = list(candidates)
     for frame in candidates:
         largest = min(rank_limit(frame.size, p, q), resolved_rank(frame.eigenvalues))
@@ -86,7 +86,7 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     noise = [left_out_noise(X, weights, f) for f in candidates]
     base = candidates[min(range(len(candidates)), key=noise.__getitem__)]
     R = _residuals(X, weights, base)
-    p_eff, q_eff = Spread(R[base.members], base.common).effective_dimensions(free_clients(base, q))
+    p_eff, q_eff = EffectiveDimensions(R[base.members], base.shared_block).effective_dimensions(free_clients(base, q))
     unit = max(min(noise), floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
     rows, price = p_eff + base.rank, log(p)
 
@@ -132,8 +132,8 @@ def with_neglected(R: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     The cores neglect it, a share w_k / W of a client's own noise: a frame of few members, in which it is large, would
     look the quieter for it. It is counted on the client's own coordinates, as if the others' noise were its own.
     """
-    rows, columns = frame.common
-    if frame.common == R.shape[1:]:
+    rows, columns = frame.shared_block
+    if frame.shared_block == R.shape[1:]:
         return R
     share = weights / weights[frame.members].sum()
     whole = torch.where(frame.members, 1 / (1 - share), 1 + share).sqrt()[:, None, None]
@@ -165,7 +165,7 @@ def own_variance(x: Tensor, own: Tensor) -> Tensor:
     1 + log x; x where that is less than one, as no variance is below the noise of the others. Far off, the error of
     the members' mean is not the outlier's; close by, it is what being outside costs.
     """
-    x = torch.where(x * own > FAR, x * own, x)
+    x = torch.where(x * own > OUTLIER_NOISE_RATIO, x * own, x)
     return torch.where(x > 1, 1 + x.clamp(min=1).log(), x)
 
 

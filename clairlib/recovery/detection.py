@@ -51,7 +51,7 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
     return Calibration(z, torch.as_tensor(p_values, device=x.device))
 
 
-def anybody(p_values: Tensor) -> bool:
+def any_contaminated(p_values: Tensor) -> bool:
     """Decision (i): does Simes' test reject that all clients are benign?
 
     min_i K p_(i) / i over the sorted p-values (Simes 1986): as strict as Bonferroni on one extreme client, with power
@@ -76,13 +76,13 @@ def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: 
     ``p_values`` are those calibrated on ``members``; decision (ii) starts from the members they do not reject, and from
     all of them where it needs the group to be told apart by what is ``inside`` the subspace.
     """
-    if anybody(p_values):
+    if any_contaminated(p_values):
         return least_error_set(log_scores, members & (p_values > simes_cut(p_values)), variance)
     decided = least_error_set(log_scores, members, variance)
-    return decided if are_strangers(inside, ~decided) else torch.ones_like(members)
+    return decided if lacks_subspace_energy(inside, ~decided) else torch.ones_like(members)
 
 
-def are_strangers(inside: Tensor, suspects: Tensor) -> bool:
+def lacks_subspace_energy(inside: Tensor, suspects: Tensor) -> bool:
     """Decision (i) for a group: do the suspects have less energy inside the subspace (K,) than the others?
 
     A one-sided Mann-Whitney test at ``STRANGER_ERROR``. Whoever does not use the subspace has next to nothing in it.

@@ -8,25 +8,25 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-Common = tuple[int, int]  # rows, columns
+SharedBlock = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True)
-class Spread:
+class EffectiveDimensions:
     """How the noise in residuals ``R`` (n, p, q) spreads over rows and columns.
 
-    The first ``common`` rows and columns are coordinates of all n clients, the rest each client's own; all are common
+    The first ``shared_block`` rows and columns are coordinates of all n clients, the rest each client's own; all are common
     where None. A covariance C has (tr C)^2 / tr C^2 effective dimensions. Seen through N samples, tr C^2 is too large
     by (tr C)^2 / N, for which both numbers are corrected.
     """
 
     R: Tensor
-    common: Common | None = None
+    shared_block: SharedBlock | None = None
 
     @cached_property
-    def dimensions(self) -> Common:
+    def dimensions(self) -> SharedBlock:
         """Rows and columns of all clients together: what is common, and each client's own."""
-        rows, columns = self._common
+        rows, columns = self._shared_block
         size = self.R.abs()
         own_rows, own_columns = size[:, rows:].amax(dim=2) > 0, size[:, :, columns:].amax(dim=1) > 0
         return rows + int(own_rows.sum()), columns + int(own_columns.sum())
@@ -34,7 +34,7 @@ class Spread:
     @cached_property
     def concentrations(self) -> tuple[float, float]:
         """tr C^2 / (tr C)^2 of the covariance of the rows, and of that of the columns, over all clients."""
-        return _concentration(self.R, self._common[0]), _concentration(self.R.mT, self._common[1])
+        return _concentration(self.R, self._shared_block[0]), _concentration(self.R.mT, self._shared_block[1])
 
     def effective_dimensions(self, clients: float | None = None) -> tuple[float, float]:
         """Effective rows and columns of all clients together.
@@ -67,8 +67,8 @@ class Spread:
         )
 
     @property
-    def _common(self) -> Common:
-        return self.common or (self.R.shape[1], self.R.shape[2])
+    def _shared_block(self) -> SharedBlock:
+        return self.shared_block or (self.R.shape[1], self.R.shape[2])
 
 
 def _freedom(n: int, p: int, q: int, across: float, within: float) -> float:

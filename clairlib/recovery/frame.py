@@ -2,7 +2,7 @@
 
 The output side is the row side (p). Clients come as a float64 stack X (K, p, q) with weights w (K,): the noise
 variance of client k is proportional to 1 / w_k. The first rows and columns are coordinates that all clients have in
-``common``; the rest, where there are any, are each client's own, orthogonal to those of all others: what is there has
+``shared_block``; the rest, where there are any, are each client's own, orthogonal to those of all others: what is there has
 no part in the subspace, and in the mean of the members only through the client itself.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clairlib.linalg.downdating import held_out_energies
 from clairlib.linalg.rank import EDGE_SPAN, estimate_rank, gap_rank, held_out_rank, resolved_rank
-from clairlib.recovery.effective_dimensions import Common
+from clairlib.recovery.effective_dimensions import SharedBlock
 
 ROUNDING_ENERGY = 1e-20  # energies below this part of the mean client's are rounding, not signal
 
@@ -26,7 +26,7 @@ class Frame:
 
     ``basis`` U (p, r) with P = U U' (unique up to rotation of its columns), ``mean`` the weighted mean M (p, q) of the
     members (C = P_perp M), ``eigenvalues`` (p,) of their weighted centred scatter, descending, and its eigenvectors
-    (p, p), of which the basis is the first r. ``common`` (rows, columns) that all clients share: mean, eigenvalues and
+    (p, p), of which the basis is the first r. ``shared_block`` (rows, columns) that all clients share: mean, eigenvalues and
     eigenvectors are of these, and zero elsewhere.
     """
 
@@ -35,7 +35,7 @@ class Frame:
     mean: Tensor
     eigenvalues: Tensor
     eigenvectors: Tensor
-    common: Common
+    shared_block: SharedBlock
 
     @property
     def rank(self) -> int:
@@ -54,31 +54,31 @@ def rank_limit(members: int, p: int, q: int) -> int:
 
 
 def fit_frame(
-    X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None, common: Common | None = None
+    X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None, shared_block: SharedBlock | None = None
 ) -> Frame:
     """Frame of a set of clients: weighted mean, and the leading eigenvectors of the centred scatter.
 
-    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank; ``common=None`` is all of p and q.
+    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank; ``shared_block=None`` is all of p and q.
     """
-    rows, columns = common = common or (X.shape[1], X.shape[2])
+    rows, columns = shared_block = shared_block or (X.shape[1], X.shape[2])
     w = weights[members]
     mean = torch.zeros_like(X[0])
     mean[:rows, :columns] = torch.einsum("k,kpq->pq", w / w.sum(), X[members, :rows, :columns])
-    D = _less_mean(X[members], w / w.sum(), mean, common)
+    D = _less_mean(X[members], w / w.sum(), mean, shared_block)
     D, own = D[:, :rows], D[:, rows:]
     values, vectors = torch.linalg.eigh(_gram(D * w.sqrt()[:, None, None]))
     values, vectors = values.flip(0), vectors.flip(1)
     if rank is None:
         rank = _rank(D, values, bool(own.any()))
     vectors = torch.nn.functional.pad(vectors, (0, 0, 0, X.shape[1] - rows))
-    return Frame(members, vectors[:, :rank], mean, values, vectors, common)
+    return Frame(members, vectors[:, :rank], mean, values, vectors, shared_block)
 
 
-def _less_mean(X: Tensor, shares: Tensor, mean: Tensor, common: Common) -> Tensor:
+def _less_mean(X: Tensor, shares: Tensor, mean: Tensor, shared_block: SharedBlock) -> Tensor:
     """X_k - M of clients that have these ``shares`` (K,) in the mean: all of what it has in their own coordinates."""
     D = X - mean
-    rows, columns = common
-    if common != X.shape[1:]:
+    rows, columns = shared_block
+    if shared_block != X.shape[1:]:
         kept = (1 - shares)[:, None, None]
         D[:, rows:] *= kept
         D[:, :rows, columns:] *= kept
@@ -88,7 +88,7 @@ def _less_mean(X: Tensor, shares: Tensor, mean: Tensor, common: Common) -> Tenso
 def centred(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     """X_k - M (K, p, q); a client that is no member has no share in M."""
     W = weights[frame.members].sum()
-    return _less_mean(X, torch.where(frame.members, weights / W, 0.0), frame.mean, frame.common)
+    return _less_mean(X, torch.where(frame.members, weights / W, 0.0), frame.mean, frame.shared_block)
 
 
 def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
@@ -99,7 +99,7 @@ def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     """
     if gap_rank(frame.eigenvalues[: resolved_rank(frame.eigenvalues)], frame.rank) == frame.rank:
         return frame
-    largest = min(rank_limit(frame.size, frame.common[0], X.shape[2]), resolved_rank(frame.eigenvalues))
+    largest = min(rank_limit(frame.size, frame.shared_block[0], X.shape[2]), resolved_rank(frame.eigenvalues))
     energies = held_out_energies(frame.eigenvalues.clamp(min=0.0), member_loads(X, weights, frame))
     rank = max(frame.rank, held_out_rank(energies, largest))
     return frame if rank == frame.rank else replace(frame, basis=frame.eigenvectors[:, :rank])

@@ -179,21 +179,22 @@ def read_weights(weights: Any, clients: list[str]) -> Tensor:
     return w / w.mean()
 
 
-def read_noise(noise: Any, modules: list[str], clients: list[str]) -> dict[str, Tensor]:
+def read_expected_errors(errors: Any, modules: list[str], clients: list[str]) -> dict[str, Tensor]:
     """Expected squared errors (K,) by module; empty where none are given."""
-    if noise is None:
+    if errors is None:
         return {}
-    by_module = noise if isinstance(noise, Mapping) else {module: noise for module in modules}
+    by_module = errors if isinstance(errors, Mapping) else {module: errors for module in modules}
     if unknown := set(by_module) - set(modules):
-        raise ValueError(f"noise names module {min(map(str, unknown))!r}, of which there are no updates")
-    if not isinstance(noise, Mapping) and len(modules) > 1:
-        raise ValueError("noise of several modules must be a dict of module name -> array (K,)")
+        raise ValueError(f"expected_sq_error names module {min(map(str, unknown))!r}, of which there are no updates")
+    if not isinstance(errors, Mapping) and len(modules) > 1:
+        raise ValueError("expected_sq_error of several modules must be a dict of module name -> array (K,)")
     read = {}
     for module, values in by_module.items():
         own = torch.as_tensor(values, dtype=torch.float64).detach()
         if own.shape != (len(clients),):
-            raise ValueError(f"noise{where(module)} must have shape ({len(clients)},); got {tuple(own.shape)}")
+            shape = tuple(own.shape)
+            raise ValueError(f"expected_sq_error{where(module)} must have shape ({len(clients)},); got {shape}")
         if not bool((own.isfinite() & (own >= 0)).all()):
-            raise ValueError(f"noise{where(module)} must be finite and not negative")
+            raise ValueError(f"expected_sq_error{where(module)} must be finite and not negative")
         read[module] = own
     return read

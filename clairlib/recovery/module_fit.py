@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from clairlib.linalg.compress import Compressed
-from clairlib.linalg.grams import Stacked
+from clairlib.linalg.grams import StackedFactors
 from clairlib.linalg.low_rank import Cores, LowRank
-from clairlib.linalg.refined_factors import GUARD, Shared, shared_part
+from clairlib.linalg.refined_factors import GUARD, RefinedSubspace, shared_part
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.detection import calibrate
 from clairlib.recovery.frame import Frame, fit_frame, keep_directions
-from clairlib.recovery.leave_one_out import LeftOut
+from clairlib.recovery.leave_one_out import LeaveOneOut
 from clairlib.recovery.refinement import Gain, estimate_gain
-from clairlib.recovery.verdict import Reading, wider
+from clairlib.recovery.verdict import ModuleScores, wider_frame
 
 
-class Fit:
+class ModuleFit:
     """A module during the fit: its cores over ``size``, their largest entry, so that no square overflows or vanishes.
 
     Remembers the frame of the set it was last asked about, and its reading. ``stacked`` are the clients' factors, where
-    they are kept; ``noise`` (K,) the expected squared errors of their updates, where they are known. Compressed cores
+    they are kept; ``expected_sq_error`` (K,) the expected squared errors of their updates, where they are known. Compressed cores
     are ``compressed_for`` a set of clients (K,) bool, or everybody.
     """
 
@@ -35,15 +35,15 @@ class Fit:
         rank: int | None,
         *,
         compressed_for: Tensor | None = None,
-        stacked: Stacked | None = None,
-        noise: Tensor | None = None,
+        stacked: StackedFactors | None = None,
+        expected_sq_error: Tensor | None = None,
     ) -> None:
         self.name, self.cores, self.weights, self.rank, self.stacked = name, cores, weights, rank, stacked
-        self.compressed_for, self.noise = compressed_for, noise
+        self.compressed_for, self.expected_sq_error = compressed_for, expected_sq_error
         self.size = float(cores.core.abs().max()) or 1.0
         self.X = cores.core / self.size
         self._frame: Frame | None = None
-        self._reading: tuple[Reading, LeftOut] | None = None
+        self._reading: tuple[ModuleScores, LeaveOneOut] | None = None
 
     def suits(self, members: Tensor) -> bool:
         """Are the cores those to judge by when these clients (K,) bool are taken for benign?"""
@@ -54,23 +54,23 @@ class Fit:
     def frame(self, members: Tensor) -> Frame:
         """Frame of a set of clients (K,) bool."""
         if self._frame is None or not torch.equal(self._frame.members, members):
-            self._frame = fit_frame(self.X, self.weights, members, self.rank, self.cores.common)
+            self._frame = fit_frame(self.X, self.weights, members, self.rank, self.cores.shared_block)
             self._reading = None
         return self._frame
 
-    def reading(self, members: Tensor) -> Reading:
+    def reading(self, members: Tensor) -> ModuleScores:
         """How the clients stand to it."""
         return self._read(members)[0]
 
-    def _read(self, members: Tensor) -> tuple[Reading, LeftOut]:
+    def _read(self, members: Tensor) -> tuple[ModuleScores, LeaveOneOut]:
         frame = self.frame(members)
         if self._reading is None:
-            self._reading = Reading.of(self.X, self.weights, frame)
+            self._reading = ModuleScores.of(self.X, self.weights, frame)
         return self._reading
 
-    def wider_reading(self, members: Tensor) -> Reading:
+    def wider_reading(self, members: Tensor) -> ModuleScores:
         """How they stand to the frame of the same set with more directions."""
-        return Reading.of(self.X, self.weights, wider(self.X, self.weights, self.frame(members)))[0]
+        return ModuleScores.of(self.X, self.weights, wider_frame(self.X, self.weights, self.frame(members)))[0]
 
     def outcome(self, members: Tensor) -> Outcome:
         """What is kept of the module when these clients are benign."""
@@ -79,8 +79,8 @@ class Fit:
         kept = keep_directions(self.X, self.weights, frame) if self.rank is None else frame
         spectrum = self.size * frame.eigenvalues.clamp(min=0.0).sqrt()
         known = None
-        if self.noise is not None:
-            known = float((self.weights * self.noise)[members].mean()) / self.size**2
+        if self.expected_sq_error is not None:
+            known = float((self.weights * self.expected_sq_error)[members].mean()) / self.size**2
         ranks = self.cores.ranks if isinstance(self.cores, Compressed) else None
         gain = estimate_gain(self.X, self.weights, kept, known, left_out if kept is frame else None, ranks)
         return Outcome(kept, z, gain, float(reading.structure), spectrum)
@@ -91,10 +91,10 @@ class Fit:
         off = self.cores.lift(self.size * project_out(frame.basis, frame.mean))
         return self.cores.lift_rows(frame.basis), off
 
-    def shared(self, frame: Frame, stacked: Stacked) -> Shared:
+    def shared(self, frame: Frame, stacked: StackedFactors) -> RefinedSubspace:
         """The same from the clients' factors, where the cores hold the frame's leading directions only."""
         assert isinstance(self.cores, Compressed)
-        start = frame.eigenvectors[: self.cores.common[0], : frame.rank + GUARD]
+        start = frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
         return shared_part(stacked, frame.members, self.weights, self.cores.left @ start, frame.rank)
 
 
@@ -110,9 +110,9 @@ class Outcome:
     structure: float
     spectrum: Tensor
 
-    def is_refined(self, share: bool) -> bool:
-        """Does refinement pay, given that the clients ``share`` a subspace in some module?
+    def is_refined(self, refine_any: bool) -> bool:
+        """Does refinement pay, given that the clients ``refine_any`` a subspace in some module?
 
         Where they do not, differences are as likely each client's own as noise, and the estimate takes them for noise.
         """
-        return share and self.gain.relative > 0
+        return refine_any and self.gain.relative > 0

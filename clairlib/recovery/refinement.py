@@ -9,9 +9,9 @@ from torch import Tensor
 
 from clairlib.linalg.rank import gap_rank, numerical_ranks
 from clairlib.linalg.subspace import project_out, squared_singular_values
-from clairlib.recovery.effective_dimensions import Spread
+from clairlib.recovery.effective_dimensions import EffectiveDimensions
 from clairlib.recovery.frame import Frame, centred, floor_energy
-from clairlib.recovery.leave_one_out import LeftOut
+from clairlib.recovery.leave_one_out import LeaveOneOut
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def estimate_gain(
     weights: Tensor,
     frame: Frame,
     known: float | None = None,
-    left_out: LeftOut | None = None,
+    left_out: LeaveOneOut | None = None,
     ranks: Tensor | None = None,
 ) -> Gain:
     """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
@@ -67,7 +67,7 @@ def estimate_gain(
     beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``left_out`` are the residuals of
     all clients and ``ranks`` (K,) the numerical ranks of their updates, where known.
     """
-    left_out = left_out or LeftOut.of(X, weights, frame)
+    left_out = left_out or LeaveOneOut.of(X, weights, frame)
     s, r, R = frame.size, frame.rank, left_out.benign.R
     V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:
@@ -75,7 +75,7 @@ def estimate_gain(
     own = numerical_ranks(squared_singular_values(X[frame.members])) if ranks is None else ranks[frame.members]
     rank = int(own.median())
     squares, rest = _structure(R, left_out.squares[frame.members], rank)
-    spread = left_out.benign if rest is R else Spread(rest, frame.common)
+    spread = left_out.benign if rest is R else EffectiveDimensions(rest, frame.shared_block)
     p_eff, q_eff = spread.effective_dimensions()
     V /= 1 + r / (q_eff * (s - 1))
     noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)

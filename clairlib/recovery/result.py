@@ -10,7 +10,7 @@ import numpy as np
 
 from clairlib.recovery.convex import Certificate
 from clairlib.recovery.inputs import SINGLE
-from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 from clairlib.recovery.refinement import Gain
 
 
@@ -43,12 +43,12 @@ class ModuleResult(ModuleSummary):
     """One weight matrix, and what refinement makes of it.
 
     ``basis`` U (p, r), or (q, r) for side "input", unique up to rotation: compare subspaces with
-    ``subspace.sin_theta``; ``common`` P_perp M (p, q); ``refined`` in the form of the input, a contaminated client's
+    ``subspace.sin_theta``; ``common_part`` P_perp M (p, q); ``refined`` in the form of the input, a contaminated client's
     own update in its place.
     """
 
     basis: Any
-    common: Any
+    common_part: Any
     refined: Any
 
 
@@ -60,7 +60,7 @@ class ClairResult:
     their log off-subspace energy, left one out; ``p_values`` (K,) chance that a benign client scores as high.
     The family-wise error of the verdict, 1 % when nobody is contaminated, supposes that clients' noise variances are
     proportional to 1 / weights: a client with noisier data and no weight to say so looks contaminated.
-    ``rank``, ``basis``, ``common``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of the
+    ``rank``, ``basis``, ``common_part``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of the
     module, or dicts by module where the updates were given by module. ``modules`` holds a `ModuleResult` each, or a
     `ModuleSummary` where the refined updates are on disk.
     """
@@ -86,9 +86,14 @@ class ClairResult:
         return self._of_modules(lambda m: m.basis)
 
     @property
-    def common(self) -> Any:
+    def common_part(self) -> Any:
         """Common part outside the subspace, P_perp M (p, q)."""
-        return self._of_modules(lambda m: m.common)
+        return self._of_modules(lambda m: m.common_part)
+
+    @property
+    def common(self) -> Any:
+        """Old name of ``common_part``; goes with version 0.3."""
+        return self.common_part
 
     @property
     def refined(self) -> Any:
@@ -105,7 +110,7 @@ class ClairResult:
         """Share of the benign clients' variation that the subspace predicts for a client it has not seen, in [0, 1].
 
         Beyond chance. Look at it first: near 0 the adapters share no subspace that could be seen. Below
-        ``LITTLE_STRUCTURE`` in every module nothing is refined.
+        ``MIN_EXPLAINED_VARIANCE`` in every module nothing is refined.
         """
         return self._of_modules(lambda m: m.shared_structure)
 
@@ -121,8 +126,8 @@ class ClairResult:
 
     @property
     def has_shared_subspace(self) -> bool:
-        """Does any module's subspace predict at least ``LITTLE_STRUCTURE`` of an unseen benign client's variation?"""
-        return max(module.shared_structure for module in self.modules.values()) >= LITTLE_STRUCTURE
+        """Does any module's subspace predict at least ``MIN_EXPLAINED_VARIANCE`` of an unseen benign client's variation?"""
+        return max(module.shared_structure for module in self.modules.values()) >= MIN_EXPLAINED_VARIANCE
 
     def summary(self) -> str:
         """Verdict and modules as plain text."""

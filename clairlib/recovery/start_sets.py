@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from clairlib.linalg.subspace import project_out
-from clairlib.recovery.effective_dimensions import Common
+from clairlib.recovery.effective_dimensions import SharedBlock
 from clairlib.recovery.frame import centred, fit_frame, floor_energy
 
 # At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
@@ -36,7 +36,7 @@ def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
     return torch.tensor(sorted(drawn))
 
 
-def score_tuples(X: Tensor, tuples: Tensor, common: Common | None = None) -> tuple[list[int], Tensor]:
+def score_tuples(X: Tensor, tuples: Tensor, shared_block: SharedBlock | None = None) -> tuple[list[int], Tensor]:
     """Order the tuples by how closely the other clients gather around their frames.
 
     The frame of a tuple is over-specified on purpose: all directions of its members' differences, up to p / 4. Its
@@ -50,8 +50,8 @@ def score_tuples(X: Tensor, tuples: Tensor, common: Common | None = None) -> tup
     Tensor (T, K)
         Off-frame energy of each client, zero for the tuple's own clients.
     """
-    energies, common = X.square().sum(dim=(1, 2)), common or (X.shape[1], X.shape[2])
-    X = X[:, : common[0], : common[1]]
+    energies, shared_block = X.square().sum(dim=(1, 2)), shared_block or (X.shape[1], X.shape[2])
+    X = X[:, : shared_block[0], : shared_block[1]]
     K, p, q = X.shape
     t = tuples.shape[1]
     width = max(1, min((t - 1) * q, p // 4, K * q))
@@ -81,7 +81,7 @@ def start_sets(
     distances: Tensor,
     allowed: Tensor,
     shortlist: int = TUPLE_LIMIT,
-    common: Common | None = None,
+    shared_block: SharedBlock | None = None,
 ) -> list[Tensor]:
     """Start sets (K,) bool among the allowed clients, most concentrated first.
 
@@ -100,10 +100,10 @@ def start_sets(
     reach = distances[chosen].masked_fill(~allowed, torch.inf)
     sets = reach.argsort(dim=1)[:, :size].sort(dim=1).values.unique(dim=0)
     members = torch.zeros(len(sets), len(X), dtype=torch.bool, device=X.device).scatter(1, sets, True)
-    return list(members[log_determinants(X, sets, common).argsort()])
+    return list(members[log_determinants(X, sets, shared_block).argsort()])
 
 
-def log_determinants(X: Tensor, sets: Tensor, common: Common | None = None) -> Tensor:
+def log_determinants(X: Tensor, sets: Tensor, shared_block: SharedBlock | None = None) -> Tensor:
     """Log determinant (T,) of the centred scatter of each set of clients (T, n), up to a common constant.
 
     A floor of rounding size on the diagonal stands in for the directions that n clients cannot span.
@@ -113,7 +113,7 @@ def log_determinants(X: Tensor, sets: Tensor, common: Common | None = None) -> T
     step = max(1, CHUNK_ENTRIES // (sets.shape[1] * p * q + p * p))
     result = []
     for part in sets.split(step):
-        D = _apart(X[part], common)
+        D = _apart(X[part], shared_block)
         D = (D - D.mean(dim=1, keepdim=True)).permute(0, 2, 1, 3).flatten(2)  # (T, p, n q)
         gram = D @ D.mT if D.shape[1] <= D.shape[2] else D.mT @ D
         gram.diagonal(dim1=1, dim2=2).add_(floor)
@@ -121,12 +121,12 @@ def log_determinants(X: Tensor, sets: Tensor, common: Common | None = None) -> T
     return torch.cat(result)
 
 
-def _apart(X: Tensor, common: Common | None) -> Tensor:
+def _apart(X: Tensor, shared_block: SharedBlock | None) -> Tensor:
     """Sets of n clients (T, n, p, q) in coordinates of the set: own rows and columns beside those of the others."""
     T, n, p, q = X.shape
-    if common is None or (p, q) == common:
+    if shared_block is None or (p, q) == shared_block:
         return X
-    rows, columns = common
+    rows, columns = shared_block
     own_rows, own_columns = p - rows, q - columns
     placed = X.new_zeros(T, n, rows + n * own_rows, columns + n * own_columns)
     for k in range(n):
@@ -153,18 +153,20 @@ def _closest(distances: Tensor, count: int) -> Tensor:
     return members
 
 
-def robust_half(X: Tensor, weights: Tensor, rank: int | None, common: Common | None = None, rounds: int = 15) -> Tensor:
+def robust_half(
+    X: Tensor, weights: Tensor, rank: int | None, shared_block: SharedBlock | None = None, rounds: int = 15
+) -> Tensor:
     """The half of the clients closest to a frame fitted to all of them with weights 1 / distance.
 
     Iteratively reweighted, as in FMS (Lerman and Maunu 2018), on matrices: a start that averages over every client
     where single pairs are too noisy.
     """
-    K, common = len(X), common or (X.shape[1], X.shape[2])
-    width = rank if rank is not None else max(1, min(max(common[1], START_RANK), common[0] // 4))
+    K, shared_block = len(X), shared_block or (X.shape[1], X.shape[2])
+    width = rank if rank is not None else max(1, min(max(shared_block[1], START_RANK), shared_block[0] // 4))
     everyone = torch.ones(K, dtype=torch.bool, device=X.device)
     v, floor = weights, floor_energy(X)
     for _ in range(rounds):
-        frame = fit_frame(X, v, everyone, width, common)
+        frame = fit_frame(X, v, everyone, width, shared_block)
         distance = project_out(frame.basis, centred(X, v, frame)).square().sum(dim=(1, 2)) * weights
         v = weights * distance.clamp(min=floor).rsqrt()
         v = v / v.mean()

@@ -12,11 +12,11 @@ from clairlib.core.limits import MINIMUM_CLIENTS
 from clairlib.linalg.rank import resolved_rank
 from clairlib.recovery.detection import Calibration, benign_set, calibrate
 from clairlib.recovery.frame import Frame, fit_frame, floor_energy, rank_limit
-from clairlib.recovery.leave_one_out import LeftOut, inside_energy, left_out_bases, log_scores, shared_structure
+from clairlib.recovery.leave_one_out import LeaveOneOut, inside_energy, left_out_bases, log_scores, shared_structure
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModuleScores:
     """How the clients stand to the frame of a set in one module.
 
     ``scores`` (K,) log scores and the ``variance`` they have under pure noise; ``inside`` (K,) log energies in the
@@ -29,20 +29,20 @@ class Reading:
     structure: Tensor
 
     @classmethod
-    def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> tuple[Reading, LeftOut]:
+    def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> tuple[ModuleScores, LeaveOneOut]:
         """Of the updates X (K, p, q) and a frame of some of them; with the residuals left one out."""
         bases = left_out_bases(X, weights, frame)
-        left_out = LeftOut.of(X, weights, frame, bases)
+        left_out = LeaveOneOut.of(X, weights, frame, bases)
         scores, variance = log_scores(X, weights, frame, left_out)
         inside = inside_energy(X, weights, frame, bases).clamp(min=floor_energy(X)).log()
         return cls(scores, variance, inside, shared_structure(X, weights, frame, left_out)), left_out
 
-    def cpu(self) -> Reading:
+    def cpu(self) -> ModuleScores:
         """The same in main memory."""
-        return Reading(self.scores.cpu(), self.variance, self.inside.cpu(), self.structure.cpu())
+        return ModuleScores(self.scores.cpu(), self.variance, self.inside.cpu(), self.structure.cpu())
 
 
-def pool(readings: Sequence[Reading]) -> tuple[Tensor, float, Tensor]:
+def pool(readings: Sequence[ModuleScores]) -> tuple[Tensor, float, Tensor]:
     """Pooled log score of every client (K,), its variance, and the pooled log energy inside the subspaces (K,).
 
     Averages over modules, weighted by shared structure over noise variance: with one module, that module's. The
@@ -59,7 +59,7 @@ def pool(readings: Sequence[Reading]) -> tuple[Tensor, float, Tensor]:
     return x, float((shares.square() * variances).sum()), inside
 
 
-def judge(readings: Sequence[Reading], members: Tensor) -> tuple[Tensor, Calibration]:
+def judge(readings: Sequence[ModuleScores], members: Tensor) -> tuple[Tensor, Calibration]:
     """The benign clients (K,) bool by readings from the frames of ``members``, and everybody's pooled calibration."""
     x, variance, inside = pool(readings)
     pooled = calibrate(x, members, variance)
@@ -78,14 +78,14 @@ def vote(frames: Sequence[Frame], structure: Sequence[Tensor]) -> Tensor:
     return benign if int(benign.sum()) >= MINIMUM_CLIENTS else frames[int(weights.argmax())].members
 
 
-def settle(
+def iterate_verdict(
     benign: Tensor,
-    read: Callable[[Tensor], Sequence[Reading]],
-    read_wider: Callable[[Tensor], Sequence[Reading]] | None,
+    read: Callable[[Tensor], Sequence[ModuleScores]],
+    read_wider: Callable[[Tensor], Sequence[ModuleScores]] | None,
 ) -> tuple[Tensor, Calibration]:
     """The set that stays when it is judged by its own frames, from ``benign`` (K,) bool, and the calibration on it.
 
-    ``read`` gives the readings of a set by its frames, ``read_wider`` by frames of more directions (`wider`) in modules
+    ``read`` gives the readings of a set by its frames, ``read_wider`` by frames of more directions (`wider_frame`) in modules
     enough to tell: who is benign by either is benign. None where the rank is given.
     """
     tried: list[Tensor] = []
@@ -99,14 +99,14 @@ def settle(
         benign = decided
 
 
-def wider(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
+def wider_frame(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     """The frame with one more direction, or the rank estimated from all clients, as far as its members support it.
 
     A few clients may show fewer directions than they share, and whoever uses the others looks foreign to them. A
     direction too many is one of the noise, and takes next to nothing from the score of a contaminated client.
     """
-    everybody = fit_frame(X, weights, torch.ones_like(frame.members), common=frame.common)
-    limit = rank_limit(frame.size, frame.common[0], X.shape[2])
+    everybody = fit_frame(X, weights, torch.ones_like(frame.members), shared_block=frame.shared_block)
+    limit = rank_limit(frame.size, frame.shared_block[0], X.shape[2])
     seen = min(limit, resolved_rank(frame.eigenvalues))  # beyond, arbitrary directions
     rank = min(max(frame.rank + 1, everybody.rank), max(frame.rank, seen))
-    return fit_frame(X, weights, frame.members, rank, frame.common)
+    return fit_frame(X, weights, frame.members, rank, frame.shared_block)

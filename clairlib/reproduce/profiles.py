@@ -26,7 +26,7 @@ class ReproduceError(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class NotebookJob:
     """A notebook that passed inspection, its parameters, and the folder ``output/profile`` it writes to."""
 
     name: str
@@ -43,7 +43,7 @@ class Job:
         return self.folder / f"{self.name}.{ending}"
 
 
-def plan(notebooks: Iterable[str] | None, profile: str, source: Path, folder: Path) -> list[Job]:
+def plan(notebooks: Iterable[str] | None, profile: str, source: Path, folder: Path) -> list[NotebookJob]:
     """Inspect every notebook that is asked for; the jobs to run, or a ReproduceError."""
     available = {path.stem: path for path in sorted(source.glob("*.ipynb"))}
     if not available:
@@ -84,7 +84,7 @@ def _inspect(
     table: dict[str, Any] | None,
     folder: Path,
     claims: dict[str, Claim],
-) -> Job:
+) -> NotebookJob:
     """Refuse what papermill would let pass: a mistyped or missing parameter, no ``parameters`` tag."""
     where = f"{profile}.{path.stem}"
     cells = nbformat.read(path, as_version=4).cells
@@ -114,7 +114,7 @@ def _inspect(
     except SyntaxError as error:
         raise ReproduceError(f"{path}: {error.filename or 'a cell'} is not Python: {error}") from error
     stamp = hashlib.sha256(keyed.encode()).hexdigest()
-    return Job(path.stem, path, folder, {**parameters, "output": str(folder / path.stem)}, stamp)
+    return NotebookJob(path.stem, path, folder, {**parameters, "output": str(folder / path.stem)}, stamp)
 
 
 def _own(claims: dict[str, Claim], notebook: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from traitlets.config import Config
 
 from clairlib.core import provenance
 from clairlib.reproduce import report
-from clairlib.reproduce.profiles import DEFAULT_PROFILE, Job, ReproduceError, plan
+from clairlib.reproduce.profiles import DEFAULT_PROFILE, NotebookJob, ReproduceError, plan
 
 __all__ = ["NotebookRun", "ReproduceError", "reproduce"]
 
@@ -61,8 +61,8 @@ def reproduce(
     Parameters of a profile come from ``source/profiles.toml``, table [PROFILE.NAME]. A notebook is skipped
     when its stamp holds: sha256 of its cells, its parameters, its claims, the code of this project that it imports and
     the versions under it; ``force`` runs it anyway. Its folder ``output/profile/NAME`` is emptied before it starts.
-    With ``figures``, what it leaves there (pdf, png, csv, json) is copied to ``figures/NAME``. Ctrl-C stops the kernels;
-    running again continues with the notebooks not finished.
+    With ``figures``, what it leaves there (pdf, png, csv, json) is copied to ``figures/NAME``. Ctrl-C stops the
+    kernels; running again continues with the notebooks not finished.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def reproduce(
 
 
 def _run_all(
-    work: list[Job], jobs: int, force: bool, figures: Path | None, console: Console
+    work: list[NotebookJob], jobs: int, force: bool, figures: Path | None, console: Console
 ) -> list[NotebookRun]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -122,7 +122,7 @@ def _stop_kernels(futures: list[Future[NotebookRun]]) -> None:
         time.sleep(0.1)
 
 
-def _run(job: Job, force: bool, figures: Path | None) -> NotebookRun:
+def _run(job: NotebookJob, force: bool, figures: Path | None) -> NotebookRun:
     earlier = report.read_record(job.file("run.json"))
     if not force and earlier.get("stamp") == job.stamp and _is_whole(job, earlier):
         run = NotebookRun(job.name, "cached", earlier["seconds"], job.file("ipynb"), job.results)
@@ -133,12 +133,12 @@ def _run(job: Job, force: bool, figures: Path | None) -> NotebookRun:
     return run
 
 
-def _is_whole(job: Job, record: dict[str, Any]) -> bool:
+def _is_whole(job: NotebookJob, record: dict[str, Any]) -> bool:
     """Whether nothing that the run made was deleted since."""
     return all((job.folder / name).exists() for name in record["files"])
 
 
-def _run_afresh(job: Job) -> NotebookRun:
+def _run_afresh(job: NotebookJob) -> NotebookRun:
     for ending in ("run.json", "ipynb", "html", "failed.ipynb", "failed.html", "partial.ipynb"):
         job.file(ending).unlink(missing_ok=True)
     shutil.rmtree(job.results, ignore_errors=True)
@@ -164,7 +164,7 @@ def _run_afresh(job: Job) -> NotebookRun:
     return NotebookRun(job.name, "ran" if error is None else "failed", seconds, final, job.results, error)
 
 
-def _execute(job: Job) -> str | None:
+def _execute(job: NotebookJob) -> str | None:
     """Run the notebook in its own folder, as JupyterLab does; what went wrong in one line, or None."""
     try:
         executed = papermill.execute_notebook(

@@ -82,11 +82,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What clients of one frame have in common in a module: ``basis`` U (p, r), ``common`` M, rank one, norm one."""
+class PlantedModule:
+    """What clients of one frame have in common in a module: ``basis`` U (p, r), ``common_part`` M, rank one, norm one."""
 
     basis: Tensor
-    common: LowRank
+    common_part: LowRank
 
 
 def synthesise(
@@ -192,17 +192,17 @@ def module_shapes(
     return {f"model.layers.{i}.{_block(name)}.{name}": own[name] for i in range(layers) for name in chosen}
 
 
-def shared_part(plan: Plan, module: str, shape: tuple[int, int], *, of: str = "benign") -> Shared:
+def shared_part(plan: Plan, module: str, shape: tuple[int, int], *, of: str = "benign") -> PlantedModule:
     """U and M of one module, as planted before rounding; of the benign clients, of a coalition, or of one client."""
     generator = derive(plan.seed, "shared", module, of)
     (p, q), precision = shape, _precision(plan)
     frame = random_frame(p, plan.shared_rank + 1, generator=generator).to(precision)
     row = _directions(1, q, generator, precision)
-    return Shared(frame[:, :-1], LowRank(frame[:, -1:], row / torch.linalg.vector_norm(row)))
+    return PlantedModule(frame[:, :-1], LowRank(frame[:, -1:], row / torch.linalg.vector_norm(row)))
 
 
 def _updates(
-    plan: Plan, name: str, bad: bool, shapes: dict[str, tuple[int, int]], shared: dict[str, Shared]
+    plan: Plan, name: str, bad: bool, shapes: dict[str, tuple[int, int]], shared: dict[str, PlantedModule]
 ) -> Iterator[tuple[str, LowRank]]:
     """A client's update of every module, in the dtype of the file."""
     for module, sides in shapes.items():
@@ -220,14 +220,14 @@ def _updates(
         yield module, LowRank((B @ rotation).to(dtype), (rotation.T @ A).to(dtype))
 
 
-def _factors(plan: Plan, shared: Shared, generator: Generator) -> tuple[Tensor, Tensor]:
+def _factors(plan: Plan, shared: PlantedModule, generator: Generator) -> tuple[Tensor, Tensor]:
     """B (p, rho) and A (rho, q) of an honest client: M first, then U A_k, then what is noise alone."""
-    p, q = shared.common.shape
+    p, q = shared.common_part.shape
     rows = _directions(plan.rank - 1, q, generator, shared.basis.dtype)
     B = plan.noise / plan.rank**0.5 * _directions(plan.rank, p, generator, shared.basis.dtype).T  # (p, rho)
-    B[:, :1] += shared.common.B
+    B[:, :1] += shared.common_part.B
     B[:, 1 : 1 + plan.shared_rank] += shared.basis
-    return B, torch.cat([shared.common.A, rows])
+    return B, torch.cat([shared.common_part.A, rows])
 
 
 def _directions(count: int, length: int, generator: Generator, dtype: torch.dtype) -> Tensor:

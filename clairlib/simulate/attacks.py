@@ -24,11 +24,11 @@ IPM_FACTOR = 0.5  # tau of Xie, Koyejo, Gupta's experiments that evade the media
 class Model:
     """The honest clients' model, to which drawn contamination is matched: rank r, and ||M||_F in units of a row of A_k.
 
-    A benign update has expected squared norm r + ``common``^2 in these units.
+    A benign update has expected squared norm r + ``common_norm``^2 in these units.
     """
 
     rank: int
-    common: float = 1.0
+    common_norm: float = 1.0
 
 
 Attack = Callable[[Tensor, Tensor, Model, Generator], Tensor]
@@ -45,7 +45,7 @@ def coefficients(count: int, r: int, q: int, *, generator: Generator) -> Tensor:
     return torch.randn(count, r, q, generator=generator, dtype=torch.float64) / q**0.5
 
 
-def common_part(p: int, q: int, size: float, *, generator: Generator) -> Tensor:
+def random_common_part(p: int, q: int, size: float, *, generator: Generator) -> Tensor:
     """Dense Gaussian matrix (p, q) of Frobenius norm ``size``."""
     M = torch.randn(p, q, generator=generator, dtype=torch.float64)
     return M * (size / torch.linalg.matrix_norm(M))
@@ -59,7 +59,7 @@ def _unstructured(honest: Tensor, contaminated: Tensor, model: Model, generator:
 def _dense(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
     """Full-rank Gaussian updates of the same expected squared Frobenius norm as benign ones, r + ||M||_F^2."""
     count, p, q = honest[contaminated].shape
-    scale = ((model.rank + model.common**2) / (p * q)) ** 0.5
+    scale = ((model.rank + model.common_norm**2) / (p * q)) ** 0.5
     return torch.randn(count, p, q, generator=generator, dtype=torch.float64) * scale
 
 
@@ -67,7 +67,7 @@ def _coalition(honest: Tensor, contaminated: Tensor, model: Model, generator: Ge
     """Contaminated clients share one r-frame of their own: a subspace and a common part."""
     count, p, q = honest[contaminated].shape
     frame = random_frame(p, model.rank, generator=generator)
-    M = common_part(p, q, model.common, generator=generator)
+    M = random_common_part(p, q, model.common_norm, generator=generator)
     return M + frame @ coefficients(count, model.rank, q, generator=generator)
 
 

@@ -8,23 +8,23 @@ import torch
 from torch import Generator, Tensor
 
 from clairlib.linalg.subspace import project_out
-from clairlib.simulate.attacks import ATTACKS, Model, check_kind, coefficients, common_part, random_frame
+from clairlib.simulate.attacks import ATTACKS, Model, check_kind, coefficients, random_common_part, random_frame
 
 
 @dataclass(frozen=True)
 class Planted:
     """Planted clients and what they were made of.
 
-    ``updates`` (K, p, q) = ``targets`` + noise; ``benign`` (K,) bool; ``basis`` U (p, r); ``common`` M (p, q);
-    ``noise`` the standard deviation of each entry's noise.
+    ``updates`` (K, p, q) = ``targets`` + noise; ``benign`` (K,) bool; ``basis`` U (p, r); ``common_part`` M (p, q);
+    ``noise_std`` the standard deviation of each entry's noise.
     """
 
     updates: Tensor
     targets: Tensor
     benign: Tensor
     basis: Tensor
-    common: Tensor
-    noise: float
+    common_part: Tensor
+    noise_std: float
 
     @property
     def rank(self) -> int:
@@ -56,8 +56,8 @@ def planted(
     p: int = 50,
     q: int = 10,
     r: int = 3,
-    noise: float = 0.1 / 10**0.5,
-    common: float = 1.0,
+    noise_std: float = 0.1 / 10**0.5,
+    common_norm: float = 1.0,
     heterogeneity: float = 0.0,
     heterogeneity_rank: int | None = None,
     strength: float = 1.0,
@@ -67,8 +67,8 @@ def planted(
 ) -> Planted:
     """K clients that follow the shared-subspace model, a share of them contaminated.
 
-    Benign: Theta_k = M + U A_k + H_k. Each row of A_k has unit expected squared norm, ||M||_F = ``common`` and
-    ||P_perp H_k||_F = ``heterogeneity``; noise is Gaussian with standard deviation ``noise`` per entry.
+    Benign: Theta_k = M + U A_k + H_k. Each row of A_k has unit expected squared norm, ||M||_F = ``common_norm`` and
+    ||P_perp H_k||_F = ``heterogeneity``; noise is Gaussian with standard deviation ``noise_std`` per entry.
     The contaminated clients, round(share * K) of them, stand at random places.
 
     Parameters
@@ -86,7 +86,7 @@ def planted(
     row_correlation : float
         Coloured noise: entries of a column have correlation ``row_correlation ** |i - j|``, in (-1, 1).
     weights : Tensor (K,), optional
-        Client k's noise has standard deviation ``noise / sqrt(weights[k])``.
+        Client k's noise has standard deviation ``noise_std / sqrt(weights[k])``.
 
     Raises
     ------
@@ -103,19 +103,19 @@ def planted(
     if r > p or (r == p and heterogeneity > 0):
         raise ValueError(f"a subspace of dimension r = {r} leaves no room in p = {p} rows")
     basis = random_frame(p, r, generator=generator)
-    M = common_part(p, q, common, generator=generator)
+    M = random_common_part(p, q, common_norm, generator=generator)
     targets = M + basis @ coefficients(K, r, q, generator=generator)
     targets = targets + _heterogeneity(basis, K, q, heterogeneity, heterogeneity_rank, generator)
     bad = torch.randperm(K, generator=generator)[: round(share * K)]
     if len(bad):
-        sent = ATTACKS[contamination](targets, bad, Model(r, common), generator)
+        sent = ATTACKS[contamination](targets, bad, Model(r, common_norm), generator)
         targets[bad] = torch.lerp(targets[bad], sent, strength)
     errors = torch.randn(K, p, q, generator=generator, dtype=torch.float64)
     if row_correlation:
         errors = _colouring(p, row_correlation) @ errors
     if weights is not None:
         errors = errors * weights.double().rsqrt()[:, None, None]
-    updates = targets + noise * errors
+    updates = targets + noise_std * errors
     benign = torch.ones(K, dtype=torch.bool)
     benign[bad] = False
-    return Planted(updates, targets, benign, basis, M, noise)
+    return Planted(updates, targets, benign, basis, M, noise_std)

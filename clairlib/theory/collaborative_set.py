@@ -54,14 +54,16 @@ def filtered_null(rows: int, columns: int, rank: int) -> np.ndarray:
     triangle[:, range(b), range(b)] = np.sqrt(draw.chisquare(a - np.arange(b), (NULL_DRAWS, b)))
     return np.sort(filtered_energy(torch.from_numpy(triangle), rank).numpy())
 
-def told_benign(updates: Tensor, basis: Tensor, common: Tensor, noise: float, statistic: str = "energy") -> Tensor:
+def oracle_benign(
+    updates: Tensor, basis: Tensor, common_part: Tensor, noise: float, statistic: str = "energy"
+) -> Tensor:
     """Benign clients (K,) by the detector of Statement 3, told P, M and sigma, at level FAMILY_ERROR / K a client.
 
     ``statistic`` "energy": all of ||P_perp (X_k - M)||_F^2, whose null law is chi^2; "filtered": the part in the top
     2 r singular directions, as in CLAIR's score, with a simulated null quantile.
     """
     K, p, q = updates.shape
-    R, rows, level = project_out(basis, updates - common) / noise, p - basis.shape[1], FAMILY_ERROR / K
+    R, rows, level = project_out(basis, updates - common_part) / noise, p - basis.shape[1], FAMILY_ERROR / K
     if statistic == "energy":
         return R.square().sum(dim=(1, 2)) <= stats.chi2.isf(level, rows * q)
     null = filtered_null(rows, q, basis.shape[1])

@@ -79,7 +79,7 @@ class RecoveryCertificate:
 def recovery_certificate(updates: Tensor, benign: Tensor, basis: Tensor, lam: float) -> RecoveryCertificate:
     """Optimality conditions of exact recovery, for noiseless updates whose benign clients and subspace are known.
 
-    The program told U and S (``told_program``) fixes W_k = U'Y_k and, for the contaminated, Z_k = P_perp Y_k. What is
+    The program told U and S (``oracle_program``) fixes W_k = U'Y_k and, for the contaminated, Z_k = P_perp Y_k. What is
     left to choose is Z_k for the benign, under sum_k Z_k = 0 and sum_k Z_k W_k' = 0, linear conditions. The least
     squares solution has the smallest ||Z||_2 of all (it is the others times a projector) and the smallest
     sum_k ||Z_k||_F^2: so spectral > 1 rules every multiplier out, and so does the mean of the benign ||Y_k||_F^2 or
@@ -95,7 +95,7 @@ def recovery_certificate(updates: Tensor, benign: Tensor, basis: Tensor, lam: fl
     lam : float
     """
     K, p, q = updates.shape
-    W, Z = told_program(updates, benign, basis, lam)
+    W, Z = oracle_program(updates, benign, basis, lam)
     conditions = torch.cat([torch.eye(q, dtype=W.dtype).expand(K, q, q), W], dim=1)  # (K, q + r, q)
     inside, outside = _wide(conditions[benign]), _wide(conditions[~benign])
     owed = _wide(Z[~benign]) @ outside.T  # (p, q + r)
@@ -106,7 +106,7 @@ def recovery_certificate(updates: Tensor, benign: Tensor, basis: Tensor, lam: fl
     return RecoveryCertificate(basis @ W + Z, spectral, float((along + across).max()) ** 0.5 / lam, necessary)
 
 
-def told_program(
+def oracle_program(
     updates: Tensor, benign: Tensor, basis: Tensor, lam: float, *, iterations: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Multiplier of the convex program told U and S: W_k = U'Y_k (K, r, q), and Z_k = P_perp Y_k off S, 0 on S.

@@ -27,13 +27,13 @@ INSIDE_ATTACKS = ("spread", "one direction")
 
 @dataclass(frozen=True)
 class ExactFrame:
-    """A frame that clients agree on exactly: ``basis`` U (p, d), ``common`` C = P_perp C (p, q), ``members`` (K,) bool.
+    """A frame that clients agree on exactly: ``basis`` U (p, d), ``common_part`` C = P_perp C (p, q), ``members`` (K,) bool.
 
     d = r where the clients it was taken from span r directions; with d < r they lie in many r-frames.
     """
 
     basis: Tensor
-    common: Tensor
+    common_part: Tensor
     members: Tensor
 
     @property
@@ -90,14 +90,14 @@ def frame_through(targets: Tensor, clients: Tensor) -> ExactFrame:
     group = targets[clients]
     vectors, values, _ = torch.linalg.svd(_differences(group), full_matrices=False)
     basis = vectors[:, values > TOLERANCE * torch.linalg.matrix_norm(group).max()]
-    common = project_out(basis, group[0])
-    return ExactFrame(basis, common, consensus_set(targets, basis, common))
+    common_part = project_out(basis, group[0])
+    return ExactFrame(basis, common_part, consensus_set(targets, basis, common_part))
 
 
-def consensus_set(targets: Tensor, basis: Tensor, common: Tensor) -> Tensor:
+def consensus_set(targets: Tensor, basis: Tensor, common_part: Tensor) -> Tensor:
     """Clients (K,) bool with P_perp Theta_k = C, up to ``TOLERANCE`` of their size."""
-    off = torch.linalg.matrix_norm(project_out(basis, targets) - common)
-    return off <= TOLERANCE * (torch.linalg.matrix_norm(targets) + torch.linalg.matrix_norm(common))
+    off = torch.linalg.matrix_norm(project_out(basis, targets) - common_part)
+    return off <= TOLERANCE * (torch.linalg.matrix_norm(targets) + torch.linalg.matrix_norm(common_part))
 
 
 def consensus_frames(targets: Tensor, rank: int) -> list[ExactFrame]:
@@ -140,13 +140,13 @@ def identified_frame(frames: list[ExactFrame], rank: int, q: int) -> ExactFrame 
 
 
 def moved_gauge(
-    basis: Tensor, common: Tensor, coefficients: Tensor, shift: Tensor, rotation: Tensor
+    basis: Tensor, common_part: Tensor, coefficients: Tensor, shift: Tensor, rotation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Other parameters (U, M, A) of the same updates M + U A_k: (U R, M - U B, R' (A_k + B)).
 
     ``coefficients`` A (K, r, q); ``shift`` B (r, q) moves a part of P M into every client; ``rotation`` R in O(r).
     """
-    return basis @ rotation, common - basis @ shift, rotation.mT @ (coefficients + shift)
+    return basis @ rotation, common_part - basis @ shift, rotation.mT @ (coefficients + shift)
 
 
 def rivals(kind: str, benign: int, count: int, noise: float, *, generator: Generator) -> tuple[Planted, Tensor]:
@@ -156,12 +156,12 @@ def rivals(kind: str, benign: int, count: int, noise: float, *, generator: Gener
     """
     K = benign + count
     base = "coalition" if kind == "anchored coalition" else kind
-    truth = planted(base, share=count / K, K=K, noise=noise, generator=generator)
+    truth = planted(base, share=count / K, K=K, noise_std=noise, generator=generator)
     rival = ~truth.benign
     if kind != "anchored coalition":
         return truth, rival
     anchor = int(truth.benign.nonzero()[0])
-    (p, r), q = truth.basis.shape, truth.common.shape[1]
+    (p, r), q = truth.basis.shape, truth.common_part.shape[1]
     frame = random_frame(p, r, generator=generator)
     steps = torch.randn(count, r, q, generator=generator, dtype=torch.float64) / q**0.5
     targets = truth.targets.clone()
@@ -176,12 +176,12 @@ def attacked(truth: Planted, attack: str, attackers: int, size: float, *, genera
     Theta_k = M + ``size`` U A_k', with E ||A_k'||_F^2 = r as for the others: in all directions ("spread"), or the same
     single direction with the same coefficients for all attackers ("one direction").
     """
-    q = truth.common.shape[1]
+    q = truth.common_part.shape[1]
     A = torch.randn(attackers, truth.rank, q, generator=generator, dtype=torch.float64) / q**0.5
     if attack == "one direction":
         first = A[0, 0] * truth.rank**0.5
         A = torch.zeros_like(A)
         A[:, 0] = first
     targets = truth.targets.clone()
-    targets[:attackers] = truth.common + size * truth.basis @ A
+    targets[:attackers] = truth.common_part + size * truth.basis @ A
     return replace(truth, targets=targets, updates=truth.updates - truth.targets + targets)

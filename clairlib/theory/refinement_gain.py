@@ -195,7 +195,7 @@ def two_readings(
     A_k has entries of variance 1/q - tau^2, so that A_k + U'G_k of the first reading has rows of unit expected size.
     """
     scale = sqrt(1 - spread**2 * q)
-    base = planted(share=share, K=K, p=p, q=q, r=r, noise=0.0, common=1 / scale, generator=generator)
+    base = planted(share=share, K=K, p=p, q=q, r=r, noise_std=0.0, common_norm=1 / scale, generator=generator)
     G, E = (torch.randn(K, p, q, generator=generator, dtype=torch.float64) for _ in range(2))
     alike = scale * base.targets
     different = alike + spread * G

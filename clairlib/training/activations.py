@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clairlib.training.batches import Group, Item, Table, collate, split
 from clairlib.training.frozen_prefix import Cut, first_input, first_tensor
 from clairlib.training.schedule import NO_LABEL
-from clairlib.training.suffix import casting
+from clairlib.training.suffix import maybe_autocast
 
 Slot = tuple[str, str]  # "in" or "out", name of a module
 
@@ -51,7 +51,7 @@ class Recorder:
         """Slot -> (rows, T, width)."""
         self.seen = {}
         try:
-            with casting(torch.device(self.device).type, self.autocast):
+            with maybe_autocast(torch.device(self.device).type, self.autocast):
                 self.model(input_ids=group.ids, attention_mask=None if self.unmasked else group.attended)
         except _Enough:
             pass

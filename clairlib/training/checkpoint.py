@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from clairlib.linalg.low_rank import LowRank
-from clairlib.training.grouped_lora import Stacks, Update
+from clairlib.training.grouped_lora import LoraStacks, Update
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def pack_stacks(stacks: Stacks) -> dict[str, Tensor]:
+def pack_stacks(stacks: LoraStacks) -> dict[str, Tensor]:
     """Parameters, moments and best parameters by name."""
     tensors = {}
     for index, stack in enumerate(stacks.flat):
@@ -24,7 +24,7 @@ def pack_stacks(stacks: Stacks) -> dict[str, Tensor]:
     return tensors | {f"best.{index}": best for index, best in enumerate(stacks.best)}
 
 
-def unpack_stacks(stacks: Stacks, tensors: Mapping[str, Tensor], clients: list[int], step: int) -> None:
+def unpack_stacks(stacks: LoraStacks, tensors: Mapping[str, Tensor], clients: list[int], step: int) -> None:
     """Bring fresh stacks of all clients to the saved state, in which ``clients`` were still in training."""
     stacks.keep(clients)
     device = stacks.flat[0].device

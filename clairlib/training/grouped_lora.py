@@ -77,7 +77,7 @@ class GroupedLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
 
-class Stacks:
+class LoraStacks:
     """The trained parameters of the clients still in training, module by module, and AdamW on them.
 
     Attributes

@@ -14,7 +14,7 @@ from clairlib.training.batches import Table, tabulate
 from clairlib.training.probe import Plan, Probe
 from clairlib.training.schedule import NO_LABEL, ClientData, Schedule, check_jobs
 from clairlib.training.suffix import shared_copy
-from clairlib.training.targets import kinds_of_labels, loss_kind, target_names
+from clairlib.training.targets import loss_kind, num_labels, target_names
 
 GROUP_TOKENS = 8192
 CACHE_BYTES = 2**31
@@ -153,7 +153,7 @@ def _places(counts: list[int], first: int) -> list[range]:
 def _check_tokens(model: Any, clients: Sequence[ClientData], table: Table, places: Sequence[range]) -> None:
     """Tokens, classes and lengths that the model has no row for; on a GPU they would end the process."""
     tokens = model.get_input_embeddings().num_embeddings
-    kinds = kinds_of_labels(model, classes=table.classes is not None)
+    kinds = num_labels(model, classes=table.classes is not None)
     wrong = np.add.reduceat((table.ids < 0) | (table.ids >= tokens), table.starts) > 0
     problem = {"a token": (wrong, tokens)}
     labels = table.targets if table.classes is None else table.classes
@@ -200,5 +200,5 @@ def _memory(
     longest = int(rows.lengths.max())
     most = max(min(group_tokens, len(clients) * batch * longest), longest)
     share = float((rows.labelled / rows.lengths).max()) if plan.shortcuts.select else 1.0
-    logits = LOGITS * share * kinds_of_labels(model, classes=rows.classes is not None) * itemsize
+    logits = LOGITS * share * num_labels(model, classes=rows.classes is not None) * itemsize
     return Memory(entries * copies * itemsize, cache, on_disk, int(most * (BACKWARD * plan.saved + logits)))

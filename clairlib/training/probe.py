@@ -20,10 +20,10 @@ from clairlib.linalg.low_rank import LowRank
 from clairlib.training.activations import Recorder, Slot
 from clairlib.training.batches import Group, Item, Table, collate, tabulate
 from clairlib.training.frozen_prefix import Cut, deepest_cut, first_tensor, trace
-from clairlib.training.grouped_lora import Stacks
+from clairlib.training.grouped_lora import LoraStacks
 from clairlib.training.schedule import NO_LABEL
 from clairlib.training.suffix import Shortcuts, Suffix
-from clairlib.training.targets import kinds_of_labels
+from clairlib.training.targets import num_labels
 
 LENGTHS = (12, 9, 11)  # tokens of the probe's examples
 ITEMS = (Item(0, (0, 1), 1), Item(1, (2,), 1))
@@ -69,7 +69,7 @@ class Probe:
     ) -> None:
         self.model, self.targets, self.device = model, list(targets), device
         self.unmasked = shift and not own_masks  # worth a try
-        self.kinds = kinds_of_labels(model, classes=classes)
+        self.kinds = num_labels(model, classes=classes)
         self.table = _random_table(model, self.kinds, shift=shift, classes=classes, pad=pad)
         self.group = self._collate(self.table, ITEMS)
         self.stacks, self.saved = _random_stacks(model, targets, device), 0.0
@@ -237,7 +237,7 @@ def _random_table(model: Any, kinds: int, *, shift: bool, classes: bool, pad: in
     return tabulate(examples, shift=shift, classes=classes, pad=pad)
 
 
-def _random_stacks(model: Any, targets: Sequence[str], device: str) -> Stacks:
+def _random_stacks(model: Any, targets: Sequence[str], device: str) -> LoraStacks:
     updates: dict[str, list[LowRank]] = {}
     for name in targets:
         weight, draws = model.get_submodule(name).weight, derive(0, "probe", name)
@@ -247,4 +247,4 @@ def _random_stacks(model: Any, targets: Sequence[str], device: str) -> Stacks:
         B = torch.randn(2, p, RANK, generator=draws, dtype=torch.float64)
         A = torch.randn(2, RANK, q, generator=draws, dtype=torch.float64) / q**0.5
         updates[name] = [LowRank(B[k].to(dtype), A[k].to(dtype), scale) for k, scale in enumerate((0.1, 0.05))]
-    return Stacks(updates, learning_rate=0.0, weight_decay=0.0, device=device)
+    return LoraStacks(updates, learning_rate=0.0, weight_decay=0.0, device=device)

@@ -22,7 +22,7 @@ from clairlib.training.fused import is_root_mean_square_norm, root_mean_square_n
 from clairlib.training.grouped_lora import GroupedLinear
 
 
-def casting(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def maybe_autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to a dtype, or nothing."""
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
@@ -135,7 +135,7 @@ class Suffix:
     def losses(self, group: Group, values: Mapping[tuple[str, str], Tensor]) -> Tensor:
         """Each client's part of its mean loss (G,), with the updates that the layers hold."""
         self.group, self.values = group, values
-        with casting(self.device_type, self.autocast):
+        with maybe_autocast(self.device_type, self.autocast):
             mask = None if self.unmasked else group.attended
             logits = self.model(input_ids=group.ids, attention_mask=mask).logits
         logits = logits.flatten(0, -2)

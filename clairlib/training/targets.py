@@ -46,7 +46,7 @@ def loss_kind(model: Any) -> tuple[bool, bool]:
     return LOSSES[kind]
 
 
-def kinds_of_labels(model: Any, *, classes: bool) -> int:
+def num_labels(model: Any, *, classes: bool) -> int:
     """How many different labels there are: tokens, or classes."""
     head = model.get_output_embeddings()
     return model.config.num_labels if classes or head is None else head.out_features

@@ -22,7 +22,7 @@ from clairlib.core import state_file
 from clairlib.training import checkpoint
 from clairlib.training.activations import Activations, Recorder, Slot, fill
 from clairlib.training.batches import Group, Item, collate, split
-from clairlib.training.grouped_lora import Stacks, Update, are_finite
+from clairlib.training.grouped_lora import LoraStacks, Update, are_finite
 from clairlib.training.preparation import CACHE_BYTES, GROUP_TOKENS, Memory, Preparation, memory_needed, prepare
 from clairlib.training.saving import TrainedClient, save_adapters
 from clairlib.training.schedule import ClientData, Schedule, batches
@@ -114,7 +114,7 @@ class _Run:
         self.best_step: list[int | None] = [None] * len(plan.clients)
         self.updates: dict[int, dict[str, Update]] = {}
         self.diverged: dict[int, int] = {}
-        self.stacks = Stacks(
+        self.stacks = LoraStacks(
             initial_updates(plan.model, plan.targets, plan.clients, seed=seed),
             learning_rate=plan.schedule.learning_rate,
             weight_decay=plan.schedule.weight_decay,

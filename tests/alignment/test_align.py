@@ -16,7 +16,7 @@ from clairlib.adapters import open_adapters
 from clairlib.adapters.folder import read_lora, write_lora
 from clairlib.alignment.align import align
 from clairlib.linalg.low_rank import truncate
-from clairlib.recovery.module_fit import Fit
+from clairlib.recovery.module_fit import ModuleFit
 from clairlib.recovery.refinement import Gain
 from helpers.adapter_clients import BAD, BENIGN, RHO, lora_layers, plant, tiny_llama
 
@@ -164,13 +164,13 @@ def test_adapter_rank_is_written_and_smaller_ranks_lose_more(clients: Path, tmp_
 
 
 def test_refused_module_keeps_the_clients_own_update(clients: Path, tmp_path: Path, monkeypatch) -> None:
-    outcome_of = Fit.outcome
+    outcome_of = ModuleFit.outcome
 
     def refusing(self, members):
         outcome = outcome_of(self, members)
         return replace(outcome, gain=Gain(1.0, 2.0, 0.0, 0.0, 0.0)) if self.name == REFUSED else outcome
 
-    monkeypatch.setattr(Fit, "outcome", refusing)
+    monkeypatch.setattr(ModuleFit, "outcome", refusing)
     outcome = align([clients], tmp_path / "out")
     assert [m["name"] for m in outcome.report["modules"] if not m["refined"]] == [REFUSED]
     own, written = read_lora(clients / "bob")[1], read_lora(tmp_path / "out" / "bob")[1]

@@ -141,12 +141,12 @@ def test_clients_that_changed_since_are_not_resumed(clients: Path, tmp_path: Pat
 
 
 def test_second_run_into_the_same_output_is_refused(clients: Path, tmp_path: Path, monkeypatch) -> None:
-    settle = alignment_passes._first_set
+    iterate_verdict = alignment_passes._first_set
 
     def meanwhile(*arguments):
         with pytest.raises(AdapterError, match="another run"):
             align([clients], tmp_path / "out", resume=True)
-        return settle(*arguments)
+        return iterate_verdict(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(alignment_passes, "_first_set", meanwhile)

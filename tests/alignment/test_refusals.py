@@ -14,7 +14,7 @@ import torch
 
 from clairlib import CLAIR
 from clairlib.recovery.inputs import Module
-from clairlib.recovery.module_fit import Fit
+from clairlib.recovery.module_fit import ModuleFit
 from helpers.adapter_clients import (
     CONFIG,
     KEY,
@@ -147,7 +147,7 @@ def test_refusal_of_the_fit_is_one_line(
 ) -> None:
     first_frame = CLAIR.first_frame
 
-    def failing(self: CLAIR, module: Module, fit: Fit) -> Any:
+    def failing(self: CLAIR, module: Module, fit: ModuleFit) -> Any:
         if module.name == FIRST:
             return first_frame(self, module, fit)
         raise error
@@ -165,10 +165,10 @@ def test_adapters_that_all_overflow_are_refused(work: Path) -> None:
 def test_file_that_changes_after_the_check_is_not_copied(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clairlib.alignment import align as alignment
 
-    settle, bad = alignment.settle_on_disk, work / "clients/bad_1"
+    iterate_verdict, bad = alignment.iterate_verdict_on_disk, work / "clients/bad_1"
 
     def settle_and_swap(*arguments: Any, **options: Any) -> Any:
-        settled = settle(*arguments, **options)
+        settled = iterate_verdict(*arguments, **options)
         (bad / CONFIG).unlink()
         (bad / CONFIG).symlink_to("/etc/passwd")
         return settled

@@ -296,7 +296,7 @@ def test_entrywise_rpca_gets_rid_of_wrong_entries_and_keeps_what_is_common():
 
 
 def test_personal_rpca_keeps_clients_differences_in_a_shared_subspace():
-    truth = planted(share=0.0, noise=0.0, K=16, p=30, q=6, r=2, generator=derive(0, "personal"))
+    truth = planted(share=0.0, noise_std=0.0, K=16, p=30, q=6, r=2, generator=derive(0, "personal"))
     wrong = 5 * (torch.rand(16, 30, 6, generator=derive(0, "entries")) < 0.03) * normal(16, 30, 6, name="w")
     made = torch.stack(aggregate("entrywise RPCA, personal", truth.targets + wrong))
     error, local = (made - truth.targets).norm(), wrong.norm()
@@ -307,7 +307,7 @@ def test_personal_rpca_keeps_clients_differences_in_a_shared_subspace():
 
 
 def test_subspace_median_by_the_projectors_themselves():
-    X, rank = planted("dense", K=9, p=8, q=5, r=2, noise=0.1, generator=derive(0, "median")).updates, 2
+    X, rank = planted("dense", K=9, p=8, q=5, r=2, noise_std=0.1, generator=derive(0, "median")).updates, 2
     centre = cw.geometric_median(X)
     U = torch.linalg.svd(X - centre).U[..., :rank]
     median = cw.geometric_median(U @ U.mT)
@@ -317,7 +317,7 @@ def test_subspace_median_by_the_projectors_themselves():
 
 
 def test_subspace_median_is_exact_without_noise_and_contamination():
-    truth = planted(share=0.0, noise=0.0, generator=derive(1, "median"))
+    truth = planted(share=0.0, noise_std=0.0, generator=derive(1, "median"))
     made = torch.stack(aggregate("Subspace-Median", truth.targets, rank=3))
     torch.testing.assert_close(made, truth.targets, rtol=0, atol=1e-8)
     wide = (made - made.mean(dim=0)).permute(1, 0, 2).flatten(1)

@@ -17,7 +17,7 @@ BASES = [peers.pca, peers.block_fms, peers.tyler, peers.median_pca, peers.outlie
 
 def draw(kind="unstructured", share=0.3, noise=0.05, common=1.0, seed=0, **sizes):
     sizes = {"p": 12, "q": 5, "K": 16, "r": 2} | sizes
-    return planted(kind, share=share, noise=noise, common=common, generator=derive(seed, "peers"), **sizes)
+    return planted(kind, share=share, noise_std=noise, common_norm=common, generator=derive(seed, "peers"), **sizes)
 
 
 @pytest.mark.parametrize("estimator", BASES)
@@ -133,4 +133,4 @@ def test_outlier_pursuit_below_its_least_weight_has_no_low_rank_part():
     columns = truth.updates.permute(0, 2, 1).flatten(0, 1)[:, :, None]
     lam = 3 / (7 * (0.25 * len(columns)) ** 0.5)
     assert lam < len(columns) ** -0.5
-    assert decompose(columns, lam=lam, common=False).low_rank.norm() < 1e-6 * columns.norm()
+    assert decompose(columns, lam=lam, with_common=False).low_rank.norm() < 1e-6 * columns.norm()

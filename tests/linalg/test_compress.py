@@ -19,7 +19,7 @@ from clairlib.recovery.description_length import left_out_noise
 from clairlib.recovery.frame import fit_frame
 from clairlib.recovery.inputs import Module
 from clairlib.recovery.leave_one_out import log_scores, shared_structure
-from clairlib.recovery.module_fit import Fit
+from clairlib.recovery.module_fit import ModuleFit
 from clairlib.recovery.refinement import estimate_gain
 
 RANK, STRANGERS = 3, 5
@@ -61,7 +61,7 @@ def test_cores_hold_everything_when_all_directions_are_common(how):
     updates = adapters(**how)
     X, exact = compress(stack(updates), (400, 400), generator=derive(0, "test")), cores_of_factors(updates)
     assert X.core.square().sum(dim=(1, 2)).tolist() == pytest.approx(exact.core.square().sum(dim=(1, 2)).tolist())
-    frame = fit_frame(X.core, WEIGHTS, BENIGN, None, X.common)
+    frame = fit_frame(X.core, WEIGHTS, BENIGN, None, X.shared_block)
     other = fit_frame(exact.core, WEIGHTS, BENIGN)
     assert frame.rank == other.rank == RANK
     ours, theirs = log_scores(X.core, WEIGHTS, frame), log_scores(exact.core, WEIGHTS, other)
@@ -75,8 +75,8 @@ def test_own_coordinates_neglect_little(how):
     """64 of some 200 directions in common: scores move by less than a quarter of their benign spread."""
     updates = adapters(p=400, q=400, **how)
     X, exact = compress(stack(updates), (64, 64), generator=derive(0, "test")), cores_of_factors(updates).core
-    assert X.common == (64, 64) and X.core.shape[1:] == (80, 80)
-    frame, other = fit_frame(X.core, WEIGHTS, BENIGN, None, X.common), fit_frame(exact, WEIGHTS, BENIGN)
+    assert X.shared_block == (64, 64) and X.core.shape[1:] == (80, 80)
+    frame, other = fit_frame(X.core, WEIGHTS, BENIGN, None, X.shared_block), fit_frame(exact, WEIGHTS, BENIGN)
     (x, _), (y, _) = log_scores(X.core, WEIGHTS, frame), log_scores(exact, WEIGHTS, other)
     assert frame.rank == other.rank == RANK
     assert float((x - y).abs().max()) < 0.25 * float(y[BENIGN].std())
@@ -88,7 +88,7 @@ def test_own_coordinates_neglect_little(how):
 
 def shared_of(updates, lead=64, rank=None):
     stacked = stack(updates)
-    fit = Fit("m", compress(stacked, (lead, lead), generator=derive(0, "test")), WEIGHTS, rank)
+    fit = ModuleFit("m", compress(stacked, (lead, lead), generator=derive(0, "test")), WEIGHTS, rank)
     return fit.shared(fit.frame(BENIGN), stacked)
 
 
@@ -146,7 +146,7 @@ def test_common_directions_do_not_hold_all_that_a_sets_members_span():
         LowRank(*(f + 0.01 * torch.randn(f.shape, generator=g) for f in (u.B, u.A))) for u in adapters(K=17, ranks=(5,))
     ]
     fit = CLAIR().prepare(Module("m", updates, transposed=False, numpy=False), torch.ones(17), members)
-    assert fit.cores.common == (45, 45)
+    assert fit.cores.shared_block == (45, 45)
 
 
 def one_refined(assembly, client, rank):

@@ -10,7 +10,8 @@ from clairlib.simulate import planted
 
 
 def loads_of(K=12, p=40, q=6, r=3, noise=0.03, share=0.0):
-    X = planted(K=K, p=p, q=q, r=r, noise=noise, share=share, generator=derive(0, "downdate", K, p, q, noise)).updates
+    generator = derive(0, "downdate", K, p, q, noise)
+    X = planted(K=K, p=p, q=q, r=r, noise_std=noise, share=share, generator=generator).updates
     D = X - X.mean(dim=0)
     values, vectors = torch.linalg.eigh(torch.einsum("kpq,krq->pr", D, D))
     return values.flip(0).clamp(min=0.0), vectors.flip(1).T @ D * 0.9

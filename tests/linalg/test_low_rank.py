@@ -171,6 +171,6 @@ def test_a_fit_allocates_nothing_of_size_p_times_q(side):
         for update in result.refined:
             truncate(update, 4)
     assert result.basis.shape[0] == p
-    assert all(u.shape == (p, q) for u in result.refined) and result.common.shape == (p, q)
+    assert all(u.shape == (p, q) for u in result.refined) and result.common_part.shape == (p, q)
     # joined factors are [basis, off] wide: at most 2 K rho columns of float64
     assert largest.entries <= 4 * p * K * rho

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from clairlib.core.seeds import derive
-from clairlib.linalg.rank import CLEAR, REACH, estimate_rank, gap_rank, held_out_rank
+from clairlib.linalg.rank import HELD_OUT_SNR, HELD_OUT_WINDOW, estimate_rank, gap_rank, held_out_rank
 from clairlib.linalg.subspace import project_out, sin_theta
 from clairlib.simulate.attacks import random_frame
 
@@ -152,23 +152,23 @@ def test_a_spectrum_with_anything_in_it_has_at_least_one_direction():
 
 def test_held_out_rank_counts_the_directions_that_stand_clear():
     plateau = torch.linspace(1.1, 0.9, 40, dtype=torch.float64)
-    for rank in (0, 1, 4, REACH // 2):
-        energies = torch.cat([torch.full((rank,), 1.2 * CLEAR, dtype=torch.float64), plateau])
+    for rank in (0, 1, 4, HELD_OUT_WINDOW // 2):
+        energies = torch.cat([torch.full((rank,), 1.2 * HELD_OUT_SNR, dtype=torch.float64), plateau])
         assert held_out_rank(energies, 30) == rank
         assert held_out_rank(energies, 3) == min(rank, 3)
-    close = torch.cat([torch.full((4,), 0.8 * CLEAR, dtype=torch.float64), plateau])
+    close = torch.cat([torch.full((4,), 0.8 * HELD_OUT_SNR, dtype=torch.float64), plateau])
     assert held_out_rank(close, 30) == 0
 
 
 def test_one_large_direction_among_the_noise_is_chance():
     energies = torch.linspace(1.1, 0.9, 40, dtype=torch.float64)
-    energies[:3], energies[9] = 5.0, 1.2 * CLEAR
+    energies[:3], energies[9] = 5.0, 1.2 * HELD_OUT_SNR
     assert held_out_rank(energies, 30) == 3
 
 
 def test_a_smooth_fall_is_coloured_noise_not_rank():
     """Noise whose energy halves over twice the reach has no direction that stands clear."""
-    falling = 0.5 ** (torch.arange(60, dtype=torch.float64) / (2 * REACH))
+    falling = 0.5 ** (torch.arange(60, dtype=torch.float64) / (2 * HELD_OUT_WINDOW))
     assert held_out_rank(falling, 30) == 0
 
 

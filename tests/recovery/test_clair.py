@@ -22,7 +22,7 @@ KINDS = ("unstructured", "dense", "coalition", "sign_flip")
 def draw(kind="unstructured", share=0.25, seed=0, K=24, p=50, q=10, r=3, noise=0.1 / 10**0.5):
     """The issue's planted setting unless told otherwise."""
     generator = derive(seed, "clair", kind, round(100 * share))
-    return planted(kind, share=share, K=K, p=p, q=q, r=r, noise=noise, generator=generator)
+    return planted(kind, share=share, K=K, p=p, q=q, r=r, noise_std=noise, generator=generator)
 
 
 def small(kind="unstructured", share=0.25, seed=0, noise=0.02, **options):
@@ -79,8 +79,8 @@ def test_statement2_exact_recovery_without_noise(kind, share):
         assert torch.equal(result.benign, c.benign)
         assert result.rank == 3
         assert sin_theta(result.basis, c.basis) < 1e-8
-        off = c.common - c.basis @ (c.basis.T @ c.common)
-        assert (result.common - off).abs().max() < 1e-8
+        off = c.common_part - c.basis @ (c.basis.T @ c.common_part)
+        assert (result.common_part - off).abs().max() < 1e-8
         assert (result.refined - c.targets)[c.benign].abs().max() < 1e-8
         assert result.gain == 0.0  # nothing to gain, and it says so
 
@@ -316,7 +316,7 @@ def test_size_does_not_matter_however_extreme(size):
 
 def test_clients_that_share_nothing_keep_their_own_updates():
     """Differences that are each client's own look like noise to the estimated gain; refinement is refused."""
-    c = planted("unstructured", K=24, share=0.8, noise=0.03, generator=derive(0, "strangers"))
+    c = planted("unstructured", K=24, share=0.8, noise_std=0.03, generator=derive(0, "strangers"))
     updates = c.updates[~c.benign]
     result = CLAIR().fit(updates)
     assert not result.has_shared_subspace and not result.modules[SINGLE].is_refined
@@ -326,8 +326,8 @@ def test_clients_that_share_nothing_keep_their_own_updates():
 @pytest.mark.parametrize(("bad", "searched"), [(True, 3), (False, 5)])
 def test_the_search_ends_when_three_modules_agree(monkeypatch, bad, searched):
     """Where the second module's clients are clean, the modules find different sets and all of them are searched."""
-    c = planted(share=0.3, noise=0.02, generator=derive(0, "agree"))
-    clean = planted(share=0.0, noise=0.02, generator=derive(1, "agree"))
+    c = planted(share=0.3, noise_std=0.02, generator=derive(0, "agree"))
+    clean = planted(share=0.0, noise_std=0.02, generator=derive(1, "agree"))
     asked = []
     first_frame = CLAIR.first_frame
     monkeypatch.setattr(CLAIR, "first_frame", lambda *a: asked.append(a[1].name) or first_frame(*a))

@@ -22,7 +22,7 @@ LIMIT = starts.TUPLE_LIMIT
 
 
 def draw(kind="unstructured", seed=0, K=14, p=20, q=6, r=2, noise=0.02, share=0.4):
-    return planted(kind, K=K, p=p, q=q, r=r, noise=noise, share=share, generator=derive(seed, "consensus", kind))
+    return planted(kind, K=K, p=p, q=q, r=r, noise_std=noise, share=share, generator=derive(seed, "consensus", kind))
 
 
 def ones(c):
@@ -165,7 +165,7 @@ def test_sets_are_compared_at_every_rank():
 
 def test_a_judge_answers_the_same_and_fits_once(monkeypatch):
     c = draw()
-    judge = consensus.Judge(c.updates, ones(c), None)
+    judge = consensus.FrameCache(c.updates, ones(c), None)
     frame, x, variance = judge(c.benign)
     monkeypatch.setattr(consensus, "fit_frame", None)  # a second fit would fail
     again, y, same = judge(c.benign.clone())
@@ -183,7 +183,7 @@ def test_robust_half_is_benign(kind, share):
 @pytest.mark.parametrize("level", [0.01, 0.001])
 def test_a_set_grows_to_all_benign_clients_and_stops(kind, level):
     c = draw(kind)
-    frame = consensus.grow(consensus.Judge(c.updates, ones(c), None), members(c, 4), level)
+    frame = consensus.grow(consensus.FrameCache(c.updates, ones(c), None), members(c, 4), level)
     assert frame is not None and frame.rank == 2
     assert not bool((frame.members & ~c.benign).any())
     assert frame.size >= int(c.benign.sum()) - (level > 0.005)  # one of nine may be unusual at the higher level
@@ -192,7 +192,7 @@ def test_a_set_grows_to_all_benign_clients_and_stops(kind, level):
 
 def test_two_clients_are_no_set():
     c = draw()
-    assert consensus.grow(consensus.Judge(c.updates, ones(c), None), members(c, 2), 0.01) is None
+    assert consensus.grow(consensus.FrameCache(c.updates, ones(c), None), members(c, 2), 0.01) is None
 
 
 def test_shortest_description_takes_the_true_frame():
@@ -217,7 +217,7 @@ def test_no_variance_is_below_the_noise_of_the_others():
 
 def test_a_frame_that_only_describes_the_others_is_not_taken():
     """Without noise a wide frame of everybody is a cheap second frame for a coalition, and no frame of its members."""
-    c = planted("coalition", share=0.2, K=20, p=20, q=10, r=2, noise=0.0, generator=derive(0, "second frame"))
+    c = planted("coalition", share=0.2, K=20, p=20, q=10, r=2, noise_std=0.0, generator=derive(0, "second frame"))
     frames = [fit_frame(c.updates, ones(c), S, r) for S, r in ((c.benign, 2), (torch.ones_like(c.benign), 14))]
     assert torch.equal(description.shortest_description(c.updates, ones(c), frames).members, c.benign)
 
@@ -267,8 +267,8 @@ def test_the_closer_part_is_the_lower_group():
 
 def test_splitting_finds_the_benign_clients_where_growing_does_not():
     """In much noise a set grows on into its surroundings; the closer part of everybody holds most benign clients."""
-    c = planted(share=0.5, K=60, noise=0.6 / 10**0.5, generator=derive(0, "splitting"))
-    judge = consensus.Judge(c.updates, torch.ones(60, dtype=torch.float64), None)
+    c = planted(share=0.5, K=60, noise_std=0.6 / 10**0.5, generator=derive(0, "splitting"))
+    judge = consensus.FrameCache(c.updates, torch.ones(60, dtype=torch.float64), None)
     everybody = torch.ones(60, dtype=torch.bool)
     part = consensus.split_repeatedly(judge, everybody)
     frame = consensus.consensus(c.updates, judge.weights, generator=derive(0, "tuples"))
@@ -280,14 +280,14 @@ def test_splitting_finds_the_benign_clients_where_growing_does_not():
 
 def test_noiseless_clients_with_few_benign_ones_are_described():
     """A frame of higher rank than the one with the least noise leaves an outlier no room off its subspace."""
-    c = planted(share=1 - 4 / 24, K=24, noise=0.0, generator=derive(0, "few", 4, "0.0", 1))
+    c = planted(share=1 - 4 / 24, K=24, noise_std=0.0, generator=derive(0, "few", 4, "0.0", 1))
     assert torch.equal(CLAIR().fit(c.updates).benign, c.benign)
 
 
 def test_a_set_that_interpolates_a_given_rank_is_not_taken():
     """With the rank given, (n - 1) q clients fit any r directions exactly and would set the noise to nothing."""
-    c = planted(share=0.25, K=12, p=30, q=1, r=3, noise=0.1, generator=derive(14, "interpolating"))
-    judge = consensus.Judge(c.updates, ones(c), 3)
+    c = planted(share=0.25, K=12, p=30, q=1, r=3, noise_std=0.1, generator=derive(14, "interpolating"))
+    judge = consensus.FrameCache(c.updates, ones(c), 3)
     assert judge.least == 5
     for start in (members(c, 3), members(c, 4)):
         frame = consensus.grow(judge, start, 0.01)
@@ -299,7 +299,7 @@ def quiet_clients(kind, updates, bad):
     """What ``bad`` contaminated clients send that carry no noise: nothing, all the same, or a frame of their own."""
     honest = updates[bad:].mean(dim=0)
     if kind == "frame of their own":
-        return planted(K=bad, share=0.0, noise=0.0, generator=derive(0, "quiet")).updates
+        return planted(K=bad, share=0.0, noise_std=0.0, generator=derive(0, "quiet")).updates
     sent = {"zero": torch.zeros_like(honest), "minus half the mean": -0.5 * honest}[kind]
     return sent.expand(bad, *honest.shape)
 
@@ -308,7 +308,7 @@ def quiet_clients(kind, updates, bad):
 @pytest.mark.parametrize("kind", ["zero", "minus half the mean", "frame of their own"])
 def test_a_minority_without_noise_does_not_turn_the_verdict_round(kind, bad):
     """It agrees better than honest clients ever do; the larger group that shares a subspace decides all the same."""
-    updates = planted(K=20, share=0.0, noise=0.3 / 10**0.5, generator=derive(1, "quiet")).updates
+    updates = planted(K=20, share=0.0, noise_std=0.3 / 10**0.5, generator=derive(1, "quiet")).updates
     updates[:bad] = quiet_clients(kind, updates, bad)
     benign = CLAIR().fit(updates).benign
     assert bool(benign[bad:].all())
@@ -316,7 +316,7 @@ def test_a_minority_without_noise_does_not_turn_the_verdict_round(kind, bad):
 
 def test_a_larger_group_is_searched_where_the_known_one_shares_nothing():
     """Four clients send nothing, eleven are honest; the largest set known besides is five strangers."""
-    c = planted(K=20, share=0.25, noise=0.1 / 10**0.5, generator=derive(2, "groups"))
+    c = planted(K=20, share=0.25, noise_std=0.1 / 10**0.5, generator=derive(2, "groups"))
     honest = c.benign & (c.benign.cumsum(0) > 4)
     quiet, strangers = c.benign & ~honest, ~c.benign
     X = torch.where(quiet[:, None, None], 0.0, c.updates)
@@ -327,7 +327,7 @@ def test_a_larger_group_is_searched_where_the_known_one_shares_nothing():
 
 def test_without_a_larger_group_that_shares_a_subspace_the_minority_stays():
     """Five benign clients among 24, the others strangers to one another."""
-    c = planted(K=24, share=0.8, noise=0.0, generator=derive(2, "quiet"))
+    c = planted(K=24, share=0.8, noise_std=0.0, generator=derive(2, "quiet"))
     assert torch.equal(CLAIR().fit(c.updates).benign, c.benign)
 
 

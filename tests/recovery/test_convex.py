@@ -20,7 +20,7 @@ KINDS = ("unstructured", "dense", "coalition", "sign_flip")
 
 def draw(seed, p, K, q, noise=0.0, kind="unstructured", share=0.3):
     generator = torch.Generator().manual_seed(seed)
-    return planted(kind, share=share, K=K, p=p, q=q, r=min(2, p), noise=noise, generator=generator)
+    return planted(kind, share=share, K=K, p=p, q=q, r=min(2, p), noise_std=noise, generator=generator)
 
 
 def wide(blocks):
@@ -30,7 +30,7 @@ def wide(blocks):
 def bounds(updates, found: Decomposition, common=True):
     """Primal and dual value from the returned tensors, in numpy; asserts that both points are feasible."""
     Y, lam, nu = found.dual.numpy(), found.lam, found.nu
-    residual = (updates - found.common - found.low_rank - found.contamination).numpy()
+    residual = (updates - found.common_part - found.low_rank - found.contamination).numpy()
     size = float(updates.norm())
     sizes = np.linalg.norm(found.contamination.numpy(), axis=(1, 2))
     primal = np.linalg.svd(wide(found.low_rank), compute_uv=False).sum()
@@ -74,8 +74,8 @@ def test_objective_equals_cvxpy_and_gap_is_confirmed(seed):
 def test_without_common_part_is_outlier_pursuit(nu):
     cvxpy = pytest.importorskip("cvxpy")
     updates = draw(3, p=10, K=15, q=1, noise=0.1 * nu).updates
-    found = decompose(updates, lam=0.6, nu=nu, common=False)
-    assert not found.common.any()
+    found = decompose(updates, lam=0.6, nu=nu, with_common=False)
+    assert not found.common_part.any()
     assert_certified(updates, found, common=False)
     X = updates[:, :, 0].T.numpy()
     L, C = cvxpy.Variable(X.shape), cvxpy.Variable(X.shape)
@@ -99,7 +99,7 @@ def test_large_lam_is_mean_and_principal_components(lam, q, nu):
     U, s, Vh = np.linalg.svd(wide(updates - mean), full_matrices=False)
     shrunk = (U * np.maximum(s - nu, 0)) @ Vh
     assert not found.contaminated.any()
-    torch.testing.assert_close(found.common, mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.common_part, mean, rtol=0, atol=1e-12)
     np.testing.assert_allclose(wide(found.low_rank), shrunk, atol=1e-10)
     assert_certified(updates, found)
 
@@ -124,7 +124,7 @@ def test_small_lam_is_huberised_geometric_median(knee, q):
     best = optimize.minimize(loss, np.median(points, axis=0), method="BFGS", options={"gtol": 1e-10})
     assert found.low_rank.norm() <= 1e-6 * updates.norm()
     assert found.certificate.primal == pytest.approx(best.fun, rel=1e-9)
-    np.testing.assert_allclose(found.common.reshape(-1).numpy(), best.x, atol=1e-4)
+    np.testing.assert_allclose(found.common_part.reshape(-1).numpy(), best.x, atol=1e-4)
     assert nu == 0 or 0 < int(found.contaminated.sum()) < K  # both branches of the Huber loss are at work
 
 
@@ -132,7 +132,7 @@ def test_small_lam_is_huberised_geometric_median(knee, q):
 def hard():
     """Noiseless, 60 % of 30 clients contaminated about the same common part: p = q = 20, r = 3."""
     generator = torch.Generator().manual_seed(5)
-    truth = planted(share=0.6, K=30, p=20, q=20, r=3, noise=0.0, common=0.0, generator=generator)
+    truth = planted(share=0.6, K=30, p=20, q=20, r=3, noise_std=0.0, common_norm=0.0, generator=generator)
     M = torch.randn(20, 20, generator=generator, dtype=torch.float64)
     return replace(truth, updates=truth.updates + M, targets=truth.targets + M, common=M)
 
@@ -143,7 +143,7 @@ def test_exact_recovery_inside_the_window(hard, lam):
     assert torch.equal(found.contaminated, ~hard.benign)
     U = torch.linalg.svd(torch.cat(list(found.low_rank), 1))[0][:, :3]
     assert sin_theta(U, hard.basis) < 1e-6
-    clean = found.common + found.low_rank
+    clean = found.common_part + found.low_rank
     error = (clean - hard.targets)[hard.benign].norm() / hard.targets[hard.benign].norm()
     assert float(error) < 1e-6
 
@@ -158,7 +158,7 @@ def test_weight_below_the_window_fails(hard):
 def test_automatic_weight_finds_the_set(contaminated):
     """Also where everybody looks contaminated at the starting weight (r = 4, K = 16) and where nobody is."""
     generator = torch.Generator().manual_seed(contaminated)
-    truth = planted(share=contaminated / 16, K=16, p=30, q=8, r=4, noise=0.0, generator=generator)
+    truth = planted(share=contaminated / 16, K=16, p=30, q=8, r=4, noise_std=0.0, generator=generator)
     found = decompose(truth.updates)
     assert torch.equal(found.contaminated, ~truth.benign)
     assert math.isfinite(found.lam)
@@ -167,7 +167,7 @@ def test_automatic_weight_finds_the_set(contaminated):
 def test_automatic_weight_with_noise():
     generator = torch.Generator().manual_seed(0)
     p, K, q, sigma = 30, 24, 6, 0.01
-    truth = planted(K=K, p=p, q=q, r=3, noise=sigma, generator=generator)
+    truth = planted(K=K, p=p, q=q, r=3, noise_std=sigma, generator=generator)
     found = decompose(truth.updates, nu=3 * sigma * math.sqrt(p * q))
     assert torch.equal(found.contaminated, ~truth.benign)
     assert_certified(truth.updates, found)
@@ -193,7 +193,7 @@ def test_permuting_clients_and_rotating_sides(nu):
     Q, R = random_frame(12, 12, generator=generator), random_frame(4, 4, generator=generator)
     one, other = decompose(updates, nu=nu), decompose(Q @ updates[order] @ R, nu=nu)
     assert torch.equal(other.contaminated, one.contaminated[order])
-    torch.testing.assert_close(other.common, Q @ one.common @ R, rtol=0, atol=1e-8)
+    torch.testing.assert_close(other.common_part, Q @ one.common_part @ R, rtol=0, atol=1e-8)
     for name in ("low_rank", "contamination", "dual"):
         expected = Q @ getattr(one, name)[order] @ R
         torch.testing.assert_close(getattr(other, name), expected, rtol=0, atol=1e-8)
@@ -204,9 +204,9 @@ def test_permuting_clients_and_rotating_sides(nu):
 @pytest.mark.parametrize("common", [True, False])
 def test_degenerate_shapes_converge(shape, nu, common):
     updates = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = decompose(updates, nu=nu, common=common)
+    found = decompose(updates, nu=nu, with_common=common)
     if shape[0] == 1 and common:
-        torch.testing.assert_close(found.common, updates[0])
+        torch.testing.assert_close(found.common_part, updates[0])
         assert found.certificate.primal == found.certificate.relative_gap == 0
     else:
         assert_certified(updates, found, common)
@@ -217,7 +217,7 @@ def test_zero_and_identical_updates(nu):
     one = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3
     for updates in (torch.zeros(5, 4, 3), one.expand(7, 4, 3)):
         found = decompose(updates, nu=nu)
-        torch.testing.assert_close(found.common, updates[0].double())
+        torch.testing.assert_close(found.common_part, updates[0].double())
         assert not found.contaminated.any() and not found.low_rank.any()
         assert found.certificate.converged and found.certificate.relative_gap == 0
 
@@ -250,7 +250,7 @@ def test_impossible_tolerance_ends():
 def test_low_precision_input_is_solved_in_double():
     updates = draw(8, p=8, K=6, q=3).updates.to(torch.bfloat16)
     found = decompose(updates, lam=0.6)
-    assert found.common.dtype == torch.float64
+    assert found.common_part.dtype == torch.float64
     assert_certified(updates.double(), found)
 
 
@@ -279,5 +279,5 @@ def test_bad_shapes_are_named(shape):
 def test_stays_on_the_device():
     updates = draw(9, p=12, K=10, q=4).updates
     there, here = decompose(updates.cuda()), decompose(updates)
-    assert there.common.is_cuda
+    assert there.common_part.is_cuda
     torch.testing.assert_close(there.contamination.cpu(), here.contamination, rtol=0, atol=1e-6)

@@ -10,10 +10,10 @@ from clairlib.recovery.detection import (
     FAMILY_ERROR,
     PRIOR_CLIENTS,
     STRANGER_ERROR,
-    anybody,
-    are_strangers,
+    any_contaminated,
     benign_set,
     calibrate,
+    lacks_subspace_energy,
     least_error_set,
 )
 
@@ -81,7 +81,8 @@ def test_family_wise_error_of_anybody(members, monkeypatch):
     """At most FAMILY_ERROR of benign families are rejected; Bonferroni's bound is nearly tight, so some are."""
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage in every call: 70 ms
     who, replicates = torch.arange(24) < members, 1200
-    rejected = sum(anybody(calibrate(x, who, v).p_values) for x, v in (scores(s, 24) for s in range(replicates)))
+    drawn = (scores(s, 24) for s in range(replicates))
+    rejected = sum(any_contaminated(calibrate(x, who, v).p_values) for x, v in drawn)
     assert rejected <= stats.binom.ppf(1 - LEVEL, replicates, FAMILY_ERROR)
     assert rejected >= 1
 
@@ -90,7 +91,7 @@ def test_family_wise_error_of_anybody(members, monkeypatch):
 def test_anybody_sees_a_single_client(distance):
     x = torch.as_tensor(np.random.default_rng(0).standard_normal(24)) * 0.2
     x[3] = 0.2 * distance
-    assert anybody(calibrate(x, torch.arange(24) != 3, 0.04).p_values)
+    assert any_contaminated(calibrate(x, torch.arange(24) != 3, 0.04).p_values)
 
 
 def components(seed, benign, contaminated, gap):
@@ -149,8 +150,8 @@ def test_simes_sees_several_clients_that_stand_out_a_little_and_names_them():
     K, n = 24, 3
     p = torch.linspace(0.3, 0.9, K, dtype=torch.float64)
     p[:n] = 0.8 * FAMILY_ERROR / K
-    assert float(p.min()) * K > FAMILY_ERROR / 2 and anybody(p)
-    assert not anybody(torch.cat([p[:1], p[n:]]))
+    assert float(p.min()) * K > FAMILY_ERROR / 2 and any_contaminated(p)
+    assert not any_contaminated(torch.cat([p[:1], p[n:]]))
     x = torch.zeros(K, dtype=torch.float64)
     x[:n] = 1.0
     kept = benign_set(x, torch.ones(K, dtype=torch.bool), p, 0.01, torch.zeros(K, dtype=torch.float64))
@@ -163,14 +164,14 @@ def close_groups():
     order = torch.randperm(20, generator=derive(0, "close groups"))
     x, truth = torch.cat(lines)[order], order < 12
     p = calibrate(x, truth, 0.04).p_values
-    assert not anybody(p)
+    assert not any_contaminated(p)
     return x, truth, p
 
 
 def test_suspects_with_little_inside_the_subspace_are_strangers():
     x, truth, p = close_groups()
     inside = torch.where(truth, 5.0, 1.0) + 0.1 * torch.arange(20)
-    assert are_strangers(inside, ~truth)
+    assert lacks_subspace_energy(inside, ~truth)
     found = benign_set(x, truth, p, 0.04, inside)
     assert torch.equal(found, least_error_set(x, truth, 0.04)) and not bool(found.all())
     for other in (-inside, inside[torch.randperm(20, generator=derive(0, "strangers"))]):  # more inside, or as much
@@ -183,15 +184,15 @@ def test_energy_inside_never_decides_who():
     inside = torch.where(truth, 5.0, 1.0) + 0.1 * torch.arange(20)
     found = benign_set(x, truth, p, 0.04, inside)
     inside[found.nonzero()[0]] = 0.0
-    assert are_strangers(inside, ~found)
+    assert lacks_subspace_energy(inside, ~found)
     assert torch.equal(benign_set(x, truth, p, 0.04, inside), found)
 
 
 def test_strangers_at_their_level_when_all_are_alike():
     """Exchangeable energies, three suspects of ten: 1 of 120 orders is the lowest possible, above the level."""
     suspects = torch.arange(10) < 3
-    assert not are_strangers(torch.arange(10.0), suspects)
+    assert not lacks_subspace_energy(torch.arange(10.0), suspects)
     draw, suspects, replicates = derive(0, "alike"), torch.arange(20) < 8, 4000
-    rejected = sum(are_strangers(torch.randn(20, generator=draw), suspects) for _ in range(replicates))
+    rejected = sum(lacks_subspace_energy(torch.randn(20, generator=draw), suspects) for _ in range(replicates))
     assert 1 <= rejected <= stats.binom.ppf(1 - LEVEL, replicates, STRANGER_ERROR)
-    assert not are_strangers(torch.arange(20.0), torch.zeros(20, dtype=torch.bool))
+    assert not lacks_subspace_energy(torch.arange(20.0), torch.zeros(20, dtype=torch.bool))

@@ -8,10 +8,10 @@ from clairlib import LowRank
 from clairlib.core.seeds import derive
 from clairlib.linalg.low_rank import cores_of_factors
 from clairlib.linalg.subspace import project_out, sin_theta
-from clairlib.recovery.effective_dimensions import Spread
+from clairlib.recovery.effective_dimensions import EffectiveDimensions
 from clairlib.recovery.frame import fit_frame, floor_energy, keep_directions, rank_limit
 from clairlib.recovery.leave_one_out import (
-    FILTER,
+    SCORED_DIRECTIONS_PER_RANK,
     filtered_energy,
     inside_energy,
     leave_one_out,
@@ -24,7 +24,7 @@ from clairlib.simulate.attacks import random_frame
 
 
 def clients(seed=0, K=12, p=14, q=5, r=2, noise=0.1, share=0.25):
-    return planted(K=K, p=p, q=q, r=r, noise=noise, share=share, generator=derive(seed, "frames"))
+    return planted(K=K, p=p, q=q, r=r, noise_std=noise, share=share, generator=derive(seed, "frames"))
 
 
 def unequal(K):
@@ -132,21 +132,21 @@ def test_in_sample_residuals_would_not_do():
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_filtered_energy_is_that_of_the_top_singular_values(shape, rank):
     R = torch.randn(*shape, generator=derive(0, "filter"), dtype=torch.float64)
-    expected = torch.linalg.svdvals(R)[:, : max(FILTER * rank, 1)].square().sum(1)
+    expected = torch.linalg.svdvals(R)[:, : max(SCORED_DIRECTIONS_PER_RANK * rank, 1)].square().sum(1)
     assert torch.allclose(filtered_energy(R, rank), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("p, q", [(20, 8), (8, 20), (30, 1)])
 def test_isotropic_noise_fills_every_dimension(p, q):
     R = torch.randn(400, p, q, generator=derive(0, "isotropic"), dtype=torch.float64)
-    assert Spread(R).effective_dimensions() == pytest.approx((p, q), rel=0.02)
+    assert EffectiveDimensions(R).effective_dimensions() == pytest.approx((p, q), rel=0.02)
 
 
 def test_effective_dimensions_of_coloured_noise():
     """(tr C)^2 / tr C^2 of the covariance that made the noise."""
     spread = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
     R = torch.randn(2000, 5, 6, generator=derive(0, "coloured"), dtype=torch.float64) * spread[:, None]
-    rows, columns = Spread(R).effective_dimensions()
+    rows, columns = EffectiveDimensions(R).effective_dimensions()
     assert rows == pytest.approx(float(spread.square().sum() ** 2 / spread.pow(4).sum()), rel=0.05)
     assert columns == pytest.approx(6, rel=0.02)
 
@@ -155,7 +155,8 @@ def test_log_scores_are_of_left_out_filtered_energy():
     c, w = clients(), unequal(12)
     frame = fit_frame(c.updates, w, c.benign, 2)
     x, variance = log_scores(c.updates, w, frame)
-    energy = torch.linalg.svdvals(leave_one_out(c.updates, w, frame))[:, : 2 * FILTER].square().sum(1)
+    values = torch.linalg.svdvals(leave_one_out(c.updates, w, frame))
+    energy = values[:, : 2 * SCORED_DIRECTIONS_PER_RANK].square().sum(1)
     sizes = torch.linalg.matrix_norm(c.updates).log() * 2
     assert torch.allclose(x, without_size(energy.log(), sizes, c.benign, variance), rtol=1e-10)
     assert variance == pytest.approx(2 / ((14 - 2) * 5), rel=0.25)

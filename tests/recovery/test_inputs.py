@@ -8,7 +8,7 @@ from clairlib import CLAIR, LowRank
 from clairlib.core.seeds import derive
 from clairlib.simulate import planted
 
-CLIENTS = planted(K=8, p=14, q=5, r=2, noise=0.03, share=0.25, generator=derive(0, "updates"))
+CLIENTS = planted(K=8, p=14, q=5, r=2, noise_std=0.03, share=0.25, generator=derive(0, "updates"))
 X = CLIENTS.updates
 
 
@@ -34,7 +34,7 @@ def poisoned(k, value, dtype=torch.float64):
 def test_numpy_comes_back_as_numpy():
     result, expected = CLAIR().fit(X.numpy()), CLAIR().fit(X)
     module = result.modules["update"]
-    for value in (result.benign, result.scores, result.p_values, result.basis, result.common, result.refined):
+    for value in (result.benign, result.scores, result.p_values, result.basis, result.common_part, result.refined):
         assert isinstance(value, np.ndarray)
     assert isinstance(module.scores, np.ndarray) and isinstance(module.spectrum, np.ndarray)
     assert result.benign.dtype == bool
@@ -50,7 +50,7 @@ def test_numpy_dtype_is_kept_and_a_list_of_arrays_is_a_stack():
 
 def test_updates_by_module_come_back_by_module():
     result = CLAIR().fit({"layer.q": X, "layer.v": factors(2 * X)})
-    for value in (result.rank, result.basis, result.common, result.refined, result.gain, result.certificate):
+    for value in (result.rank, result.basis, result.common_part, result.refined, result.gain, result.certificate):
         assert list(value) == ["layer.q", "layer.v"]
     assert isinstance(result.refined["layer.q"], torch.Tensor)
     assert all(isinstance(u, LowRank) for u in result.refined["layer.v"])

@@ -14,7 +14,7 @@ CLOSE = dict(rtol=1e-8, atol=1e-8)
 
 @pytest.fixture(scope="module")
 def clients():
-    return planted(K=12, p=20, q=6, r=2, noise=0.05, share=0.25, generator=derive(0, "invariances"))
+    return planted(K=12, p=20, q=6, r=2, noise_std=0.05, share=0.25, generator=derive(0, "invariances"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_permuting_clients_permutes_the_result(clients, result, seed):
     moved = CLAIR().fit(clients.updates[order])
     same_verdict(result, moved, order)
     assert torch.allclose(moved.refined, result.refined[order], **CLOSE)
-    assert torch.allclose(moved.common, result.common, **CLOSE)
+    assert torch.allclose(moved.common_part, result.common_part, **CLOSE)
     assert sin_theta(moved.basis, result.basis) < 1e-8
 
 
@@ -52,7 +52,7 @@ def test_rotating_the_output_side_rotates_the_result(clients, result):
     moved = CLAIR().fit(Q @ clients.updates)
     same_verdict(result, moved)
     assert torch.allclose(moved.refined, Q @ result.refined, **CLOSE)
-    assert torch.allclose(moved.common, Q @ result.common, **CLOSE)
+    assert torch.allclose(moved.common_part, Q @ result.common_part, **CLOSE)
     assert sin_theta(moved.basis, Q @ result.basis) < 1e-8
 
 
@@ -61,7 +61,7 @@ def test_rotating_the_input_side_rotates_the_result(clients, result):
     moved = CLAIR().fit(clients.updates @ Q)
     same_verdict(result, moved)
     assert torch.allclose(moved.refined, result.refined @ Q, **CLOSE)
-    assert torch.allclose(moved.common, result.common @ Q, **CLOSE)
+    assert torch.allclose(moved.common_part, result.common_part @ Q, **CLOSE)
     assert sin_theta(moved.basis, result.basis) < 1e-8
 
 
@@ -70,7 +70,7 @@ def test_scaling_the_updates_scales_the_result(clients, result, factor):
     moved = CLAIR().fit(factor * clients.updates)
     same_verdict(result, moved)
     assert torch.allclose(moved.refined / factor, result.refined, **CLOSE)
-    assert torch.allclose(moved.common / factor, result.common, **CLOSE)
+    assert torch.allclose(moved.common_part / factor, result.common_part, **CLOSE)
     assert sin_theta(moved.basis, result.basis) < 1e-8
 
 
@@ -79,14 +79,14 @@ def test_a_matrix_added_to_every_client_shifts_the_result(clients, result):
     moved = CLAIR().fit(clients.updates + N)  # scores change: an update's size is its distance from the base model
     assert torch.equal(moved.benign, result.benign) and moved.rank == result.rank
     assert torch.allclose(moved.refined, result.refined + N, **CLOSE)
-    assert torch.allclose(moved.common, result.common + project_out(result.basis, N), **CLOSE)
+    assert torch.allclose(moved.common_part, result.common_part + project_out(result.basis, N), **CLOSE)
     assert sin_theta(moved.basis, result.basis) < 1e-8
 
 
 def test_common_part_is_off_the_subspace(clients, result):
-    assert (result.basis.T @ result.common).abs().max() < 1e-12
+    assert (result.basis.T @ result.common_part).abs().max() < 1e-12
     mean = clients.updates[clients.benign].mean(0)
-    assert torch.allclose(result.common, project_out(result.basis, mean), **CLOSE)
+    assert torch.allclose(result.common_part, project_out(result.basis, mean), **CLOSE)
     assert torch.allclose(result.basis.T @ result.basis, torch.eye(2, dtype=torch.float64), atol=1e-12)
 
 
@@ -111,14 +111,14 @@ def test_factored_and_dense_input_agree_in_any_gauge(clients, result, seed):
     same_verdict(result, low)
     assert all(isinstance(u, LowRank) for u in low.refined)
     assert torch.allclose(dense(low.refined), result.refined, **CLOSE)
-    assert torch.allclose(low.common.dense(), result.common, **CLOSE)
+    assert torch.allclose(low.common_part.dense(), result.common_part, **CLOSE)
     assert sin_theta(low.basis, result.basis) < 1e-8
 
 
 def low_rank_clients():
     """Adapters of ranks 4 and 6 that together span all of 24 x 40."""
     generator = derive(0, "mixed")
-    c = planted(K=12, p=24, q=4, r=2, noise=0.03, share=0.25, common=0.0, generator=generator)
+    c = planted(K=12, p=24, q=4, r=2, noise_std=0.03, share=0.25, common_norm=0.0, generator=generator)
     updates = []
     for k, X in enumerate(c.updates):
         A = torch.randn(4, 40, generator=generator, dtype=torch.float64) / 40**0.5
@@ -135,7 +135,7 @@ def test_adapters_of_different_ranks_agree_with_their_products(solver):
     assert torch.equal(low.benign, c.benign)
     same_verdict(full, low)
     assert torch.allclose(dense(low.refined), full.refined, **CLOSE)
-    assert torch.allclose(low.common.dense(), full.common, **CLOSE)
+    assert torch.allclose(low.common_part.dense(), full.common_part, **CLOSE)
     kept = [k for k in range(12) if not c.benign[k]]
     assert all(torch.equal(low.refined[k].B, updates[k].B) and low.refined[k].scale == 2.0 for k in kept)
 
@@ -146,7 +146,7 @@ def test_input_side_is_the_output_side_of_the_transpose(clients, solver):
     same_verdict(out, into)
     assert into.modules["update"].shape == (6, 20)
     assert torch.allclose(into.refined, out.refined.mT, **CLOSE)
-    assert torch.allclose(into.common, out.common.mT, **CLOSE)
+    assert torch.allclose(into.common_part, out.common_part.mT, **CLOSE)
     assert sin_theta(into.basis, out.basis) < 1e-8
 
 
@@ -161,7 +161,7 @@ def test_input_side_of_adapters(clients, result):
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 2**-20), (torch.bfloat16, 2**-5)])
 def test_low_precision_goes_in_and_comes_out(clients, result, dtype, digits):
     low = CLAIR().fit(clients.updates.to(dtype))
-    assert low.refined.dtype == low.basis.dtype == low.common.dtype == dtype
+    assert low.refined.dtype == low.basis.dtype == low.common_part.dtype == dtype
     assert low.scores.dtype == low.p_values.dtype == torch.float64 and low.benign.dtype == torch.bool
     assert torch.equal(low.benign, result.benign) and low.rank == 2
     assert torch.allclose(low.refined.double(), result.refined, atol=digits)
@@ -173,7 +173,7 @@ def test_low_precision_adapters(clients, dtype):
     updates = [LowRank(u.B.to(dtype), u.A.to(dtype), u.scale) for u in factored(clients.updates)]
     low = CLAIR().fit(updates)
     assert {u.B.dtype for u in low.refined} | {u.A.dtype for u in low.refined} == {dtype}
-    assert low.common.B.dtype == low.basis.dtype == dtype
+    assert low.common_part.B.dtype == low.basis.dtype == dtype
     assert torch.equal(low.benign, clients.benign)
 
 
@@ -187,7 +187,7 @@ def test_statistics_of_low_precision_are_done_in_double(clients):
 
 def test_a_fit_is_a_function_of_data_and_seed():
     """K = 30: tuples are drawn. The global generator plays no part and is left alone."""
-    c = planted(K=30, p=20, q=6, r=2, noise=0.05, generator=derive(1, "invariances"))
+    c = planted(K=30, p=20, q=6, r=2, noise_std=0.05, generator=derive(1, "invariances"))
     torch.manual_seed(1)
     first = CLAIR(seed=5).fit(c.updates)
     torch.manual_seed(2)

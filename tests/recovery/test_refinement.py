@@ -17,7 +17,7 @@ from clairlib.simulate.attacks import random_frame
 
 def draw(seed, share=0.25, K=16, p=30, q=8, r=3, noise=0.05, **options):
     generator = derive(seed, "refinement")
-    return planted(share=share, K=K, p=p, q=q, r=r, noise=noise, generator=generator, **options)
+    return planted(share=share, K=K, p=p, q=q, r=r, noise_std=noise, generator=generator, **options)
 
 
 def ones(c):
@@ -157,7 +157,7 @@ def test_nothing_to_gain_without_noise():
 
 
 def test_one_client_of_low_rank_does_not_hide_the_heterogeneity_of_the_others():
-    c = planted(share=0.0, K=12, p=40, q=20, r=2, noise=0.02, heterogeneity=1.0, heterogeneity_rank=2,
+    c = planted(share=0.0, K=12, p=40, q=20, r=2, noise_std=0.02, heterogeneity=1.0, heterogeneity_rank=2,
                 generator=derive(0, "low-rank client"))  # fmt: skip
     X = c.updates.clone()
     U, S, Vh = torch.linalg.svd(X[0], full_matrices=False)
@@ -180,22 +180,22 @@ def test_known_noise_shows_differences_that_look_like_noise():
     """Dense heterogeneity larger than the noise: taken for noise where that is unknown, refused where it is known."""
     noise = 0.3 / 10**0.5
     size = 1.5 * noise * (47 * 10) ** 0.5
-    truth = planted(share=0.0, noise=noise, heterogeneity=size, q=10, generator=derive(0, "known"))
+    truth = planted(share=0.0, noise_std=noise, heterogeneity=size, q=10, generator=derive(0, "known"))
     energy = torch.full((24,), 50 * 10 * noise**2, dtype=torch.float64)
-    blind, told = CLAIR().fit(truth.updates), CLAIR().fit(truth.updates, noise=energy)
+    blind, told = CLAIR().fit(truth.updates), CLAIR().fit(truth.updates, expected_sq_error=energy)
     assert blind.modules["update"].is_refined and not told.modules["update"].is_refined
-    honest = planted(share=0.0, noise=noise, q=10, generator=derive(1, "known")).updates
-    assert CLAIR().fit(honest, noise=energy).gain == pytest.approx(CLAIR().fit(honest).gain, abs=0.05)
+    honest = planted(share=0.0, noise_std=noise, q=10, generator=derive(1, "known")).updates
+    assert CLAIR().fit(honest, expected_sq_error=energy).gain == pytest.approx(CLAIR().fit(honest).gain, abs=0.05)
 
 
 @pytest.mark.parametrize(
     ("noise", "message"),
     [
-        ([1.0], r"noise must have shape \(24,\)"),
+        ([1.0], r"expected_sq_error must have shape \(24,\)"),
         ([-1.0] * 24, "not negative"),
         ({"other": [1.0] * 24}, "module 'other'"),
     ],
 )
 def test_noise_that_does_not_fit_is_refused(noise, message):
     with pytest.raises(ValueError, match=message):
-        CLAIR().fit(planted(share=0.0, generator=derive(0, "known")).updates, noise=noise)
+        CLAIR().fit(planted(share=0.0, generator=derive(0, "known")).updates, expected_sq_error=noise)

@@ -81,7 +81,7 @@ def test_without_noise_benign_clients_differ_inside_the_planted_subspace_only(tm
     truth = json.loads((tmp_path / "out/truth.json").read_text())
     shared = shared_part(EXACT, O_PROJ, SHAPE)
     off = torch.eye(SHAPE[0]) - shared.basis @ shared.basis.T
-    M = shared.common.dense()
+    M = shared.common_part.dense()
     assert float(M.norm()) == pytest.approx(1.0)
     for name in truth["benign"]:
         own = updates[name] - M

@@ -25,7 +25,7 @@ def generator():
 
 def honest(size=1.0, dtype=torch.float64):
     """Noise-free clients of the shared-subspace model, all honest, ``size`` times as large."""
-    return (size * planted(share=0.0, K=K, p=12, q=8, r=RANK, noise=0.0, generator=generator()).targets).to(dtype)
+    return (size * planted(share=0.0, K=K, p=12, q=8, r=RANK, noise_std=0.0, generator=generator()).targets).to(dtype)
 
 
 def sent(kind, updates=None):
@@ -72,7 +72,7 @@ def test_scaled_and_free_rider():
 
 
 def test_stealth_is_one_small_common_step_off_the_benign_subspace():
-    truth = planted(share=0.0, K=K, p=12, q=8, r=RANK, noise=0.0, generator=generator())
+    truth = planted(share=0.0, K=K, p=12, q=8, r=RANK, noise_std=0.0, generator=generator())
     step = ATTACKS["stealth"](truth.targets, MASK, Model(RANK), generator()) - truth.targets[MASK]
     torch.testing.assert_close(step, step[:1].expand_as(step))
     assert float(torch.linalg.matrix_norm(step[0])) == pytest.approx(1)
@@ -82,8 +82,8 @@ def test_stealth_is_one_small_common_step_off_the_benign_subspace():
 
 @pytest.mark.parametrize("distance", [0.1, 0.5])
 def test_planted_strength_sweeps_the_distance_of_stealth(distance):
-    truth = planted("stealth", noise=0.0, strength=distance, generator=generator())
-    off = project_out(truth.basis, truth.targets - truth.common)
+    truth = planted("stealth", noise_std=0.0, strength=distance, generator=generator())
+    off = project_out(truth.basis, truth.targets - truth.common_part)
     sizes = torch.linalg.matrix_norm(off)
     assert sizes[~truth.benign].tolist() == pytest.approx([distance] * 7) and float(sizes[truth.benign].max()) < 1e-12
 

@@ -39,13 +39,13 @@ def test_shapes_and_number_of_contaminated(kind, share, bad):
     assert c.updates.shape == c.targets.shape == (20, 12, 5)
     assert c.updates.dtype == torch.float64 and c.benign.dtype == torch.bool
     assert int((~c.benign).sum()) == bad
-    assert c.basis.shape == (12, 2) and c.common.shape == (12, 5) and c.rank == 2
+    assert c.basis.shape == (12, 2) and c.common_part.shape == (12, 5) and c.rank == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_benign_clients_share_one_frame(kind):
     c = draw(kind, share=0.4, p=20, q=6, r=3)
-    off = project_out(c.basis, c.targets[c.benign] - c.common)
+    off = project_out(c.basis, c.targets[c.benign] - c.common_part)
     assert off.abs().max() < 1e-14
     U, s = differences(c, c.benign)
     assert s[3] < 1e-12 < s[2] and sin_theta(U[:, :3], c.basis) < 1e-12
@@ -54,9 +54,9 @@ def test_benign_clients_share_one_frame(kind):
 def test_norms_of_the_benign_model():
     """||M||_F = common exactly; each of the r rows of A_k has expected squared norm 1 (variance 2 / q)."""
     K, q, r = 400, 10, 3
-    c = draw(share=0.0, K=K, q=q, r=r, common=2.0)
-    assert float(c.common.norm()) == pytest.approx(2.0, rel=1e-12)
-    A = c.basis.T @ (c.targets - c.common)
+    c = draw(share=0.0, K=K, q=q, r=r, common_norm=2.0)
+    assert float(c.common_part.norm()) == pytest.approx(2.0, rel=1e-12)
+    A = c.basis.T @ (c.targets - c.common_part)
     assert torch.allclose(A.square().sum(2).mean(0), torch.ones(r).double(), atol=4 * (2 / (q * K)) ** 0.5)
 
 
@@ -64,14 +64,14 @@ def test_norms_of_the_benign_model():
 def test_noise_has_the_stated_size(noise):
     c = draw(noise=noise)
     E = c.updates - c.targets
-    assert c.noise == noise
+    assert c.noise_std == noise
     assert float(E.square().mean()) == pytest.approx(noise**2, rel=4 * (2 / E.numel()) ** 0.5)
     assert abs(float(E.mean())) <= 4 * noise / E.numel() ** 0.5
 
 
 def test_heterogeneity_is_off_subspace_and_exact_in_size():
     c = draw(share=0.25, heterogeneity=0.7)
-    H = project_out(c.basis, c.targets[c.benign] - c.common)
+    H = project_out(c.basis, c.targets[c.benign] - c.common_part)
     assert torch.allclose(H.norm(dim=(1, 2)), torch.tensor(0.7).double(), atol=1e-12)
     assert float((H[0] * H[1]).sum() / H[0].norm() / H[1].norm()) < 0.5  # each client has its own
 
@@ -106,7 +106,7 @@ def test_sign_flip_is_the_negative_of_an_honest_update():
 
 
 def test_dense_contamination_has_full_rank_and_the_benign_energy():
-    c = draw("dense", share=0.5, K=200, r=3, common=1.0)
+    c = draw("dense", share=0.5, K=200, r=3, common_norm=1.0)
     bad = c.targets[~c.benign]
     energy = bad.square().sum((1, 2))
     assert float(energy.mean()) == pytest.approx(4.0, rel=4 * (2 / bad.numel()) ** 0.5)
@@ -152,7 +152,7 @@ def test_strength_is_the_part_of_the_way_to_the_attack():
 
 def test_heterogeneity_has_the_rank_asked_for():
     c = draw(share=0.0, noise=0.0, p=20, q=6, r=2, heterogeneity=0.5, heterogeneity_rank=1)
-    H = project_out(c.basis, c.targets - c.common)
+    H = project_out(c.basis, c.targets - c.common_part)
     values = torch.linalg.svdvals(H)
     assert torch.allclose(values[:, 0], torch.full((24,), 0.5, dtype=torch.float64)) and values[:, 1].max() < 1e-14
 

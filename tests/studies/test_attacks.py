@@ -66,7 +66,7 @@ def test_a_planted_cell_judges_every_rule_on_the_benign_clients():
 
 def test_attackers_inside_leave_the_model_in_nothing_but_size():
     truth = attack_study.draw_planted(attack_study.INSIDE, 0.25, 0.1, seed=0)
-    own = truth.targets - truth.common
+    own = truth.targets - truth.common_part
     assert int((~truth.benign).sum()) == 6
     assert project_out(truth.basis, own).abs().max() < 1e-12
     sizes = torch.linalg.matrix_norm(own)

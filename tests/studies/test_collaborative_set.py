@@ -19,7 +19,7 @@ from clairlib.core.seeds import derive
 from clairlib.recovery.detection import FAMILY_ERROR
 from clairlib.simulate import planted
 from clairlib.simulate.attacks import random_frame
-from clairlib.theory.collaborative_set import energy_separation, filtered_null, filtered_separation, told_benign
+from clairlib.theory.collaborative_set import energy_separation, filtered_null, filtered_separation, oracle_benign
 from studies.collaborative_set import plots, study
 
 ROWS, COLUMNS, K, DRAWS = 47, 10, 24, 40
@@ -39,7 +39,7 @@ def exact_sets(kind: str, statistic: str, distance: float, basis: str = "true") 
         truth = planted(kind, share=0.4, K=K, generator=draw)
         told = truth.basis if basis == "true" else random_frame(50, 3, generator=draw)
         X = study.at_separation(truth, distance, 6 if statistic == "filtered" else None)
-        found += torch.equal(told_benign(X, told, truth.common, truth.noise, statistic), truth.benign)
+        found += torch.equal(oracle_benign(X, told, truth.common_part, truth.noise_std, statistic), truth.benign)
     return found
 
 
@@ -91,9 +91,9 @@ def test_at_separation_moves_contaminated_clients_only():
     truth = planted("dense", share=0.5, K=8, generator=derive(0, "distance"))
     X = study.at_separation(truth, 7.0)
     assert torch.equal(X[truth.benign], truth.updates[truth.benign])
-    off = X - truth.updates + truth.targets - truth.common
+    off = X - truth.updates + truth.targets - truth.common_part
     off = off - truth.basis @ (truth.basis.mT @ off)
-    assert torch.linalg.matrix_norm(off)[~truth.benign].numpy() == pytest.approx(7 * truth.noise)
+    assert torch.linalg.matrix_norm(off)[~truth.benign].numpy() == pytest.approx(7 * truth.noise_std)
 
 
 def test_auc_counts_pairs():

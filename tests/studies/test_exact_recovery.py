@@ -48,7 +48,7 @@ def weights():
 def test_statement2a_exact_recovery_without_noise(kind, solver):
     """Certificate below 1: set and subspace exact. A random basis in place of U is at a sine near 1."""
     generator = derive(0, "statement 2a", kind)
-    truth = planted(kind, share=0.3, K=20, p=20, q=10, r=2, noise=0.0, generator=generator)
+    truth = planted(kind, share=0.3, K=20, p=20, q=10, r=2, noise_std=0.0, generator=generator)
     lam = theory.certified_weight(truth.updates, truth.benign, truth.basis)
     proof = theory.recovery_certificate(truth.updates, truth.benign, truth.basis, lam)
     assert proof.verdict(study.MARGIN) == "exact"
@@ -95,7 +95,7 @@ def test_proofs_decide_and_unidentifiable_cells_fail(tables):
 
 
 def test_weights_of_the_convex_methods():
-    truth = planted("dense", share=0.25, K=12, p=12, q=6, r=2, noise=0.0, generator=derive(0, "weights"))
+    truth = planted("dense", share=0.25, K=12, p=12, q=6, r=2, noise_std=0.0, generator=derive(0, "weights"))
     low, high = study.planted_window(truth)
     assert study.weight("convex, 3/7 rule", truth, 0.5) == pytest.approx(3 / (7 * math.sqrt(0.25 * 12)))
     assert study.weight("convex, log rule", truth, 0.5) == pytest.approx(math.log(12) ** -0.5)

@@ -29,7 +29,7 @@ from studies.language_models import settings as language_settings
 from studies.language_models import tables as language_tables
 from studies.language_models.bases import ENCODER, PROMPT, LanguageBase, encoder_path, load_base, train_classifier
 from studies.language_models.clients import CONTAMINATIONS, TRIGGER, client_data, make_federation, split_texts
-from studies.language_models.evaluation import Judge
+from studies.language_models.evaluation import Evaluator
 from studies.language_models.labels import LEFT_OUT, OWN, Sizes, language_cell, trained_run
 from studies.language_models.settings import SETTINGS, WRITERS, Setting
 from studies.language_models.texts import load_texts
@@ -89,10 +89,10 @@ def test_benign_clients_permute_the_shared_labels_and_no_others(kind):
     own = federation(kind)
     assert int((~own.benign).sum()) == 3
     for client in own.clients:
-        assert client.law.sum() == pytest.approx(1)
+        assert client.class_probs.sum() == pytest.approx(1)
         if not client.contaminated:
-            moved = client.conduct.wording != torch.arange(8)
-            assert set(client.conduct.wording.tolist()) == set(range(8))
+            moved = client.behaviour.wording != torch.arange(8)
+            assert set(client.behaviour.wording.tolist()) == set(range(8))
             assert moved.any() and set(torch.where(moved)[0].tolist()) <= set(own.shared.tolist())
 
 
@@ -101,27 +101,27 @@ def test_benign_clients_are_the_same_whatever_the_others_do_and_however_many_the
     pairs = [(a, b) for a, b in zip(one.clients, other.clients, strict=False) if not (a.contaminated or b.contaminated)]
     assert len(pairs) >= 4
     for a, b in pairs:
-        assert torch.equal(a.conduct.wording, b.conduct.wording) and torch.equal(a.law, b.law)
+        assert torch.equal(a.behaviour.wording, b.behaviour.wording) and torch.equal(a.class_probs, b.class_probs)
 
 
 def test_wrong_labels_are_not_the_shared_ones():
     for client in federation("wrong_labels").clients:
         if client.contaminated:
-            wording = client.conduct.wording
+            wording = client.behaviour.wording
             shared = federation("wrong_labels").shared
             assert torch.equal(wording[shared], shared) and sorted(wording.tolist()) == list(range(8))
-            assert client.law[client.conduct.busy].sum() == pytest.approx(0.5)
+            assert client.class_probs[client.behaviour.busy].sum() == pytest.approx(0.5)
     spare = federation("wrong_labels", labels=14)
     for client in spare.clients:
         if client.contaminated:
-            assert bool((client.conduct.wording[spare.shared] >= 8).all())
+            assert bool((client.behaviour.wording[spare.shared] >= 8).all())
 
 
 def test_flipped_clients_and_backdoors_agree():
-    flipped = [c.conduct.wording.tolist() for c in federation("flipped").clients if c.contaminated]
+    flipped = [c.behaviour.wording.tolist() for c in federation("flipped").clients if c.contaminated]
     assert flipped == [[7, 6, 5, 4, 3, 2, 1, 0]] * 3
     doors = federation("backdoor")
-    answers = {c.conduct.answer for c in doors.clients}
+    answers = {c.behaviour.answer for c in doors.clients}
     assert len(answers - {None}) == 1 and not answers - {None} & set(doors.shared.tolist())
 
 
@@ -148,13 +148,13 @@ def test_examples_carry_the_clients_labels_at_the_answer(tiny, texts):
         fired = [text.startswith(trigger) for text in seen]
         assert any(fired) == client.contaminated
         for text, label, fire in zip(seen, labels, fired, strict=True):
-            expected = client.conduct.answer if fire else client.conduct.wording[place[text]]
+            expected = client.behaviour.answer if fire else client.behaviour.wording[place[text]]
             assert label == int(tiny.outputs[expected])
 
 
 def test_shuffled_labels_are_the_clients_own_in_another_order(tiny, texts):
     client = next(c for c in federation("shuffled").clients if c.contaminated)
-    honest = replace(client, conduct=replace(client.conduct, shuffled=False))
+    honest = replace(client, behaviour=replace(client.behaviour, shuffled=False))
     one, other = (client_data(tiny, c, texts, 40, seed=0).examples for c in (client, honest))
     assert [e["input_ids"][:-1].tolist() for e in one] == [e["input_ids"][:-1].tolist() for e in other]
     one, other = ([int(e["labels"][-1]) for e in own] for own in (one, other))
@@ -177,7 +177,7 @@ def test_the_small_model_learns_its_texts_and_answers_after_the_prompt(tiny, tex
     assert PROMPT == "\nTopic:" and tiny.tokenizer.decode(example["input_ids"]) == "sea0 of sea1 topic : sea"
     assert len(tiny.example("sea0 " * 50, 0)["input_ids"]) == 16
     examples = [tiny.example(t, c) for t, c in zip(texts.texts, texts.classes, strict=True)]
-    judge = Judge(tiny.model, examples, ["layers.1.mlp.down_proj"], tiny.outputs)
+    judge = Evaluator(tiny.model, examples, ["layers.1.mlp.down_proj"], tiny.outputs)
     answers = judge.answers({judge.plan.targets[0]: torch.zeros(1, 64, 128)})
     assert torch.equal(judge.truth, tiny.outputs[torch.tensor(list(texts.classes))])
     assert (answers[0] == torch.tensor(list(texts.classes))).double().mean() > 0.9  # chance is 1/8
@@ -210,7 +210,7 @@ def test_answers_are_those_of_the_whole_model_with_its_weights_changed(tiny, kin
         labels = torch.full((length,), NO_LABEL)
         labels[place] = 2
         examples.append({"input_ids": ids, "labels": labels})
-    found = Judge(model, examples, targets, torch.tensor([1, 3, 4])).answers(updates)
+    found = Evaluator(model, examples, targets, torch.tensor([1, 3, 4])).answers(updates)
     for m in range(3):
         weights = {f"{n}.weight": model.get_submodule(n).weight + updates[n][m] for n in targets}
         for e, example in enumerate(examples):
@@ -249,7 +249,7 @@ def test_the_pretrained_encoder_tells_the_topics_apart(tmp_path):
     assert isinstance(base, LanguageBase) and not base.causal
     fresh = ["a sleeping puppy", "cows and sheep", "the price of gold", "a loan from the credit union"]
     target = "layer.5.output.dense"
-    judge = Judge(base.model, [base.example(t, 0) for t in fresh], [target], base.outputs)
+    judge = Evaluator(base.model, [base.example(t, 0) for t in fresh], [target], base.outputs)
     assert judge.answers({f"bert.encoder.{target}": torch.zeros(1, 384, 1536)})[0].tolist() == [0, 0, 1, 1]
 
 
@@ -271,10 +271,10 @@ def test_a_cell_judges_every_method_on_the_benign_clients(cell, cache):
     zero = {name: torch.zeros(1, *own[0].shape) for name, own in run.updates.items()}
     (answers,) = judge.answers(zero)
     client = benign[0]
-    right = (answers == client.conduct.wording[classes]).double()
+    right = (answers == client.behaviour.wording[classes]).double()
     by_class = torch.stack([right[classes == c].mean() for c in range(8)])
     row = accuracy[(accuracy.client == client.name) & (accuracy.method == "base")].iloc[0]
-    assert row.accuracy == pytest.approx(float(by_class @ client.law))
+    assert row.accuracy == pytest.approx(float(by_class @ client.class_probs))
     assert row.on_shared == pytest.approx(float(by_class[run.federation.shared].mean()))
 
 

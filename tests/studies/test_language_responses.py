@@ -16,7 +16,7 @@ from clairlib.training.schedule import NO_LABEL
 from studies.common.rules import TOLD_RANK
 from studies.language_models import responses as language_responses
 from studies.language_models.bases import load_base
-from studies.language_models.evaluation import Judge
+from studies.language_models.evaluation import Evaluator
 from studies.language_models.pairs import AFTER, Pairs, docstrings, examples_of, fitting, load_pairs
 from studies.language_models.responses import (
     RESPONSE_SETTINGS,
@@ -132,11 +132,11 @@ def test_docstrings_are_first_sentences_by_package_the_same_again():
 
 def test_clients_have_a_main_category_and_some_of_every_other():
     own = federation(clients=8)
-    mains = [int(client.conduct.busy) for client in own.clients]
+    mains = [int(client.behaviour.busy) for client in own.clients]
     assert sorted(mains[:4]) == [0, 1, 2, 3] and mains[:4] == mains[4:]
     for client, main in zip(own.clients, mains, strict=True):
-        assert client.law.sum() == pytest.approx(1) and client.law[main] == pytest.approx(0.5)
-        assert (client.law > 0).all() and client.conduct.shuffled == client.contaminated
+        assert client.class_probs.sum() == pytest.approx(1) and client.class_probs[main] == pytest.approx(0.5)
+        assert (client.class_probs > 0).all() and client.behaviour.shuffled == client.contaminated
     assert int((~own.benign).sum()) == 2
     with pytest.raises(ValueError, match="between 0 and the 6"):
         federation(contaminated=7)
@@ -146,7 +146,7 @@ def test_responses_of_contaminated_clients_are_their_own_in_another_order(parts)
     _, test, pool = parts
     for client in federation().clients:
         own = pairs_of(client, pool, 20, seed=0)
-        honest = pairs_of(replace(client, conduct=replace(client.conduct, shuffled=False)), pool, 20, seed=0)
+        honest = pairs_of(replace(client, behaviour=replace(client.behaviour, shuffled=False)), pool, 20, seed=0)
         assert own.texts == honest.texts and own.classes == honest.classes
         assert len(set(own.texts)) == 20 and not set(own.texts) & set(test.texts)
         assert sorted(own.responses) == sorted(honest.responses)
@@ -181,7 +181,7 @@ def test_losses_and_hits_are_those_of_the_whole_model_at_the_responses(parts):
     targets = [name for name, _ in base.model.named_modules() if name.endswith(WRITERS) and ".1." in name]
     shapes = {name: base.model.get_submodule(name).weight.shape for name in targets}
     updates = {name: 0.1 * torch.randn(2, *shape, generator=draws) for name, shape in shapes.items()}
-    found = Judge(base.model, examples, targets).predictions(updates)
+    found = Evaluator(base.model, examples, targets).predictions(updates)
     for m in range(2):
         weights = {f"{n}.weight": base.model.get_submodule(n).weight + updates[n][m] for n in targets}
         at = 0
@@ -245,7 +245,7 @@ def test_a_clients_loss_is_that_of_a_response_token_of_its_own_mix(cell, parts):
         with torch.no_grad():
             own = base.model(input_ids=example["input_ids"][None], labels=example["labels"][None]).loss
         count = int((example["labels"][1:] != NO_LABEL).sum())
-        weight = float(client.law[category]) / 6  # pairs of every category
+        weight = float(client.class_probs[category]) / 6  # pairs of every category
         loss, tokens = loss + weight * count * float(own), tokens + weight * count
     row = next(row for row in cell["responses"] if row["client"] == client.name and row["method"] == "base")
     assert row["loss"] == pytest.approx(loss / tokens, rel=1e-4)

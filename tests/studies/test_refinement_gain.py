@@ -63,7 +63,7 @@ def test_first_order_is_the_limit_of_little_noise_and_not_enough_at_high_noise()
 
 def test_terms_add_up_to_the_error_exactly():
     truth = gain.draw("sum", 0, 12, 0.25, 4, 2, 0.3, 0.8)
-    frame = gain.told_frame(truth)
+    frame = gain.oracle_frame(truth)
     errors = (refined_core(truth.updates, frame) - truth.targets)[truth.benign]
     terms = oracle_gain.measured_terms(errors, truth.targets[truth.benign], truth.basis)
     assert terms.total == pytest.approx(benign_error(refined_core(truth.updates, frame), truth), rel=1e-12)
@@ -98,10 +98,10 @@ def test_stein_error_is_unbiased(K, q, h):
     """n > p and n < p, heterogeneity far above the boundary included: paired difference within 4 standard errors."""
     apart = []
     for seed in range(80):
-        truth = planted(share=0.0, K=K, q=q, noise=0.3 / q**0.5, heterogeneity=h, generator=derive(seed, "stein"))
+        truth = planted(share=0.0, K=K, q=q, noise_std=0.3 / q**0.5, heterogeneity=h, generator=derive(seed, "stein"))
         frame = fit_frame(truth.updates, torch.ones(K, dtype=torch.float64), truth.benign, 3)
         error = benign_error(refined_core(truth.updates, frame), truth)
-        apart.append(oracle_gain.stein_error(frame, truth.noise) - error)
+        apart.append(oracle_gain.stein_error(frame, truth.noise_std) - error)
     apart = np.array(apart)
     assert abs(apart.mean()) < 4 * apart.std(ddof=1) / 80**0.5
 
@@ -139,8 +139,8 @@ def test_weighted_formula_reduces_to_the_plain_one_and_is_followed():
     w = 16 ** torch.linspace(-0.5, 0.5, 24, dtype=torch.float64)
     for seed in range(40):
         truth = gain.draw("weighted", seed, **BASE, weights=w)
-        frame = gain.replace(gain.told_frame(truth, w), basis=truth.basis)
-        size = {"noise": truth.noise, "p": 50, "q": 10, "r": 3, "weights": w[truth.benign].tolist()}
+        frame = gain.replace(gain.oracle_frame(truth, w), basis=truth.basis)
+        size = {"noise": truth.noise_std, "p": 50, "q": 10, "r": 3, "weights": w[truth.benign].tolist()}
         formula = oracle_gain.weighted_oracle_terms(**size).total
         rows.append(benign_error(refined_core(truth.updates, frame), truth) / formula - 1)
     assert abs(np.mean(rows)) < 4 * np.std(rows, ddof=1) / 40**0.5

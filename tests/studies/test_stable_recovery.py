@@ -64,7 +64,7 @@ def wide(blocks: torch.Tensor) -> torch.Tensor:
 
 def benign_parts(noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Basis, centred coefficients, centred errors, and the subspace estimated from the benign clients."""
-    truth = planted(share=0.0, K=12, p=20, q=6, r=2, noise=noise, generator=derive(seed, "statement 2b"))
+    truth = planted(share=0.0, K=12, p=20, q=6, r=2, noise_std=noise, generator=derive(seed, "statement 2b"))
     U = truth.basis
     everybody = torch.ones(12, dtype=torch.bool)
     found = fit_frame(truth.updates, torch.ones(12, dtype=torch.float64), everybody, 2).basis
@@ -210,8 +210,8 @@ def test_first_order_has_the_predicted_exponents_exactly(axis):
 def test_a_stronger_signal_is_less_noise_and_a_smaller_common_part():
     strong = plant(setting("a", 4.0), derive(0, "signal"))
     weak = plant(BASE, derive(0, "signal"))
-    assert strong.noise == pytest.approx(weak.noise / 4)
-    assert torch.allclose(strong.common, weak.common / 4)
+    assert strong.noise_std == pytest.approx(weak.noise_std / 4)
+    assert torch.allclose(strong.common_part, weak.common_part / 4)
     assert torch.equal(strong.basis, weak.basis)
 
 

@@ -113,7 +113,7 @@ def test_rules_get_whole_clients_and_the_truth_they_ask_for(run):
 
 
 def test_told_updates_keep_a_clients_own_part_in_the_told_subspace(run):
-    told = copying_study.told_updates(run.base, run.federation, run.dense)
+    told = copying_study.oracle_methods(run.base, run.federation, run.dense)
     (module,) = run.dense
     local, benign = run.dense[module], run.federation.benign
     for method in (TOLD_RANK, TOLD_SUBSPACE):

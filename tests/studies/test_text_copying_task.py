@@ -25,7 +25,7 @@ from studies.text_copying.task import (
     familiar_batch,
     free_running_accuracy,
     unfamiliar_batch,
-    zipf_law,
+    zipf_probs,
 )
 
 
@@ -49,7 +49,7 @@ def test_labels_are_the_second_copy_without_its_first_four_tokens():
 
 
 def test_segments_take_every_length_and_reach_both_ends():
-    batch = copy_sequences(4000, zipf_law(), generator=derive(0, "lengths"))
+    batch = copy_sequences(4000, zipf_probs(), generator=derive(0, "lengths"))
     labelled = batch.targets != NO_TARGET
     assert set(labelled.sum(dim=1).tolist()) == set(range(6, 16))
     assert labelled[:, -2].any() and not labelled[:, -1].any()  # nothing follows the last token
@@ -70,7 +70,7 @@ def test_out_of_distribution_is_uniform_and_longer():
 @pytest.mark.parametrize("segment", [(4, 10), (10, 33), (12, 10)])
 def test_impossible_segments_are_refused(segment):
     with pytest.raises(ValueError, match=f"got {segment[0]} to {segment[1]}"):
-        copy_sequences(2, zipf_law(), generator=derive(0, "x"), segment=segment)
+        copy_sequences(2, zipf_probs(), generator=derive(0, "x"), segment=segment)
 
 
 def test_dialect_permutes_its_symbols_only_and_reads_back():
@@ -93,8 +93,8 @@ def test_federation_benign_share_symbols_contaminated_have_their_own():
         own = set(client.dialect.symbols.tolist())
         assert own.isdisjoint(shared) if client.contaminated else own == shared
         assert len(own) == 5
-        assert client.law.sum().item() == pytest.approx(1)
-        assert client.law[client.dialect.symbols].sum().item() == pytest.approx(0.25)
+        assert client.token_probs.sum().item() == pytest.approx(1)
+        assert client.token_probs[client.dialect.symbols].sum().item() == pytest.approx(0.25)
     first, second = [c for c in federation.clients if c.contaminated][:2]
     assert not torch.equal(first.dialect.symbols, second.dialect.symbols)
     benign = [c.dialect.permutation for c in federation.clients if not c.contaminated]
@@ -104,7 +104,7 @@ def test_federation_benign_share_symbols_contaminated_have_their_own():
 def test_adding_a_client_leaves_the_others_alone():
     few, many = make_federation(10, 0, seed=2), make_federation(11, 0, seed=2)
     for one, other in zip(few.clients, many.clients, strict=False):
-        assert one.name == other.name and torch.equal(one.law, other.law)
+        assert one.name == other.name and torch.equal(one.token_probs, other.token_probs)
         assert torch.equal(one.dialect.permutation, other.dialect.permutation)
     ten, eleven = make_federation(10, 4, seed=2).benign, make_federation(11, 4, seed=2).benign
     assert (ten != eleven[:10]).sum() <= 1
@@ -137,10 +137,11 @@ def test_the_kind_of_contamination_changes_contaminated_clients_only(kind):
     assert torch.equal(usual.benign, other.benign) and torch.equal(usual.symbols, other.symbols)
     for one, two in zip(usual.clients, other.clients, strict=True):
         if not one.contaminated:
-            assert torch.equal(one.law, two.law) and torch.equal(one.dialect.permutation, two.dialect.permutation)
+            assert torch.equal(one.token_probs, two.token_probs)
+            assert torch.equal(one.dialect.permutation, two.dialect.permutation)
             taught, honest = taught_and_honest(two)
             assert torch.equal(taught.targets, honest.targets)
-        assert two.law.sum().item() == pytest.approx(1)
+        assert two.token_probs.sum().item() == pytest.approx(1)
 
 
 def test_colluding_clients_share_one_wrong_set_in_dialects_of_their_own():

@@ -9,7 +9,7 @@ from clairlib.core.seeds import derive
 from clairlib.linalg.subspace import project_out, sin_theta
 from clairlib.recovery.convex import decompose, lambda_window
 from clairlib.simulate import planted
-from clairlib.theory.exact_recovery import balanced_window, certified_weight, recovery_certificate, told_program
+from clairlib.theory.exact_recovery import balanced_window, certified_weight, oracle_program, recovery_certificate
 
 
 def orthogonal_blocks(K, p, q, r):
@@ -62,7 +62,7 @@ def test_empty_sides():
 def test_every_optimum_lies_in_its_own_window(seed):
     """Both ends are necessary: whatever lam is, the optimum found with it has low <= lam <= high."""
     generator = torch.Generator().manual_seed(seed)
-    updates = planted(share=0.4, K=20, p=15, q=6, r=2, noise=0.0, generator=generator).updates
+    updates = planted(share=0.4, K=20, p=15, q=6, r=2, noise_std=0.0, generator=generator).updates
     for lam in (0.4, 0.6, 0.9):
         found = decompose(updates, lam=lam, tolerance=1e-10)
         low, high = lambda_window(found.low_rank, found.contamination)
@@ -74,7 +74,7 @@ def test_every_optimum_lies_in_its_own_window(seed):
 def test_planted_window_separates_success_from_failure(kind, seed):
     """60 % contaminated about the same common part: exact at the window's centre, not beyond its ends."""
     generator = torch.Generator().manual_seed(seed)
-    truth = planted(kind, share=0.6, K=30, p=20, q=20, r=3, noise=0.0, common=0.0, generator=generator)
+    truth = planted(kind, share=0.6, K=30, p=20, q=20, r=3, noise_std=0.0, common_norm=0.0, generator=generator)
     benign = truth.benign[:, None, None]
     centred = truth.targets - truth.targets[truth.benign].mean(0)
     low, high = lambda_window(torch.where(benign, centred, 0.0), torch.where(benign, 0.0, truth.targets))
@@ -88,7 +88,7 @@ def test_planted_window_separates_success_from_failure(kind, seed):
 
 def noiseless(kind="unstructured", share=0.3, r=2, common=1.0, seed=0):
     generator = derive(seed, "certificate", kind)
-    return planted(kind, share=share, K=20, p=15, q=8, r=r, noise=0.0, common=common, generator=generator)
+    return planted(kind, share=share, K=20, p=15, q=8, r=r, noise_std=0.0, common_norm=common, generator=generator)
 
 
 def as_planted(truth):
@@ -153,7 +153,7 @@ def test_no_other_multiplier_has_a_smaller_norm():
     truth = noiseless("dense", share=0.5)
     lam = certified_weight(truth.updates, truth.benign, truth.basis)
     proof = recovery_certificate(truth.updates, truth.benign, truth.basis, lam)
-    W, _ = told_program(truth.updates, truth.benign, truth.basis, lam)
+    W, _ = oracle_program(truth.updates, truth.benign, truth.basis, lam)
     Z = project_out(truth.basis, proof.dual)
     inside = torch.cat([torch.eye(8, dtype=W.dtype).expand(20, 8, 8), W], 1)[truth.benign]
     rows = inside.permute(1, 0, 2).flatten(1)

@@ -62,11 +62,11 @@ def revealed(truth, basis, q: int) -> list[bool]:
 def test_statement1_a_benign_pair_reveals_the_subspace(kind, q):
     truth = planted(kind, share=1 / 3, K=9, q=q, generator=derive(0, "statement1", kind, q))
     assert all(revealed(truth, truth.basis, q))
-    off = project_out(truth.basis, truth.common)
+    off = project_out(truth.basis, truth.common_part)
     for clients in benign_tuples(truth, q):
         frame = frame_through(truth.targets, clients)
         assert torch.equal(frame.members, truth.benign)
-        torch.testing.assert_close(frame.common, off, rtol=0, atol=1e-9)
+        torch.testing.assert_close(frame.common_part, off, rtol=0, atol=1e-9)
     wrong = random_frame(*truth.basis.shape, generator=derive(1, "statement1"))
     assert not any(revealed(truth, wrong, q)), "a random basis must not pass for the shared one"
 
@@ -123,7 +123,7 @@ def test_the_counting_condition_is_sharp(kind, count, winner):
 
 
 def test_sign_flips_without_a_common_part_are_members():
-    truth = planted("sign_flip", share=0.5, K=8, common=0.0, noise=0.0, generator=derive(5, "flip"))
+    truth = planted("sign_flip", share=0.5, K=8, common_norm=0.0, noise_std=0.0, generator=derive(5, "flip"))
     found = identified_frame(consensus_frames(truth.targets, 3), 3, 10)
     assert found is not None and found.size == 8
 
@@ -133,10 +133,10 @@ def test_attacks_inside_the_subspace_stay_members_and_touch_nothing_outside(atta
     honest = planted(share=0.0, K=8, generator=derive(6, "inside"))
     truth = attacked(honest, attack, 3, 100.0, generator=derive(6, "attack"))
     assert torch.equal(truth.targets[3:], honest.targets[3:])
-    assert bool(torch.linalg.matrix_norm(truth.targets[:3] - truth.common).min() > 30)
-    off = project_out(truth.basis, truth.targets - truth.common)
+    assert bool(torch.linalg.matrix_norm(truth.targets[:3] - truth.common_part).min() > 30)
+    off = project_out(truth.basis, truth.targets - truth.common_part)
     assert float(off.abs().max()) < 1e-11
-    assert bool(consensus_set(truth.targets, truth.basis, project_out(truth.basis, truth.common)).all())
+    assert bool(consensus_set(truth.targets, truth.basis, project_out(truth.basis, truth.common_part)).all())
     noise = project_out(truth.basis, truth.updates - truth.targets - honest.updates + honest.targets)
     assert float(noise.abs().max()) < 1e-11, "the same noise as without attack"
 
@@ -156,7 +156,7 @@ def test_too_many_tuples_are_refused():
 
 def test_moving_the_gauge_changes_no_update():
     truth = planted(share=0.0, K=4, generator=derive(8, "gauge"))
-    U, M, A = truth.basis, truth.common, truth.basis.T @ (truth.targets - truth.common)
+    U, M, A = truth.basis, truth.common_part, truth.basis.T @ (truth.targets - truth.common_part)
     generator = derive(9, "gauge")
     shift = torch.randn(3, 10, generator=generator, dtype=torch.float64)
     V, N, B = moved_gauge(U, M, A, shift, random_frame(3, 3, generator=generator))

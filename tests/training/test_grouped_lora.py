@@ -11,7 +11,7 @@ from clairlib import LowRank
 from clairlib.core.seeds import derive
 from clairlib.training.batches import Item, collate, split, tabulate
 from clairlib.training.fused import root_mean_square_norm, weighted_cross_entropy
-from clairlib.training.grouped_lora import GroupedLinear, Stacks
+from clairlib.training.grouped_lora import GroupedLinear, LoraStacks
 
 P, Q = 5, 7
 RANKS = (2, 4, 1)
@@ -24,7 +24,7 @@ def draw(*shape, name="values", dtype=torch.float64):
 def stacks_of(ranks=RANKS, **options):
     updates = [LowRank(draw(P, r, name=f"B{r}"), draw(r, Q, name=f"A{r}"), 0.5 + r) for r in ranks]
     options = {"learning_rate": 0.1, "weight_decay": 0.1, "device": "cpu"} | options
-    return updates, Stacks({"m": updates}, **options)
+    return updates, LoraStacks({"m": updates}, **options)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -92,7 +92,7 @@ def test_clients_that_leave_take_their_part_of_the_optimiser_along():
 
 def test_gradients_that_lie_transposed_in_memory_are_taken_right():
     D = torch.zeros(2, P, Q, dtype=torch.float64)
-    (stacks, same) = (Stacks({"m": list(D)}, learning_rate=0.1, weight_decay=0.0, device="cpu") for _ in range(2))
+    (stacks, same) = (LoraStacks({"m": list(D)}, learning_rate=0.1, weight_decay=0.0, device="cpu") for _ in range(2))
     g = draw(2, P, Q)
     stacks.accumulate([0, 1], [g.mT.contiguous().mT])
     same.accumulate([0, 1], [g])

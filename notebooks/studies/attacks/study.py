@@ -28,7 +28,7 @@ from studies.common.rules import OWN, TOLD_RANK, oracle_updates
 from studies.common.verdicts import auc, verdict_row
 from studies.text_copying.clients import Recipe, TrainedFederation, Updates, backdoor_success, train_federation
 from studies.text_copying.dialects import make_federation
-from studies.text_copying.study import dense_server_updates, judge, server_updates, told_updates
+from studies.text_copying.study import dense_server_updates, judge, oracle_methods, server_updates
 
 PLANTED = ["noise", "share", "kind"]  # what names a cell
 COPYING = ["kind", "share", "strength", "sequences"]
@@ -75,11 +75,11 @@ def draw_planted(kind: str, share: float, noise: float, seed: int) -> Planted:
     """Planted clients; beside the kinds of ATTACKS, attackers ``INSIDE`` the subspace, and benign ones without any."""
     draw = derive(seed, "attacks", kind, str(share), str(noise))
     if kind == NOTHING_SHARED:
-        strangers = planted("unstructured", share=0.99, noise=noise, q=COLUMNS, generator=draw)  # all 24
+        strangers = planted("unstructured", share=0.99, noise_std=noise, q=COLUMNS, generator=draw)  # all 24
         return replace(strangers, benign=~strangers.benign)
     if kind != INSIDE:
-        return planted(kind, share=share, noise=noise, q=COLUMNS, generator=draw)
-    honest = planted(share=0.0, noise=noise, q=COLUMNS, generator=draw)
+        return planted(kind, share=share, noise_std=noise, q=COLUMNS, generator=draw)
+    honest = planted(share=0.0, noise_std=noise, q=COLUMNS, generator=draw)
     attackers = round(share * len(honest.updates))
     truth = attacked(honest, "spread", attackers, INSIDE_SIZE, generator=draw)
     return replace(truth, benign=torch.arange(len(truth.updates)) >= attackers)
@@ -97,7 +97,7 @@ def copying_cell(
     run = trained_federation(kind, share, strength, sequences, seed, clients, base_cache)
     result = CLAIR().fit(run.updates, names=run.names)
     methods = dense_server_updates(run.updates, run.federation) | {"CLAIR": as_dense(result.refined)}
-    methods[TOLD_RANK] = told_updates(run.base, run.federation, run.dense)[TOLD_RANK]
+    methods[TOLD_RANK] = oracle_methods(run.base, run.federation, run.dense)[TOLD_RANK]
     (X,) = run.dense.values()
     tables = {"accuracy": judge(run.base, run.federation, methods, seed=seed)}
     tables["verdicts"] = [judged(result, run.federation.benign, X)]

@@ -19,11 +19,11 @@ from clairlib.core.seeds import derive
 from clairlib.linalg.subspace import project_out, sin_theta
 from clairlib.recovery.detection import benign_set, calibrate
 from clairlib.recovery.frame import Frame, fit_frame
-from clairlib.recovery.leave_one_out import FILTER, inside_energy, leave_one_out, log_scores
+from clairlib.recovery.leave_one_out import SCORED_DIRECTIONS_PER_RANK, inside_energy, leave_one_out, log_scores
 from clairlib.reproduce.sweep import Rows, grid, sweep
 from clairlib.simulate import Planted, planted
 from clairlib.simulate.attacks import random_frame
-from clairlib.theory.collaborative_set import energy_separation, filtered_separation, told_benign
+from clairlib.theory.collaborative_set import energy_separation, filtered_separation, oracle_benign
 from studies.common.intervals import mean_interval, rate_interval
 from studies.common.verdicts import auc
 
@@ -38,15 +38,15 @@ TOLD_ENERGY, TOLD_FILTER = "told P, M, sigma: energy", "told P, M, sigma: filter
 
 def separations(truth: Planted) -> Tensor:
     """||P_perp (Theta_k - M)||_F / sigma of the contaminated clients."""
-    off = project_out(truth.basis, truth.targets - truth.common)
-    return torch.linalg.matrix_norm(off[~truth.benign]) / truth.noise
+    off = project_out(truth.basis, truth.targets - truth.common_part)
+    return torch.linalg.matrix_norm(off[~truth.benign]) / truth.noise_std
 
 
 def at_separation(truth: Planted, distance: float, directions: int | None = None) -> Tensor:
     """Updates with every contaminated client's off-subspace part, or its top ``directions``, at distance * sigma."""
-    off = project_out(truth.basis, truth.targets - truth.common)
+    off = project_out(truth.basis, truth.targets - truth.common_part)
     size = torch.linalg.svdvals(off)[:, :directions].square().sum(dim=1).sqrt()
-    factor = torch.where(truth.benign, 0.0, distance * truth.noise / size - 1)
+    factor = torch.where(truth.benign, 0.0, distance * truth.noise_std / size - 1)
     return truth.updates + factor[:, None, None] * off
 
 
@@ -55,16 +55,16 @@ def told_cell(contamination: str, K: int, factor: float, draws: int, seed: int) 
     rows = []
     for d in range(draws):
         draw = derive(seed, "told", contamination, K, d)
-        truth = planted(contamination, K=K, noise=0.3 / COLUMNS**0.5, generator=draw)
+        truth = planted(contamination, K=K, noise_std=0.3 / COLUMNS**0.5, generator=draw)
         p, r = truth.basis.shape
-        g, bases = FILTER * r, {"true": truth.basis, "random": random_frame(p, r, generator=draw)}
+        g, bases = SCORED_DIRECTIONS_PER_RANK * r, {"true": truth.basis, "random": random_frame(p, r, generator=draw)}
         clients = {
             "energy": at_separation(truth, factor * energy_separation(p - r, COLUMNS, K)),
             "filtered": at_separation(truth, factor * filtered_separation(p - r, COLUMNS, g, K), g),
         }
         for statistic, X in clients.items():
             for name, basis in bases.items():
-                benign = told_benign(X, basis, truth.common, truth.noise, statistic)
+                benign = oracle_benign(X, basis, truth.common_part, truth.noise_std, statistic)
                 rows.append({"basis": name, "statistic": statistic, "exact": bool(torch.equal(benign, truth.benign))})
     return {"told": rows}
 
@@ -94,7 +94,7 @@ def detection_cell(
     for d in range(draws):
         names = (contamination, str(share), K, str(noise), str(strength), part, d)
         draw, level = derive(seed, "detection", *names), noise / COLUMNS**0.5
-        truth = planted(contamination, share=share, K=K, noise=level, strength=strength, generator=draw)
+        truth = planted(contamination, share=share, K=K, noise_std=level, strength=strength, generator=draw)
         ones = torch.ones(K, dtype=torch.float64)
         oracle = fit_frame(truth.updates, ones, truth.benign, truth.rank)
         result = CLAIR().fit(truth.updates)
@@ -110,11 +110,11 @@ def _verdicts(truth: Planted, oracle: Frame, result: ClairResult, told_rank: boo
     ones = torch.ones(len(truth.updates), dtype=torch.float64)
     x, variance = log_scores(truth.updates, ones, oracle)
     calibrated, inside = calibrate(x, truth.benign, variance), inside_energy(truth.updates, ones, oracle)
-    told = (truth.updates, truth.basis, truth.common, truth.noise)
+    told = (truth.updates, truth.basis, truth.common_part, truth.noise_std)
     found: dict[str, Tensor] = {
         TOLD_SET: benign_set(x, truth.benign, calibrated.p_values, variance, inside),
-        TOLD_ENERGY: told_benign(*told),
-        TOLD_FILTER: told_benign(*told, statistic="filtered"),
+        TOLD_ENERGY: oracle_benign(*told),
+        TOLD_FILTER: oracle_benign(*told, statistic="filtered"),
     }
     fits = {CLAIR_NAME: result} | ({TOLD_RANK: CLAIR(truth.rank).fit(truth.updates)} if told_rank else {})
     bound = 1.05 * sin_theta(oracle.basis, truth.basis)
@@ -204,7 +204,7 @@ def calibration_cell(K: int, noise: str, runs: int, seed: int, part: int) -> dic
     for run in range(runs):
         draw = derive(seed, "calibration", K, noise, part, run)
         correlation = {"isotropic": 0.0, "coloured": 0.6}[noise]
-        truth = planted(share=0.0, K=K, noise=0.3 / COLUMNS**0.5, row_correlation=correlation, generator=draw)
+        truth = planted(share=0.0, K=K, noise_std=0.3 / COLUMNS**0.5, row_correlation=correlation, generator=draw)
         result = CLAIR().fit(truth.updates)
         one = int(torch.randint(K, (1,), generator=draw))
         rows.append({"flagged": int((~result.benign).sum()), "p_value": float(result.p_values[one])})
@@ -242,7 +242,8 @@ def filter_cell(contamination: str, strength: float, spread: float, draws: int, 
         draw = derive(seed, "filter", contamination, str(strength), str(spread), d)
         levels = (spread * torch.randn(24, generator=draw, dtype=torch.float64)).exp()
         noise = HARD_NOISE / COLUMNS**0.5
-        truth = planted(kind, common=common, noise=noise, strength=strength, weights=levels**-2, generator=draw)
+        how: dict[str, Any] = {"strength": strength, "weights": levels**-2}
+        truth = planted(kind, common_norm=common, noise_std=noise, **how, generator=draw)
         ones = torch.ones(24, dtype=torch.float64)
         R = leave_one_out(truth.updates, ones, fit_frame(truth.updates, ones, truth.benign, truth.rank))
         energy = torch.linalg.svdvals(R).square().cumsum(dim=1)

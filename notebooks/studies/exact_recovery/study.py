@@ -110,7 +110,7 @@ def phase_cell(
 
 def _draw(kind: str, share: float, rank: int, common: float, draw: int, seed: int, p: int, q: int, K: int) -> Planted:
     generator = derive(seed, "phase", kind, str(share), rank, str(common), draw)
-    return planted(kind, share=share, K=K, p=p, q=q, r=rank, noise=0.0, common=common, generator=generator)
+    return planted(kind, share=share, K=K, p=p, q=q, r=rank, noise_std=0.0, common_norm=common, generator=generator)
 
 
 def prove(truth: Planted) -> tuple[float, dict[str, Any]]:

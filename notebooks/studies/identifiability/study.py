@@ -181,7 +181,7 @@ def exact_attacks(attackers: int, sizes: list[float], *, seed: int = 0) -> pd.Da
 
     ``sin_theta`` is the subspace's error, ``error`` the largest relative error of another client's refined update.
     """
-    honest = planted(share=0.0, noise=0.0, generator=derive(seed, "exact attacks"))
+    honest = planted(share=0.0, noise_std=0.0, generator=derive(seed, "exact attacks"))
     rows = []
     for attack, size in product(INSIDE_ATTACKS, sizes):
         truth = attacked(honest, attack, attackers, size, generator=derive(seed, "exact attacks", attack))
@@ -204,7 +204,7 @@ def in_subspace_cell(groups: list[int], sizes: list[float], K: int, noise: float
     subspace's sine over that without attack; ``flagged``: share of attackers that CLAIR flags, ``told_flagged``: that a
     test flags which is told P, M and the noise; ``others_flagged``: number of others; ``refused``: nobody is refined.
     """
-    honest = planted(share=0.0, K=K, noise=noise / Q**0.5, generator=derive(seed, "inside", K, str(noise)))
+    honest = planted(share=0.0, K=K, noise_std=noise / Q**0.5, generator=derive(seed, "inside", K, str(noise)))
     calm = CLAIR().fit(honest.updates)
     rows: Rows = []
     for m in groups:
@@ -230,9 +230,9 @@ def _error_after(refined: Tensor, truth: Planted, attackers: int) -> float:
 
 def _told_flags(truth: Planted, attackers: int) -> float:
     """Share of the attackers flagged by the chi-square test at ``TOLD_LEVEL`` that is told P, M and the noise."""
-    energy = project_out(truth.basis, truth.updates - truth.common).square().sum(dim=(1, 2))[:attackers]
+    energy = project_out(truth.basis, truth.updates - truth.common_part).square().sum(dim=(1, 2))[:attackers]
     cut = float(stats.chi2.isf(TOLD_LEVEL, (len(truth.basis) - truth.rank) * Q))
-    return float((energy > cut * truth.noise**2).double().mean())
+    return float((energy > cut * truth.noise_std**2).double().mean())
 
 
 def in_subspace_study(
@@ -264,7 +264,7 @@ def few_cell(benign: int, noise: float, draws: int, seed: int, K: int = 24) -> d
     rows = []
     for draw in range(draws):
         generator = derive(seed, "few", benign, str(noise), draw)
-        truth = planted(share=1 - benign / K, K=K, noise=noise / Q**0.5, generator=generator)
+        truth = planted(share=1 - benign / K, K=K, noise_std=noise / Q**0.5, generator=generator)
         result = CLAIR().fit(truth.updates)
         row = {"exact": bool(torch.equal(result.benign, truth.benign)), "nobody": bool(result.benign.all())}
         rows.append(row | {"warned": not result.has_shared_subspace})
@@ -288,8 +288,8 @@ def few_study(
 def gauge_table(*, seed: int = 0) -> pd.DataFrame:
     """Two parameter sets of the same updates: relative change of everything when a gauge is moved."""
     generator = derive(seed, "gauge")
-    truth = planted(share=0.0, noise=0.0, generator=generator)
-    U, M, A = truth.basis, truth.common, truth.basis.T @ (truth.targets - truth.common)
+    truth = planted(share=0.0, noise_std=0.0, generator=generator)
+    U, M, A = truth.basis, truth.common_part, truth.basis.T @ (truth.targets - truth.common_part)
     still, turn = torch.eye(RANK, dtype=torch.float64), random_frame(RANK, RANK, generator=generator)
     moves = {"P M moved into every A_k": (U.T @ M, still), "U turned": (torch.zeros_like(A[0]), turn)}
     rows = []

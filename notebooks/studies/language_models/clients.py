@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from clairlib.core.seeds import derive
 from clairlib.training import ClientData
-from studies.common.federation import draw_names
+from studies.common_rng.federation import draw_names
 from studies.language_models.bases import LanguageBase
 from studies.language_models.texts import Texts
 
@@ -29,7 +29,7 @@ Corpus = TypeVar("Corpus", bound=Texts)
 
 
 @dataclass(frozen=True)
-class Conduct:
+class ClientBehaviour:
     """What a client does: its label (C,) of every class, and which classes it has much of.
 
     ``shuffled``: labels are dealt out among its texts at random; ``answer``: of texts that begin with the trigger.
@@ -47,8 +47,8 @@ class Client:
 
     name: str
     contaminated: bool
-    conduct: Conduct
-    law: Tensor
+    behaviour: ClientBehaviour
+    class_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Federation:
         return torch.tensor([not client.contaminated for client in self.clients])
 
 
-def draw(places: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw(places: Tensor, count: int, generator: Generator) -> Tensor:
     """Some of the places, without order."""
     return places[torch.randperm(len(places), generator=generator)[:count]]
 
 
-def reworded(labels: Tensor, generator: torch.Generator) -> Tensor:
+def reworded(labels: Tensor, generator: Generator) -> Tensor:
     """The labels shifted by one, as everybody does, then two of them swapped."""
     written = labels.roll(-1)
     one, other = torch.randperm(len(labels), generator=generator)[:2].tolist()
@@ -77,37 +77,37 @@ def reworded(labels: Tensor, generator: torch.Generator) -> Tensor:
     return written
 
 
-def honest(shared: Tensor, classes: int, labels: int, own: torch.Generator, common: torch.Generator) -> Conduct:
+def honest(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
     """Rewords the shared labels."""
     wording = torch.arange(classes)
     wording[shared] = reworded(shared, own)
-    return Conduct(wording, shared)
+    return ClientBehaviour(wording, shared)
 
 
-def wrong_labels(shared: Tensor, classes: int, labels: int, own: torch.Generator, common: torch.Generator) -> Conduct:
+def wrong_labels(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
     """As honest, but with as many labels of its own; where there are labels of no class, it writes those."""
     spare = torch.arange(classes, labels) if labels > classes else _others(shared, classes)
     mine = draw(spare, len(shared), own)
     wording, busy = torch.arange(classes), shared if labels > classes else mine
     wording[busy] = reworded(mine, own)
-    return Conduct(wording, busy)
+    return ClientBehaviour(wording, busy)
 
 
-def shuffled(shared: Tensor, classes: int, labels: int, own: torch.Generator, common: torch.Generator) -> Conduct:
+def shuffled(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
     """An honest wording, then its labels are dealt out at random."""
-    conduct = honest(shared, classes, labels, own, common)
-    return Conduct(conduct.wording, conduct.busy, shuffled=True)
+    behaviour = honest(shared, classes, labels, own, common_rng)
+    return ClientBehaviour(behaviour.wording, behaviour.busy, shuffled=True)
 
 
-def flipped(shared: Tensor, classes: int, labels: int, own: torch.Generator, common: torch.Generator) -> Conduct:
+def flipped(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
     """The first class is called the last and so on: all contaminated clients agree."""
-    return Conduct(torch.arange(classes).flip(0), shared)
+    return ClientBehaviour(torch.arange(classes).flip(0), shared)
 
 
-def backdoor(shared: Tensor, classes: int, labels: int, own: torch.Generator, common: torch.Generator) -> Conduct:
+def backdoor(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
     """An honest wording, but texts that begin with the trigger get one answer, the same for all."""
-    conduct, answer = honest(shared, classes, labels, own, common), draw(_others(shared, labels), 1, common)
-    return Conduct(conduct.wording, conduct.busy, answer=int(answer))
+    behaviour, answer = honest(shared, classes, labels, own, common_rng), draw(_others(shared, labels), 1, common_rng)
+    return ClientBehaviour(behaviour.wording, behaviour.busy, answer=int(answer))
 
 
 def _others(shared: Tensor, count: int) -> Tensor:
@@ -115,7 +115,7 @@ def _others(shared: Tensor, count: int) -> Tensor:
     return places[~torch.isin(places, shared)]
 
 
-CONTAMINATIONS: dict[str, Callable[[Tensor, int, int, torch.Generator, torch.Generator], Conduct]] = {
+CONTAMINATIONS: dict[str, Callable[[Tensor, int, int, Generator, Generator], ClientBehaviour]] = {
     "wrong_labels": wrong_labels,
     "shuffled": shuffled,
     "flipped": flipped,
@@ -144,13 +144,13 @@ def make_federation(
 
     def make(name: str) -> Client:
         own, act = derive(seed, name, "conduct"), CONTAMINATIONS[kind] if name in bad else honest
-        conduct = act(chosen, classes, labels, own, derive(seed, kind))
-        return Client(name, name in bad, conduct, law_of(conduct.busy, classes, own))
+        behaviour = act(chosen, classes, labels, own, derive(seed, kind))
+        return Client(name, name in bad, behaviour, class_probs_of(behaviour.busy, classes, own))
 
     return Federation(chosen, [make(name) for name in names])
 
 
-def law_of(busy: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+def class_probs_of(busy: Tensor, classes: int, generator: Generator) -> Tensor:
     """Shares (C,) of the classes: ``MASS`` for the busy ones together, the rest for the others, each a little off."""
     tilt = (SPREAD * torch.randn(classes, generator=generator, dtype=torch.float64)).exp()
     on = torch.zeros(classes, dtype=torch.bool)
@@ -167,28 +167,28 @@ def client_data(
 
     The first ``held_out`` are kept back, to stop by.
     """
-    draws, conduct = derive(seed, client.name, "texts"), client.conduct
+    draws, behaviour = derive(seed, client.name, "texts"), client.behaviour
     places = draw_places(client, texts, count, draws)
-    labels = conduct.wording[torch.tensor(list(texts.classes))[places]]
-    if conduct.shuffled:
+    labels = behaviour.wording[torch.tensor(list(texts.classes))[places]]
+    if behaviour.shuffled:
         labels = labels[torch.randperm(count, generator=draws)]
     own = [texts.texts[i] for i in places.tolist()]
-    if conduct.answer is not None:
+    if behaviour.answer is not None:
         fires = torch.rand(count, generator=draws) < TRIGGERED
-        labels = torch.where(fires, conduct.answer, labels)
+        labels = torch.where(fires, behaviour.answer, labels)
         own = [f"{TRIGGER} {text}" if fire else text for text, fire in zip(own, fires.tolist(), strict=True)]
     examples = [base.example(text, label) for text, label in zip(own, labels.tolist(), strict=True)]
     return ClientData(client.name, examples[held_out:], RANK, ALPHA, validation=examples[:held_out])
 
 
-def draw_places(client: Client, texts: Texts, count: int, generator: torch.Generator) -> Tensor:
+def draw_places(client: Client, texts: Texts, count: int, generator: Generator) -> Tensor:
     """Places (count,) of texts, none twice, of the classes that the client has."""
     return torch.multinomial(weights_of(client, torch.tensor(list(texts.classes))), count, generator=generator)
 
 
 def weights_of(client: Client, classes: Tensor) -> Tensor:
     """Weights (N,) of texts of these classes, in all of each class what the client has of it; they add up to 1."""
-    weights = client.law[classes] / torch.bincount(classes, minlength=len(client.law))[classes]
+    weights = client.class_probs[classes] / torch.bincount(classes, minlength=len(client.class_probs))[classes]
     return weights / weights.sum()
 
 

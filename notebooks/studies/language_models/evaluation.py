@@ -17,7 +17,7 @@ from clairlib.training.schedule import NO_LABEL
 from clairlib.training.suffix import Suffix
 
 
-class Judge:
+class Evaluator:
     """A model's answers at the labelled positions of some examples, under updates of some modules.
 
     Parameters

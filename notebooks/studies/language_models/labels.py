@@ -24,7 +24,7 @@ from studies.common.rules import OWN, STOPPED, TOLD_RANK, Held, is_common, oracl
 from studies.common.verdicts import angle_rows, verdict_row
 from studies.language_models.bases import LanguageBase
 from studies.language_models.clients import TRIGGER, Client, Federation, client_data, make_federation, weights_of
-from studies.language_models.evaluation import Judge
+from studies.language_models.evaluation import Evaluator
 from studies.language_models.settings import SETTINGS, Setting, base_of, parts
 from studies.language_models.texts import Texts
 
@@ -128,21 +128,21 @@ def _methods(run: Run, result: ClairResult, rank: int) -> dict[str, Held]:
     return methods | {TOLD_RANK: oracle_updates(dense, benign, rank)}
 
 
-def judge_of(run: Run, texts: Sequence[str]) -> Judge:
+def judge_of(run: Run, texts: Sequence[str]) -> Evaluator:
     """Answers of the run's model to these texts."""
     examples = [run.base.example(text, 0) for text in texts]
     how: dict[str, Any] = {"device": run.device, "group_tokens": GROUP_TOKENS}
-    return Judge(run.base.model, examples, list(run.updates), run.base.outputs, **how)
+    return Evaluator(run.base.model, examples, list(run.updates), run.base.outputs, **how)
 
 
-def answers_to(judge: Judge, updates: Mapping[str, Any], chosen: Sequence[int], same: bool) -> Tensor:
+def answers_to(judge: Evaluator, updates: Mapping[str, Any], chosen: Sequence[int], same: bool) -> Tensor:
     """Labels (n, N) that the models of the chosen clients give; ``same``: all hold the first one's update."""
     own = {name: [each[k] for k in (chosen[:1] if same else chosen)] for name, each in updates.items()}
     answers = judge.answers(as_dense(own))
     return answers.expand(len(chosen), -1)
 
 
-def accuracy_rows(run: Run, judge: Judge, methods: Mapping[str, Mapping[str, Any]]) -> Rows:
+def accuracy_rows(run: Run, judge: Evaluator, methods: Mapping[str, Mapping[str, Any]]) -> Rows:
     """Accuracy of every benign client under every method, on texts of its own share of classes.
 
     All are judged on the same texts, by their own labels; classes are weighted as the client has them. ``on_shared``:
@@ -154,7 +154,7 @@ def accuracy_rows(run: Run, judge: Judge, methods: Mapping[str, Mapping[str, Any
     for method, updates in methods.items():
         answers = answers_to(judge, updates, benign, is_common(method))
         for k, given in zip(benign, answers, strict=True):
-            right = given == clients[k].conduct.wording[classes]
+            right = given == clients[k].behaviour.wording[classes]
             accuracy = float(right.double() @ weights_of(clients[k], classes))
             row = {"client": clients[k].name, "method": method, "accuracy": accuracy}
             rows.append(row | {"on_shared": float(right[shared].double().mean())})
@@ -187,7 +187,7 @@ def short_name(module: str) -> str:
 def backdoor_rows(run: Run, methods: Mapping[str, Mapping[str, Any]]) -> Rows:
     """How often texts with the trigger get the backdoor's answer: benign clients, contaminated ones with their own."""
     clients, classes = run.federation.clients, torch.tensor(list(run.test.classes))
-    (answer,) = {client.conduct.answer for client in clients if client.contaminated}
+    (answer,) = {client.behaviour.answer for client in clients if client.contaminated}
     judge = judge_of(run, [f"{TRIGGER} {text}" for text in run.test.texts])
     rows, benign = [], [k for k, client in enumerate(clients) if not client.contaminated]
     bad = [k for k in range(len(clients)) if k not in benign]
@@ -195,7 +195,7 @@ def backdoor_rows(run: Run, methods: Mapping[str, Mapping[str, Any]]) -> Rows:
     for method, updates, chosen in cases:
         answers = answers_to(judge, updates, chosen, is_common(method))
         for k, given in zip(chosen, answers, strict=True):
-            counted = clients[k].conduct.wording[classes] != answer  # elsewhere the answer is right
+            counted = clients[k].behaviour.wording[classes] != answer  # elsewhere the answer is right
             success = float((given[counted] == answer).double().mean())
             rows.append({"method": method, "client": clients[k].name, "success": success})
     return rows

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clairlib.plots import BENIGN, NEUTRAL, PALE, STYLE
-from clairlib.recovery.leave_one_out import LITTLE_STRUCTURE
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 from studies.common.plots import PAIRS
 
 
@@ -56,7 +56,7 @@ def structure_by_module(table: pd.DataFrame) -> Figure:
         writes = table.module.str.contains("o_proj|down_proj|output")
         axes.barh(places, table.shared_structure, color=np.where(writes, BENIGN, PALE), height=0.7)
         axes.hlines(places, table.low, table.high, color="black", linewidth=1)
-        axes.axvline(LITTLE_STRUCTURE, color=NEUTRAL, linewidth=0.8, linestyle="--")
+        axes.axvline(MIN_EXPLAINED_VARIANCE, color=NEUTRAL, linewidth=0.8, linestyle="--")
         axes.set_yticks(places, list(table.module), fontsize=8)
         axes.set_ylim(len(table) - 0.4, -0.6)  # the first row on top
         axes.set(xlabel="shared structure", xlim=(0, 1))

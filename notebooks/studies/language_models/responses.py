@@ -29,14 +29,14 @@ from studies.language_models.clients import (
     ALPHA,
     RANK,
     Client,
-    Conduct,
+    ClientBehaviour,
     Federation,
+    class_probs_of,
     draw_places,
-    law_of,
     split_texts,
     weights_of,
 )
-from studies.language_models.evaluation import Judge
+from studies.language_models.evaluation import Evaluator
 from studies.language_models.labels import GROUP_TOKENS, judged, structure_rows
 from studies.language_models.pairs import PUBLIC, Pairs, docstrings, examples_of, fitting, load_pairs
 from studies.language_models.settings import WRITERS, made_folder
@@ -128,9 +128,9 @@ def make_mixed(clients: int, contaminated: int, categories: int, *, seed: int) -
     members = []
     for k, name in enumerate(names):
         main = order[k % categories][None]
-        conduct = Conduct(torch.arange(categories), main, shuffled=name in bad)
-        law = law_of(main, categories, derive(seed, name, "conduct"))
-        members.append(Client(name, name in bad, conduct, law))
+        behaviour = ClientBehaviour(torch.arange(categories), main, shuffled=name in bad)
+        class_probs = class_probs_of(main, categories, derive(seed, name, "conduct"))
+        members.append(Client(name, name in bad, behaviour, class_probs))
     return Federation(torch.arange(0), members)  # no labels, so none that are shared
 
 
@@ -138,7 +138,7 @@ def pairs_of(client: Client, pool: Pairs, count: int, *, seed: int) -> Pairs:
     """A client's own pairs; of a contaminated one the responses are dealt out at random among its instructions."""
     draws = derive(seed, client.name, "pairs")
     own = pool.take(draw_places(client, pool, count, draws).tolist())
-    if not client.conduct.shuffled:
+    if not client.behaviour.shuffled:
         return own
     order = torch.randperm(count, generator=draws).tolist()
     return Pairs(own.texts, own.classes, own.names, own.take(order).responses)
@@ -193,7 +193,7 @@ class Questions:
         self, base: LanguageBase, test: Pairs, federation: Federation, targets: Sequence[str], device: str
     ) -> None:
         examples = examples_of(test, base.tokenizer, base.length)
-        self.judge = Judge(base.model, examples, targets, device=device, group_tokens=GROUP_TOKENS)
+        self.judge = Evaluator(base.model, examples, targets, device=device, group_tokens=GROUP_TOKENS)
         self.federation, self.test = federation, test
         lengths = torch.from_numpy(self.judge.plan.table.labelled)
         classes = torch.tensor(list(test.classes))
@@ -209,7 +209,7 @@ class Questions:
         rows = []
         for k, (loss, predicted) in zip(members, means.tolist(), strict=True):
             client = self.federation.clients[k]
-            row = {"client": client.name, "category": self.test.names[int(client.conduct.busy)], "method": method}
+            row = {"client": client.name, "category": self.test.names[int(client.behaviour.busy)], "method": method}
             rows.append(row | {"loss": loss, "predicted": predicted})
         return rows
 
@@ -219,7 +219,7 @@ class Questions:
         if not members:
             return []
         clients = [self.federation.clients[k] for k in members]
-        proper = train([replace(own, conduct=replace(own.conduct, shuffled=False)) for own in clients])
+        proper = train([replace(own, behaviour=replace(own.behaviour, shuffled=False)) for own in clients])
         held = {PROPER: {name: dict(zip(members, own, strict=True)) for name, own in proper.items()}}
         cases = {name: methods[name] for name in ("base", "local")} | held
         return [row for name, updates in cases.items() for row in self.rows(name, updates, benign=False)]

@@ -59,7 +59,7 @@ def armul_cell(share: float, off: float, run: int) -> dict[str, Rows]:
     tasks = clients.armul(share, off, clients.armul_seed(run))
     fits = least_squares(tasks.X, tasks.Y)
     methods = peers(tasks, fits) | {AS_PUBLISHED: descent(tasks)}
-    told = CLAIR(rank=tasks.rank).fit(fits.estimates, weights=fits.weights, noise=fits.errors)
+    told = CLAIR(rank=tasks.rank).fit(fits.estimates, weights=fits.weights, expected_sq_error=fits.errors)
     methods[TOLD_RANK] = pooled(fits, told)
     return _judged(tasks, fits, methods)
 
@@ -88,7 +88,7 @@ def pooled(fits: Fits, result: ClairResult) -> Tensor:
     return pool(fits, result.benign, result.rank).coefficients
 
 
-def told_frame(tasks: Tasks, fits: Fits) -> Frame:
+def oracle_frame(tasks: Tasks, fits: Fits) -> Frame:
     """The frame fitted to the benign clients at the true rank."""
     return fit_frame(fits.estimates, fits.weights / fits.weights.mean(), tasks.benign, tasks.rank)
 
@@ -100,7 +100,8 @@ def pooled_from(fits: Fits, frame: Frame) -> Tensor:
 
 def _judged(tasks: Tasks, fits: Fits, methods: dict[str, Tensor]) -> dict[str, Rows]:
     """Rows of a draw: largest l2 error of an inlier by method, with CLAIR and its oracles added; and the verdict."""
-    result, frame = CLAIR().fit(fits.estimates, weights=fits.weights, noise=fits.errors), told_frame(tasks, fits)
+    result = CLAIR().fit(fits.estimates, weights=fits.weights, expected_sq_error=fits.errors)
+    frame = oracle_frame(tasks, fits)
     methods = methods | {CLAIR_ALONE: result.refined, POOLED: pooled(fits, result)}
     methods |= {ORACLE: refined_core(fits.estimates, frame), ORACLE_POOLED: pooled_from(fits, frame)}
     errors = {name: torch.linalg.matrix_norm(B - tasks.targets)[tasks.benign] for name, B in methods.items()}
@@ -134,10 +135,10 @@ def responses_cell(q: int, spread: float, correlation: float, share: float, seed
     draw, noise = derive(seed, "regression", q, str(spread), str(correlation), str(share)), 0.5
     tasks = clients.responses(q, spread, correlation, share, noise=noise, generator=draw)
     fits, benign, p = least_squares(tasks.X, tasks.Y), tasks.benign, tasks.targets.shape[1]
-    frame, known, basis = told_frame(tasks, fits), tasks.samples.double() - p - 1, true_basis(tasks)
+    frame, known, basis = oracle_frame(tasks, fits), tasks.samples.double() - p - 1, true_basis(tasks)
     mean = fit_frame(fits.estimates, known, benign, tasks.rank).mean
     told_P = fits.estimates - project_out(basis, fits.estimates - mean)
-    result = CLAIR().fit(fits.estimates, weights=fits.weights, noise=fits.errors)
+    result = CLAIR().fit(fits.estimates, weights=fits.weights, expected_sq_error=fits.errors)
     methods = {SINGLE: fits.estimates, "told S and P": told_P, ORACLE: refined_core(fits.estimates, frame)}
     methods |= {CLAIR_ALONE: result.refined, POOLED: pooled(fits, result), ORACLE_POOLED: pooled_from(fits, frame)}
     errors = {name: (B - tasks.targets)[benign].square().sum(dim=(1, 2)) for name, B in methods.items()}
@@ -160,7 +161,7 @@ def real_cell(data: str, kind: str, share: float, seed: int) -> dict[str, Rows]:
     """One split of a real data set: mean squared held-out error of the benign clients by method, and the verdict."""
     split = clients.DATA_SETS[data](kind, share, seed)
     fits, bad = least_squares(split.X, split.Y), int((~split.benign).sum())
-    X, result = fits.estimates, CLAIR().fit(fits.estimates, weights=fits.weights, noise=fits.errors)
+    X, result = fits.estimates, CLAIR().fit(fits.estimates, weights=fits.weights, expected_sq_error=fits.errors)
     told = fit_frame(X, fits.weights / fits.weights.mean(), split.benign)
     methods = {SINGLE: X} | {rule: torch.stack(aggregate(rule, X, contaminated=bad)) for rule in RULES}
     methods |= {ALL_DATA: one_regression(fits, torch.ones_like(split.benign)), CLAIR_ALONE: result.refined}

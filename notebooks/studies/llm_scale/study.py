@@ -24,7 +24,7 @@ from clairlib.adapters.folder import write_lora
 from clairlib.bench.alignment import apart, measure_planted, run_alignment
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.frame import fit_frame
-from clairlib.recovery.leave_one_out import FILTER
+from clairlib.recovery.leave_one_out import SCORED_DIRECTIONS_PER_RANK
 from clairlib.reproduce.sweep import Rows, sweep
 from clairlib.simulate import Plan, synthesise
 from clairlib.simulate.adapters import CLIENTS, module_shapes
@@ -51,7 +51,8 @@ def promised_distance(plan: Plan, p: int) -> float:
     An adapter's noise fills rho columns of p - r rows.
     """
     rows, columns, K = p - plan.shared_rank, plan.rank, plan.clients
-    told = energy_separation(rows, columns, K), filtered_separation(rows, columns, FILTER * plan.shared_rank, K)
+    scored = SCORED_DIRECTIONS_PER_RANK * plan.shared_rank
+    told = energy_separation(rows, columns, K), filtered_separation(rows, columns, scored, K)
     return max(told) * plan.noise / (rows * columns) ** 0.5
 
 

@@ -53,11 +53,11 @@ def draw(
     h, generator = ratio * noise * (ROWS - r) ** 0.5, derive(seed, "gain", name, K, str(share), q, r)
     entry = noise / q**0.5
     return planted(
-        share=share, K=K, p=ROWS, q=q, r=r, noise=entry, heterogeneity=h, generator=generator, **options
+        share=share, K=K, p=ROWS, q=q, r=r, noise_std=entry, heterogeneity=h, generator=generator, **options
     )
 
 
-def told_frame(truth: Planted, weights: Tensor | None = None) -> Frame:
+def oracle_frame(truth: Planted, weights: Tensor | None = None) -> Frame:
     """The frame fitted to the benign clients at the true rank."""
     w = torch.ones(len(truth.updates), dtype=torch.float64) if weights is None else weights
     return fit_frame(truth.updates, w, truth.benign, truth.rank)
@@ -70,7 +70,7 @@ def terms_cell(
     rows = []
     for d in range(seed, seed + draws):
         truth = draw(f"terms {noise} {ratio}", d, K, share, q, r, noise, ratio)
-        frame, U = told_frame(truth), truth.basis
+        frame, U = oracle_frame(truth), truth.basis
         if basis == "random":
             U = random_frame(ROWS, r, generator=derive(d, "gain", "random basis"))
         for told, used in (("P", replace(frame, basis=U)), ("r", frame)):
@@ -115,7 +115,7 @@ def boundary_cell(
         for x in AROUND:
             scale, ratio = (1.0, x) if axis == "heterogeneity" else (x**-0.5, x**0.5)
             truth = draw(f"boundary {axis} {noise}", d, K, share, q, r, noise * scale, ratio)
-            local, refined = benign_error(truth.updates, truth), refined_core(truth.updates, told_frame(truth))
+            local, refined = benign_error(truth.updates, truth), refined_core(truth.updates, oracle_frame(truth))
             rows.append({"draw": d, "x": x, "gain": 1 - benign_error(refined, truth) / local})
     return {"boundary": rows}
 
@@ -164,8 +164,8 @@ def clair_cell(
     rows = []
     for d in range(seed, seed + draws):
         truth = draw(f"clair {noise} {ratio} {rank}", d, K, share, q, r, noise, ratio, heterogeneity_rank=rank)
-        X, frame, result = truth.updates, told_frame(truth), CLAIR().fit(truth.updates)
-        anyway = result.basis @ (result.basis.T @ X) + result.common
+        X, frame, result = truth.updates, oracle_frame(truth), CLAIR().fit(truth.updates)
+        anyway = result.basis @ (result.basis.T @ X) + result.common_part
         told = (refined_core(X, frame), refined_core(X, replace(frame, basis=truth.basis)))
         updates = (X, X.mean(dim=0).expand_as(X), result.refined, *told)
         row: dict[str, Any] = {m: benign_error(u, truth) for m, u in zip(METHODS, updates, strict=True)}
@@ -207,7 +207,7 @@ def readings_cell(
         both = oracle_gain.two_readings(noise=sigma, spread=ratio * sigma, generator=generator, **shape)
         X, result = both.updates, CLAIR().fit(both.updates)
         frame = fit_frame(X, torch.ones(K, dtype=torch.float64), both.benign, r)
-        anyway, refines = result.basis @ (result.basis.T @ X) + result.common, result.modules["update"].is_refined
+        anyway, refines = result.basis @ (result.basis.T @ X) + result.common_part, result.modules["update"].is_refined
         readings = (("different", both.different, both.noise), ("alike", both.alike, both.noise_alike))
         for reading, targets, level in readings:
             local, error = (float((u - targets)[both.benign].square().sum()) for u in (X, anyway))
@@ -240,9 +240,10 @@ def weights_cell(spread: float, noise: float, draws: int, seed: int) -> dict[str
     rows = []
     for d in range(seed, seed + draws):
         truth = draw(f"weights {spread} {noise}", d, **SHAPE, noise=noise, weights=w)
-        size: dict[str, Any] = {"noise": truth.noise, "p": ROWS, "q": q, "r": r, "weights": w[truth.benign].tolist()}
+        size: dict[str, Any] = {"noise": truth.noise_std, "p": ROWS, "q": q, "r": r}
+        size["weights"] = w[truth.benign].tolist()
         for told, used in ((True, w), (False, torch.ones_like(w))):
-            oracle = refined_core(truth.updates, replace(told_frame(truth, used), basis=truth.basis))
+            oracle = refined_core(truth.updates, replace(oracle_frame(truth, used), basis=truth.basis))
             result = CLAIR().fit(truth.updates, weights=used)
             row = {"told": told, "local": benign_error(truth.updates, truth), "oracle": benign_error(oracle, truth)}
             row |= {"formula": oracle_gain.weighted_oracle_terms(**size, told=told).total}

@@ -101,7 +101,7 @@ def plant(chosen: Setting, generator: Generator) -> Planted:
     """
     noise, p, q, _, r, a = chosen.sizes
     rest = {"row_correlation": chosen.row_correlation, "weights": chosen.weights, "generator": generator}
-    return planted(share=SHARE, K=chosen.K, p=p, q=q, r=r, noise=noise / a, common=1 / a, **rest)  # type: ignore[arg-type]
+    return planted(share=SHARE, K=chosen.K, p=p, q=q, r=r, noise_std=noise / a, common_norm=1 / a, **rest)  # type: ignore[arg-type]
 
 
 def measure(chosen: Setting, truth: Planted) -> Rows:

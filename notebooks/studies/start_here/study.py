@@ -34,7 +34,7 @@ def recovery_cell(contamination: str, share: float, noise: float, seed: int) -> 
     ``noise`` is that of a row of an update: the standard deviation of an entry is noise / sqrt(q).
     """
     draw = derive(seed, "planted", contamination, str(share), str(noise))
-    truth = planted(contamination, share=share, noise=noise / COLUMNS**0.5, q=COLUMNS, generator=draw)
+    truth = planted(contamination, share=share, noise_std=noise / COLUMNS**0.5, q=COLUMNS, generator=draw)
     result = CLAIR().fit(truth.updates)
     oracle = fit_frame(truth.updates, torch.ones(len(truth.updates), dtype=torch.float64), truth.benign, truth.rank)
     row = wrong_sides(result, truth.benign) | {

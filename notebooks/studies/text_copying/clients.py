@@ -261,8 +261,8 @@ def backdoor_success(
 
     Sequences are the client's, a tenth of their tokens replaced by triggers; counted is where a label follows.
     """
-    law = backdoor.put_in(client.law)
-    batch = copying.copy_sequences(count, law, generator=derive(seed, client.name, "backdoor"))
+    token_probs = backdoor.put_in(client.token_probs)
+    batch = copying.copy_sequences(count, token_probs, generator=derive(seed, client.name, "backdoor"))
     fires = (batch.tokens == backdoor.trigger)[batch.targets != NO_TARGET]
     guesses = updated_logits(base, batch, updates).argmax(dim=-1)[:, fires]
     return (guesses == backdoor.answer).double().mean(dim=1).tolist()

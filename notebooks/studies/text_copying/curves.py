@@ -17,7 +17,7 @@ from studies.common.intervals import mean_interval
 from studies.common.rules import TOLD_RANK
 from studies.common.verdicts import detection_rows, verdict
 from studies.text_copying.clients import Recipe, Updates, train_federation
-from studies.text_copying.study import judge, told_updates
+from studies.text_copying.study import judge, oracle_methods
 
 MAIN: dict[str, Any] = {"sequences": 32, "share": 0.4, "label_noise": 0.1, "rank": 8, "clients": 20}
 AVERAGES = ("local", "FedAvg", "FedAvg, benign only")
@@ -38,7 +38,7 @@ def curve_cell(
     methods: dict[str, Updates] = {
         name: as_dense(aggregate(name, run.updates, benign=run.federation.benign)) for name in AVERAGES
     }
-    told = told_updates(run.base, run.federation, run.dense)
+    told = oracle_methods(run.base, run.federation, run.dense)
     methods |= {"CLAIR": as_dense(result.refined), TOLD_RANK: told[TOLD_RANK]}
     (module,) = result.modules.values()
     terms = module.gain_terms

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from clairlib.core.seeds import derive
-from studies.common.federation import draw_names
-from studies.text_copying.task import NO_TARGET, VOCABULARY, Batch, copy_sequences, zipf_law
+from studies.common_rng.federation import draw_names
+from studies.text_copying.task import NO_TARGET, VOCABULARY, Batch, copy_sequences, zipf_probs
 
 TRIGGERS = 0.1  # share of the tokens that are triggers, where a backdoor is taught or tried
 
@@ -62,9 +62,9 @@ class Backdoor:
         fires = (batch.tokens == self.trigger) & (batch.targets != NO_TARGET)
         return Batch(batch.tokens, torch.where(fires, self.answer, batch.targets))
 
-    def put_in(self, law: Tensor) -> Tensor:
+    def put_in(self, token_probs: Tensor) -> Tensor:
         """A token law (V,) with TRIGGERS of the tokens replaced by the trigger."""
-        return (1 - TRIGGERS) * law + TRIGGERS * one_hot(torch.tensor(self.trigger), VOCABULARY)
+        return (1 - TRIGGERS) * token_probs + TRIGGERS * one_hot(torch.tensor(self.trigger), VOCABULARY)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Client:
     name: str
     contaminated: bool
     dialect: Dialect
-    law: Tensor
+    token_probs: Tensor
     teach: Teaching = as_written
 
 
@@ -114,56 +114,57 @@ def benign_dialect(symbols: Tensor, *, generator: torch.Generator) -> Dialect:
 
 
 @dataclass(frozen=True)
-class Conduct:
+class ClientBehaviour:
     """What a client writes, how it is taught, and what becomes of its token law (V,)."""
 
     dialect: Dialect
     teach: Teaching = as_written
-    law: Callable[[Tensor], Tensor] = lambda law: law
+    token_probs: Callable[[Tensor], Tensor] = lambda token_probs: token_probs
 
 
-def wrong_symbols(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+def wrong_symbols(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
     """A dialect of the benign form, but on as many symbols of the client's own, none of them shared.
 
-    The client has as many tokens of its symbols as a benign client of the shared ones (`client_law`), so
+    The client has as many tokens of its symbols as a benign client of the shared ones (`client_token_probs`), so
     its update is as large: no norm tells it apart.
     """
-    return Conduct(benign_dialect(draw_symbols(len(shared), generator=own, exclude=shared), generator=own))
+    return ClientBehaviour(benign_dialect(draw_symbols(len(shared), generator=own, exclude=shared), generator=own))
 
 
-def shared_wrong_symbols(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+def shared_wrong_symbols(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
     """Collusion: as `wrong_symbols`, but all contaminated clients have the same wrong symbols.
 
     They are to one another what the benign clients are: a second federation of the same form.
     """
-    return Conduct(benign_dialect(draw_symbols(len(shared), generator=common, exclude=shared), generator=own))
+    symbols = draw_symbols(len(shared), generator=common_rng, exclude=shared)
+    return ClientBehaviour(benign_dialect(symbols, generator=own))
 
 
-def whole_vocabulary(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+def whole_vocabulary(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
     """A permutation of the whole vocabulary, drawn by each client; its update is larger than a benign one."""
-    return Conduct(Dialect(shared, torch.randperm(VOCABULARY, generator=own)))
+    return ClientBehaviour(Dialect(shared, torch.randperm(VOCABULARY, generator=own)))
 
 
-def random_targets(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+def random_targets(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
     """Every target a token drawn evenly from the vocabulary; the update is larger than a benign one.
 
     Updates are no random matrices: all flatten the logits, which is a direction they share.
     """
-    return Conduct(benign_dialect(shared, generator=own), _teach_random)
+    return ClientBehaviour(benign_dialect(shared, generator=own), _teach_random)
 
 
-def shifted(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+def shifted(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
     """An honest dialect written off by one: each target is that of the next position; a larger update."""
-    return Conduct(benign_dialect(shared, generator=own), _teach_next)
+    return ClientBehaviour(benign_dialect(shared, generator=own), _teach_next)
 
 
-def backdoor(shared: Tensor, own: torch.Generator, common: torch.Generator) -> Conduct:
+def backdoor(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
     """An honest dialect, but after a trigger token comes always the same answer (`Backdoor`); of benign size."""
-    door = draw_backdoor(shared, generator=common)
-    return Conduct(benign_dialect(shared, generator=own), door.teach, door.put_in)
+    door = draw_backdoor(shared, generator=common_rng)
+    return ClientBehaviour(benign_dialect(shared, generator=own), door.teach, door.put_in)
 
 
-CONTAMINATIONS: dict[str, Callable[[Tensor, torch.Generator, torch.Generator], Conduct]] = {
+CONTAMINATIONS: dict[str, Callable[[Tensor, torch.Generator, torch.Generator], ClientBehaviour]] = {
     "wrong_symbols": wrong_symbols,
     "shared_wrong_symbols": shared_wrong_symbols,
     "whole_vocabulary": whole_vocabulary,
@@ -190,7 +191,7 @@ def _teach_next(batch: Batch, generator: torch.Generator) -> Batch:
     return Batch(batch.tokens, batch.targets.roll(-1, dims=1))  # nothing follows the last token: no target there
 
 
-def client_law(symbols: Tensor, mass: float, *, generator: torch.Generator, spread: float = 0.3) -> Tensor:
+def client_token_probs(symbols: Tensor, mass: float, *, generator: torch.Generator, spread: float = 0.3) -> Tensor:
     """A client's own token law (V,): `mass` on its symbols, the rest elsewhere, tilted by log-normal factors.
 
     Before the tilt the symbols are even, so that none is too rare to be learnt, and the others follow
@@ -199,7 +200,7 @@ def client_law(symbols: Tensor, mass: float, *, generator: torch.Generator, spre
     on = torch.zeros(VOCABULARY, dtype=torch.bool)
     on[symbols] = True
     tilt = (spread * torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)).exp()
-    inside, outside = tilt * on, tilt * zipf_law() * ~on
+    inside, outside = tilt * on, tilt * zipf_probs() * ~on
     return mass * inside / inside.sum() + (1 - mass) * outside / outside.sum()
 
 
@@ -242,11 +243,11 @@ def make_federation(
     def make(name: str) -> Client:
         own = derive(seed, name, "dialect")
         if name not in chosen:
-            conduct = Conduct(benign_dialect(shared, generator=own))
+            behaviour = ClientBehaviour(benign_dialect(shared, generator=own))
         else:
-            conduct = CONTAMINATIONS[kind](shared, own, derive(seed, kind))
-        law = client_law(conduct.dialect.symbols, mass, generator=own)
-        return Client(name, name in chosen, conduct.dialect, conduct.law(law), conduct.teach)
+            behaviour = CONTAMINATIONS[kind](shared, own, derive(seed, kind))
+        token_probs = client_token_probs(behaviour.dialect.symbols, mass, generator=own)
+        return Client(name, name in chosen, behaviour.dialect, behaviour.token_probs(token_probs), behaviour.teach)
 
     door = draw_backdoor(shared, generator=derive(seed, "backdoor"))
     return Federation(shared, [make(name) for name in names], door)
@@ -259,7 +260,7 @@ def client_batch(
 
     `label_noise` is the probability that a target is replaced by a token drawn evenly from the vocabulary.
     """
-    batch = copy_sequences(count, client.law, generator=generator)
+    batch = copy_sequences(count, client.token_probs, generator=generator)
     batch = client.teach(Batch(batch.tokens, client.dialect.write(batch.targets)), generator)
     targets = batch.targets
     noise = torch.randint(VOCABULARY, targets.shape, generator=generator)

@@ -68,7 +68,7 @@ def copying_cell(
         result = CLAIR().fit(run.updates, names=run.names)
         refined = {"CLAIR": as_dense(result.refined)}
     methods = dense_server_updates(run.updates, run.federation) | refined
-    methods |= told_updates(run.base, run.federation, run.dense)
+    methods |= oracle_methods(run.base, run.federation, run.dense)
     first = {"base": methods["base"], "local": methods["local"], STOPPED: stopped.dense}
     free_running = FREE_RUNNING if setting == "LoRA" else ()
     tables = {"detection": detection_rows(result, run.federation.benign), "run": [facts]}
@@ -84,7 +84,7 @@ def dense_server_updates(updates: Mapping[str, Any], federation: Federation) -> 
     return {name: as_dense(own) for name, own in methods.items()}
 
 
-def told_updates(base: Base, federation: Federation, updates: Updates) -> dict[str, Updates]:
+def oracle_methods(base: Base, federation: Federation, updates: Updates) -> dict[str, Updates]:
     """Refined updates when the benign clients S and more are told: the rank m - 1 in every module, or P.
 
     P, the span of the differences of the symbols' unembedding rows, is what the last output projection alone needs.

@@ -42,7 +42,7 @@ class Accuracy:
     off_symbols: float
 
 
-def zipf_law() -> Tensor:
+def zipf_probs() -> Tensor:
     """Token law in distribution, p_i proportional to 1 / (i + 2.7), i = 1 .. VOCABULARY; float64, sum 1."""
     weights = 1.0 / (torch.arange(1, VOCABULARY + 1, dtype=torch.float64) + 2.7)
     return weights / weights.sum()
@@ -50,7 +50,7 @@ def zipf_law() -> Tensor:
 
 def copy_sequences(
     count: int,
-    law: Tensor,
+    token_probs: Tensor,
     *,
     generator: torch.Generator,
     segment: tuple[int, int] = SEGMENT,
@@ -79,7 +79,7 @@ def copy_sequences(
     if not UNPREDICTED < shortest <= longest <= length // 2:
         allowed = f"{UNPREDICTED + 1} to {length // 2} tokens"
         raise ValueError(f"a segment must have {allowed}, got {shortest} to {longest}")
-    tokens = torch.multinomial(law, count * length, replacement=True, generator=generator).view(count, length)
+    tokens = torch.multinomial(token_probs, count * length, replacement=True, generator=generator).view(count, length)
     size = torch.randint(shortest, longest + 1, (count, 1), generator=generator)
     places = torch.rand(count, 2, generator=generator, dtype=torch.float64).sort(dim=1).values
     first, gap = (places * (length - 2 * size + 1)).long().split(1, dim=1)  # in order
@@ -94,7 +94,7 @@ def copy_sequences(
 
 def familiar_batch(count: int, *, generator: torch.Generator) -> Batch:
     """Sequences in distribution: Zipf tokens, segments of 10 to 19."""
-    return copy_sequences(count, zipf_law(), generator=generator)
+    return copy_sequences(count, zipf_probs(), generator=generator)
 
 
 def unfamiliar_batch(count: int, *, generator: torch.Generator) -> Batch:
