@@ -1,4 +1,7 @@
-"""One function a figure: a tidy table (or a result) in, a Figure out. Computes nothing but what it draws."""
+"""Figures: each function takes a tidy table or a result and returns a matplotlib Figure.
+
+The functions compute only what they draw.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from clairlib.recovery.result import ClairResult, ModuleResult
 
 STYLE = Path(__file__).with_name("plots.mplstyle")
 BENIGN, CONTAMINATED, NEUTRAL = "#0072b2", "#d55e00", "#8c8c8c"
-PALE = "#c9c9c9"  # what is shown for comparison only
+PALE = "#c9c9c9"  # values shown for comparison only
 COLOURS = {
     "base": "#bdbdbd",
     "local": "#8c8c8c",
@@ -43,23 +46,23 @@ COLOURS = {
     "told P, M, sigma: energy": "#000000",
     "told P, M, sigma: filtered": "#737373",
 }
-"""The colour of a method, the same in every figure: blue CLAIR, green oracles, warm the rules of others."""
+"""Colour of each method, the same in every figure: blue for CLAIR, green for oracles, warm colours for other rules."""
 OTHER = "#4d4d4d"  # rules without a colour of their own
 
 
 def colour_of(method: str) -> str:
-    """Colour of a method; rules that the table does not list share one."""
+    """Return the colour of a method. All methods that are not in ``COLOURS`` get the same one."""
     return COLOURS.get(method, OTHER)
 
 
-SHOWN = 30  # singular values drawn
-MAX_HEAT = 60  # modules drawn, the first of them
+SHOWN = 30  # most singular values drawn
+MAX_HEAT = 60  # most modules drawn, the first ones
 
 
 def overview(result: ClairResult) -> Figure:
-    """Spectrum, verdict and gain in one picture: what to look at first.
+    """Draw spectrum, verdict and gain of a result in one figure.
 
-    One module: its spectrum. Several: the heat map of modules x clients instead.
+    With several modules, a heat map of scores by module and client replaces the spectrum.
     """
     with plt.style.context(STYLE):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1.1, 1.3, 0.9))
@@ -146,9 +149,10 @@ def _short(name: str, length: int = 22) -> str:
 
 
 def recovery_rates(table: pd.DataFrame) -> Figure:
-    """Share of seeds with the exact set against the contaminated share; a panel per kind, a line per noise level.
+    """Plot the fraction of seeds with the exact set against the contaminated fraction of clients.
 
-    ``table`` columns: contamination, share, noise, exact, low, high (Wilson interval of exact).
+    There is a panel per kind of contamination and a line per noise level. Columns of ``table``: contamination, share
+    (contaminated fraction), noise, exact, low, high (Wilson interval of exact).
     """
     with plt.style.context(STYLE):
         kinds = list(dict.fromkeys(table.contamination))
@@ -158,7 +162,7 @@ def recovery_rates(table: pd.DataFrame) -> Figure:
             levels = table[table.contamination == kind].groupby("noise")
             for place, (shade, (noise, rows)) in enumerate(zip(shades, levels, strict=False)):
                 spread = [rows.exact - rows.low, rows.high - rows.exact]
-                beside = rows.share + 0.008 * place  # or the intervals hide one another
+                beside = rows.share + 0.008 * place  # shifted, so that the intervals do not hide one another
                 axes.errorbar(beside, rows.exact, spread, fmt="o-", color=shade, label=f"noise {noise:g}")
             axes.axhline(0.95, color=NEUTRAL, linewidth=0.8, linestyle="--")
             axes.set(title=kind, xlabel="contaminated share", ylim=(-0.03, 1.05))
@@ -168,7 +172,10 @@ def recovery_rates(table: pd.DataFrame) -> Figure:
 
 
 def errors(table: pd.DataFrame) -> Figure:
-    """Mean squared error by method with its interval. ``table`` columns: method, error, low, high."""
+    """Plot the mean squared error of each method with its interval.
+
+    Columns of ``table``: method, error, low, high.
+    """
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(5.5, 0.5 + 0.45 * len(table)))
         _bars(axes, table, "error")

@@ -1,4 +1,4 @@
-"""Floor 2: PEFT adapter folders, read and written."""
+"""Floor 2: reading and writing of PEFT adapter folders."""
 
 from clairlib.adapters.collection import AdapterFiles, open_adapters
 

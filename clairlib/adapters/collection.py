@@ -1,4 +1,4 @@
-"""The clients' adapter folders as one set: names, one base model, the same modules; tensors read on demand."""
+"""The clients' adapter folders as one set, with one base model and the same modules; tensors are read on demand."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ RESERVED = {REPORT, PAGE, PICTURE}
 class AdapterFiles:
     """The adapters of K clients on one base model, checked as far as configurations and headers allow.
 
-    No file is open and no tensor in memory, whatever K; the object can be sent to other processes.
+    No file is open and no tensor is in memory, for any K. The object can be sent to other processes.
 
     Attributes
     ----------
     names : list[str]
-        Client names (the folders' names), K of them; the order of everything else.
+        The K client names (the folders' names). Everything else is in the same order.
     folders : list[Path]
-        Where each came from.
+        Each client's adapter folder.
     files : list[LoraFile]
-        Each client's adapter, unread.
+        Each client's adapter, not yet read.
     modules : dict[str, list[StoredFactors]]
-        Module name (without PEFT's ``base_model.model.``) -> the K clients' p, q, rank, dtypes, scale.
+        Module name (without PEFT's ``base_model.model.``) -> p, q, rank, dtypes and scale for each of the K clients.
     """
 
     names: list[str]
@@ -45,33 +45,33 @@ class AdapterFiles:
 
     @property
     def configs(self) -> list[dict[str, Any]]:
-        """Each client's adapter_config.json."""
+        """Contents of each client's adapter_config.json."""
         return [file.config for file in self.files]
 
     @property
     def module_bytes(self) -> dict[str, int]:
-        """Bytes to read, by module."""
+        """Number of bytes to read, by module."""
         return {module: sum(own.bytes for own in clients) for module, clients in self.modules.items()}
 
     @property
     def bytes(self) -> int:
-        """Bytes to read in all."""
+        """Number of bytes to read in total."""
         return sum(self.module_bytes.values())
 
     def load(self) -> dict[str, list[LowRank]]:
-        """All modules in memory, each as of `read`."""
+        """Read all modules into memory, each as `read` returns it."""
         return {module: self.read(module) for module in self.modules}
 
     def read(self, module: str) -> list[LowRank]:
-        """The K clients' updates of one module, in the dtype of their files.
+        """Read the K clients' updates of one module, in the dtype of their files.
 
-        They share one allocation, which is returned when none of them is held any more: pages that are new to the
-        process cost more than reading into them, and one large block is used again where many small ones are not.
+        The updates share one allocation, which is freed when none of them is in use any more. Memory pages that are new
+        to the process cost more than reading into them, and one large block is reused where many small ones are not.
 
         Raises
         ------
         AdapterError
-            One line naming the client whose file changed since it was opened, or whose factor has NaN, infinite or
+            One line that names the client whose file changed since it was opened, or whose factor has NaN, infinite or
             too large entries.
         """
         sizes = [own.room for own in self.modules[module]]
@@ -93,7 +93,7 @@ def open_adapters(paths: Sequence[str | Path]) -> AdapterFiles:
     Raises
     ------
     AdapterError
-        One line naming the client and what is wrong with its folder, or how it differs from the others.
+        One line that names the client and says what is wrong with its folder, or how it differs from the others.
     """
     clients = client_folders(paths)
     files: dict[str, LoraFile] = {}
@@ -106,14 +106,15 @@ def open_adapters(paths: Sequence[str | Path]) -> AdapterFiles:
 
 
 def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
-    """Client name -> adapter folder, from adapter folders or from one parent folder of them.
+    """Return client name -> adapter folder, from adapter folders or from one parent folder of them.
 
-    In a parent folder every subfolder is a client, hidden ones aside; none is skipped for lacking a file.
+    In a parent folder every subfolder that is not hidden is a client; none is skipped because it lacks a file.
 
     Raises
     ------
     AdapterError
-        Fewer than three clients, two of one name (case aside), a name unfit for a folder of the output, no such folder.
+        There are fewer than three clients, two clients have the same name (ignoring case), a name cannot be the name of
+        an output folder, or a folder does not exist.
     """
     folders = [Path(os.path.abspath(path)) for path in paths]
     for folder in folders:
@@ -127,7 +128,8 @@ def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
         name = folder.name
         if not name or not name.isprintable() or name.casefold() in RESERVED:
             raise AdapterError(f"{name!r} cannot be a client's name; rename the folder")
-        if (twin := taken.setdefault(name.casefold(), folder)) is not folder:  # on some file systems one folder
+        # on some file systems they are the same folder
+        if (twin := taken.setdefault(name.casefold(), folder)) is not folder:
             raise AdapterError(f"two clients have the name {name!r}, case aside: {str(twin)!r} and {str(folder)!r}")
         clients[name] = folder
     if len(clients) < MINIMUM_CLIENTS:
@@ -138,7 +140,7 @@ def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
 
 @contextmanager
 def blaming(client: str) -> Iterator[None]:
-    """Put the client's name before whatever AdapterError the block raises."""
+    """Put the client's name before the message of any AdapterError that the block raises."""
     try:
         yield
     except AdapterError as error:
@@ -167,7 +169,7 @@ def _first(files: dict[str, LoraFile]) -> LoraFile:
 
 
 def _odd_one_out(values: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """First client whose value is not the most frequent one: (client, its value, the usual value)."""
+    """Return the first client whose value is not the most frequent one, as (client, its value, the usual value)."""
     counts: Counter[Hashable] = Counter(values.values())
     usual = counts.most_common(1)[0][0]
     return next(((name, value, usual) for name, value in values.items() if value != usual), None)

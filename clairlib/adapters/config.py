@@ -1,7 +1,7 @@
-"""What a client's adapter_config.json says: scaling, ranks, and whether it is plain LoRA at all.
+"""Reading and writing of adapter_config.json: scaling, ranks, and whether the adapter is plain LoRA.
 
-The file comes from a client that may be hostile: it is JSON of bounded size, its patterns are matched within
-a time limit, no path in it is followed, and of what it says only known, checked options are written again.
+The file comes from a client that may be hostile. It must be JSON of bounded size, its patterns are matched within a
+time limit, and no path in it is followed. Only known and checked options are written again.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from clairlib.core.files import AdapterError, regular_file
 
 CONFIG = "adapter_config.json"
 LARGEST_CONFIG = 2**20  # bytes; PEFT writes about one thousand
-MOST_PATTERNS, LONGEST_PATTERN = 1024, 1024  # patterns in a table, characters in a pattern
-PATTERN_SECONDS = 2.0  # for all patterns of an adapter: a hostile one may need exponential time
+MOST_PATTERNS, LONGEST_PATTERN = 1024, 1024  # most patterns in a table; most characters in a pattern
+PATTERN_SECONDS = 2.0  # for all patterns of an adapter together: a hostile pattern may need exponential time
 
-# What scales the factors, and what the written folder keeps. Any other option must be off, or be one of INERT.
+# READ lists the options that this library uses: those that scale the factors, and KEPT, those that it writes again.
+# Any other option must be off or in INERT.
 KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "lora_dropout")
 READ = {
     *KEPT, "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights",
 }  # fmt: skip
-# Say where LoRA is put (the tensors in the file say so too), how it was trained or saved, or tune an option refused.
+# INERT lists options without effect on the update. They say where LoRA is put (so do the names of the tensors), say how
+# LoRA was trained or saved, or adjust an option that is refused.
 INERT = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "inference_mode",
     "auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-STARTS = ("gaussian", "eva", "orthogonal", "mica")  # initialisations that leave the base model's weight as it is
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # PEFT's
+STARTS = ("gaussian", "eva", "orthogonal", "mica")  # initialisations that do not change the base model's weight
+# task types of PEFT
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 class Scaled(Protocol):
-    """A module's update, or what is known of it beforehand."""
+    """A module's update, or its rank and scale alone."""
 
     @property
     def rank(self) -> int: ...
@@ -49,12 +52,12 @@ class Scaled(Protocol):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked adapter_config.json of an adapter folder.
+    """Return the checked contents of adapter_config.json in an adapter folder.
 
     Raises
     ------
     AdapterError
-        The file is missing or not a JSON object, an option has a wrong type or is not supported.
+        The file is missing or not a JSON object, or an option has a wrong type or is not supported.
     """
     path = regular_file(folder, CONFIG)
     if path.stat().st_size > LARGEST_CONFIG:
@@ -71,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def scales_of(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, float]:
-    """Scaling of B @ A by module, for factors of these ranks: alpha / rho, or alpha / sqrt(rho) with rsLoRA.
+    """Return the scale of B @ A by module, for factors of these ranks: alpha / rho, or alpha / sqrt(rho) with rsLoRA.
 
     Raises
     ------
@@ -89,14 +92,14 @@ def scales_of(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, float]
 
 
 def config_for(config: dict[str, Any], updates: Mapping[str, Scaled]) -> dict[str, Any]:
-    """Configuration of plain LoRA with the ranks and scales of ``updates`` (by module), for ``config``'s base model.
+    """Return a plain LoRA configuration with the ranks and scales of ``updates`` and the base model of ``config``.
 
-    Each module gets its own rank and alpha = scale * rho; the most frequent pair becomes ``r`` and ``lora_alpha``,
-    the others go into rank_pattern and alpha_pattern. Of a client's options only the checked ones in KEPT are kept.
+    Each module gets its own rank and alpha = scale * rho. The most frequent pair becomes ``r`` and ``lora_alpha``; the
+    others go into rank_pattern and alpha_pattern. Of a client's options only the checked ones in KEPT are kept.
     """
     pairs = {module: (update.rank, _tidy(update.scale * update.rank)) for module, update in updates.items()}
     rank, alpha = Counter(pairs.values()).most_common(1)[0][0]
-    key = {module: f"^{re.escape(module)}" for module in pairs}  # PEFT would match every name that ends so
+    key = {module: f"^{re.escape(module)}" for module in pairs}  # without ^, PEFT would match every name with this end
     return {option: config[option] for option in KEPT if config.get(option)} | {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -124,7 +127,7 @@ def _check_supported(config: dict[str, Any]) -> None:
     if start not in (None, True, False) and str(start).lower() not in STARTS:
         raise AdapterError(f"init_lora_weights {start!r} may change the base model; convert it to plain LoRA")
     if config.get("task_type") not in (None, *TASKS):
-        raise AdapterError(f"task_type {config['task_type']!r} in {CONFIG} is none that PEFT knows")
+        raise AdapterError(f"task_type {config['task_type']!r} in {CONFIG} is not known to PEFT")
 
 
 def _check_types(config: dict[str, Any]) -> None:
@@ -153,7 +156,7 @@ def _check_types(config: dict[str, Any]) -> None:
 
 
 def _pattern_values(table: dict[str, Any], modules: Iterable[str], default: Any, deadline: float) -> dict[str, Any]:
-    """By module the value of the first key that matches the end of its name, as in PEFT's ``get_pattern_key``."""
+    """Return by module the value of the first key that matches the end of its name, as PEFT's ``get_pattern_key``."""
     values = {module: table.get(module, default) for module in modules}
     left = list(values)
     for key, value in table.items():

@@ -1,7 +1,7 @@
-"""One client's PEFT LoRA folder in and out: adapter_config.json and adapter_model.safetensors.
+"""Reading and writing of one client's PEFT LoRA folder: adapter_config.json and adapter_model.safetensors.
 
-The folder comes from a client that may be hostile: nothing is unpickled, every declared size is checked
-against the file before a tensor is read, and whatever is not a factor of a linear module is refused by name.
+The folder comes from a client that may be hostile. Nothing is unpickled, and every declared size is checked against the
+file before a tensor is read. Every tensor that is not a factor of a linear module is refused by name.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from clairlib.core.files import AdapterError, regular_file
 from clairlib.linalg.low_rank import LowRank
 
 PICKLE = "adapter_model.bin"
-LARGEST = 1e30  # norms beyond leave no room for squares in float64 or for a product in float32
+LARGEST = 1e30  # larger norms leave no room for squares in float64 or for a product in float32
 
 Stamp = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFactors(Factors):
-    """Factors of one module that lie in a file, and where."""
+    """Factors of one module in a file, with their places in the file."""
 
     B: Place
     A: Place
 
     @property
     def room(self) -> int:
-        """Bytes of memory that both take when read."""
+        """Bytes of memory that both factors take when they are read."""
         return self.B.room + self.A.room
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """One client's adapter, known from its configuration and the header of its file; no handle is kept.
+    """One client's adapter, described by its configuration and the header of its file; the file is not kept open.
 
     Attributes
     ----------
     path : Path
         The safetensors file.
     config : dict
-        The checked adapter_config.json.
+        The checked contents of adapter_config.json.
     modules : dict[str, StoredFactors]
         Module name (without PEFT's ``base_model.model.``) -> its factors.
     stamp : tuple of int
-        Device, inode, size and time of the last change of the file when it was checked.
+        Device, inode, size and modification time of the file when it was checked.
     """
 
     path: Path
@@ -65,7 +65,9 @@ class LoraFile:
     stamp: Stamp
 
     def read(self, module: str, room: Tensor | None = None) -> LowRank:
-        """The module's update, in the dtype of the file; it lies in ``room`` where that is given, so many bytes.
+        """Read the module's update, in the dtype of the file.
+
+        If ``room`` is given, a tensor of at least as many bytes as the factors need, the update is stored in it.
 
         Raises
         ------
@@ -82,15 +84,15 @@ class LoraFile:
 
 
 def open_lora(folder: Path) -> LoraFile:
-    """The adapter of one folder, without reading its tensors.
+    """Open the adapter of one folder, without reading its tensors.
 
-    With ``fan_in_fan_out`` (Conv1D) PEFT stores the factors in the same orientation, B (out, rho) and
-    A (rho, in), and transposes their product when it merges; the update here is always (out, in).
+    With ``fan_in_fan_out`` (Conv1D) PEFT stores the factors in the same orientation, B (out, rho) and A (rho, in), and
+    transposes their product when it merges them. The update here is always (out, in).
 
     Raises
     ------
     AdapterError
-        One line naming the file, option, module or tensor that cannot be used.
+        One line that names the file, option, module or tensor that cannot be used.
     """
     config = read_config(folder)
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
@@ -104,12 +106,12 @@ def open_lora(folder: Path) -> LoraFile:
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
-    """Configuration and updates of one adapter folder, as ``{module: LowRank}`` in the file's dtype.
+    """Return the configuration of one adapter folder, and its updates as ``{module: LowRank}`` in the file's dtype.
 
     Raises
     ------
     AdapterError
-        As :func:`open_lora` and :meth:`LoraFile.read`.
+        As for :func:`open_lora` and :meth:`LoraFile.read`.
     """
     file = open_lora(folder)
     return file.config, {module: file.read(module) for module in file.modules}
@@ -132,7 +134,13 @@ def write_lora(folder: Path, config: dict[str, Any], updates: dict[str, LowRank]
 
 @contextmanager
 def unchanged(path: Path, stamp: Stamp) -> Iterator[FileIO]:
-    """Open a file that must be the one of the stamp, and unchanged, when the block ends."""
+    """Open a file that must have the given stamp, and check when the block ends that it has not changed.
+
+    Raises
+    ------
+    AdapterError
+        The file has another stamp, or cannot be read.
+    """
     try:
         with FileIO(path, opener=_open_regular) as file:
             yield file
@@ -143,7 +151,7 @@ def unchanged(path: Path, stamp: Stamp) -> Iterator[FileIO]:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe put in the file's place would wait for ever
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # reading a pipe at the file's path would wait for ever
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -151,7 +159,7 @@ def _stamp(status: os.stat_result) -> Stamp:
 
 
 def _pair(module: str, factors: dict[str, Place]) -> tuple[Place, Place]:
-    """B and A of one module."""
+    """Return B and A of one module."""
     if len(factors) < 2:
         raise AdapterError(f"module {module!r} has lora_{next(iter(factors))} but not the other factor")
     B, A = factors["B"], factors["A"]
@@ -172,7 +180,7 @@ def _check_values(module: str, own: StoredFactors, update: LowRank) -> None:
         most[place] = largest(values)
         if not math.isfinite(most[place]):
             raise AdapterError(f"tensor {place.key!r} has NaN or infinite entries")
-    b, a = (most[place] * math.sqrt(math.prod(place.shape)) for place in (own.B, own.A))  # bound the norms
+    b, a = (most[place] * math.sqrt(math.prod(place.shape)) for place in (own.B, own.A))  # upper bounds of the norms
     if not _fits(b, a, update.scale):
         b, a = _norm(update.B), _norm(update.A)
         if not _fits(b, a, update.scale):

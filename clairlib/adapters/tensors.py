@@ -1,8 +1,8 @@
-"""The tensors of adapter_model.safetensors: what its header declares, where each lies, and their values in and out.
+"""The tensors of adapter_model.safetensors: what the header declares, where each tensor lies, and reading and writing.
 
-The file may come from a hostile client. Its header is checked by safetensors, which refuses sizes that do not cover the
-file exactly, before a tensor is read; values are read into memory of their own and not mapped, since a mapped file that
-shrinks ends the process.
+The file may come from a hostile client. safetensors checks its header before a tensor is read, and refuses sizes that
+do not cover the file exactly. Values are read into separate memory, not mapped, because a mapped file that shrinks ends
+the process.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from clairlib.core.files import AdapterError
 from clairlib.linalg.low_rank import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
-# in the order in which the format lays them out, so that each begins at a multiple of its size
+# In the order of the format, so that each tensor begins at a multiple of the size of its entries.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-ALIGNMENT = 64  # bytes, in memory
+ALIGNMENT = 64  # alignment of a tensor in memory, in bytes
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What is known of one module's factors without their values.
+    """Description of one module's factors without their values.
 
     Attributes
     ----------
     p, q, rank : int
         B is (p, rank), A is (rank, q).
     B_dtype, A_dtype : torch.dtype
+        Dtypes of the factors.
     scale : float
-        Scaling of the product B @ A.
+        Scale of the product B @ A.
     """
 
     p: int
@@ -53,7 +54,7 @@ class Factors:
 
     @classmethod
     def of(cls, update: LowRank) -> Factors:
-        """Those of an update at hand."""
+        """Describe the factors of an update."""
         return cls(*update.shape, update.rank, update.B.dtype, update.A.dtype, update.scale)
 
     @property
@@ -63,17 +64,17 @@ class Factors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that holds both factors."""
+        """The dtype that can hold both factors."""
         return torch.promote_types(self.B_dtype, self.A_dtype)
 
     @property
     def bytes(self) -> int:
-        """Size of both factors in the file."""
+        """Size of both factors in the file, in bytes."""
         return self.rank * (self.p * self.B_dtype.itemsize + self.q * self.A_dtype.itemsize)
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: its name, shape and dtype, and its first byte counted from the beginning of the file."""
+    """Place of a tensor in a file: name, shape, dtype, and the offset of its first byte in the file."""
 
     key: str
     shape: tuple[int, ...]
@@ -82,30 +83,30 @@ class Place(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def room(self) -> int:
-        """Its size rounded up, so that another tensor may follow in memory."""
+        """Size of the tensor in bytes, rounded up so that another tensor may follow in memory."""
         return -(-self.bytes // ALIGNMENT) * ALIGNMENT
 
 
 def read_header(path: Path) -> dict[str, dict[str, Place]]:
-    """The factors that a file declares: module -> "A", "B" -> place, in the order of the sorted names.
+    """Return the factors that a file declares: module -> "A", "B" -> place, in the order of the sorted names.
 
     Raises
     ------
     AdapterError
-        The file is no safetensors file, or holds a tensor that is no factor of a linear module.
+        The file is not a safetensors file, or contains a tensor that is not a factor of a linear module.
     """
     try:
-        with safe_open(path, framework="numpy") as file:  # with "pt" the whole file would become a storage
+        with safe_open(path, framework="numpy") as file:  # with "pt" the whole file would be loaded as one storage
             slices = {key: file.get_slice(key) for key in file.offset_keys()}
         with FileIO(path) as raw:
             offset = 8 + int.from_bytes(raw.read(8), "little")
     except (SafetensorError, OSError) as error:
-        reason = "".join(c if c.isprintable() else " " for c in str(error)[:200])  # may quote the header
+        reason = "".join(c if c.isprintable() else " " for c in str(error)[:200])  # the error may quote the header
         raise AdapterError(f"{WEIGHTS} is truncated or not a safetensors file ({reason})") from error
     places: dict[str, tuple[str, str, Place]] = {}
     for key, header in slices.items():  # the format allows no gaps
@@ -124,16 +125,16 @@ def read_header(path: Path) -> dict[str, dict[str, Place]]:
 
 
 def lay_out(modules: Mapping[str, Factors]) -> tuple[bytes, dict[str, tuple[Place, Place]], int]:
-    """Header of a file that holds these factors, byte for byte as safetensors writes it.
+    """Return the header of a file that holds these factors, byte for byte as safetensors writes it.
 
     Returns
     -------
     bytes
-        The header with its length before it.
+        The length of the header, then the header.
     dict
         Module -> places of B and A.
     int
-        Size of the file.
+        Size of the file in bytes.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     tensors = {}
@@ -155,12 +156,12 @@ def lay_out(modules: Mapping[str, Factors]) -> tuple[bytes, dict[str, tuple[Plac
 
 
 def room_for(size: int) -> Tensor:
-    """Memory of so many bytes, not initialised.
+    """Allocate ``size`` bytes of memory, not initialised.
 
     Raises
     ------
     AdapterError
-        There is not so much.
+        There is not enough memory.
     """
     try:
         return torch.empty(size, dtype=torch.uint8)
@@ -169,7 +170,7 @@ def room_for(size: int) -> Tensor:
 
 
 def read_tensor(file: FileIO, place: Place, room: Tensor) -> Tensor:
-    """The tensor at this place, as it stands in the file; it lies at the beginning of ``room``.
+    """Read the tensor at this place of the file into the beginning of ``room``, in the dtype of the file.
 
     Raises
     ------
@@ -187,20 +188,20 @@ def read_tensor(file: FileIO, place: Place, room: Tensor) -> Tensor:
 
 
 def write_at(file: FileIO, offset: int, left: memoryview) -> None:
-    """Put the bytes into the file, from this offset on."""
+    """Write the bytes ``left`` into the file, from this offset on."""
     file.seek(offset)
     while left:
         left = left[file.write(left) :]
 
 
 def largest(values: Tensor) -> float:
-    """Largest absolute value; NaN or infinite if any entry is."""
+    """Return the largest absolute value; NaN or infinite if any entry is."""
     low, high = values.aminmax()  # both are NaN if any entry is
     return max(-float(low), float(high))
 
 
 def bytes_of(values: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     return values.view(-1).view(torch.uint8).numpy().data
 
 
@@ -209,7 +210,13 @@ def _key(module: str, factor: str) -> str:
 
 
 def _check_declared(key: str, shape: tuple[int, ...], dtype: str) -> tuple[str, str]:
-    """Module and factor that a tensor's name, shape and dtype stand for."""
+    """Return the module and the factor that a tensor's name, shape and dtype stand for.
+
+    Raises
+    ------
+    AdapterError
+        The tensor is not a supported factor of a linear module.
+    """
     match = KEY.fullmatch(key)
     if "lora_embedding_" in key:
         raise AdapterError(f"tensor {key!r}: LoRA of an embedding is not supported")

@@ -1,4 +1,4 @@
-"""An adapter folder written one module at a time, by one process or several."""
+"""Writing of an adapter folder one module at a time, by one process or several."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from clairlib.linalg.low_rank import LowRank
 
 
 class AdapterWriter:
-    """Writes one new adapter folder that ``peft.PeftModel.from_pretrained`` loads, module by module in any order.
+    """Write one new adapter folder that ``peft.PeftModel.from_pretrained`` loads, module by module in any order.
 
-    Ranks, scales and dtypes are known beforehand, so that every factor has its place in the file and memory does not
-    grow with the number of modules. No handle is kept: the writer can be sent to other processes, and all may write at
-    once, each module by one of them. The header and the configuration come last; until then nothing loads the folder.
-    To be used in a folder that appears whole (:func:`clairlib.core.files.whole_folder`).
+    Ranks, scales and dtypes are known beforehand. So every factor has its place in the file, and memory does not grow
+    with the number of modules. No file is kept open: the writer can be sent to other processes, and several processes
+    may write at once, each module by one of them. The header and the configuration are written last; until then no
+    program loads the folder. Use the writer in a folder that appears as a whole
+    (:func:`clairlib.core.files.whole_folder`).
 
     Parameters
     ----------
     folder : Path
         The client's folder.
     config : dict
-        A client's checked configuration, of which :func:`clairlib.adapters.config.config_for` keeps the base model.
+        A client's checked configuration. :func:`clairlib.adapters.config.config_for` keeps its base model.
     modules : mapping
         Module name -> shape, rank, dtypes and scale of what will be written.
     """
@@ -41,21 +42,24 @@ class AdapterWriter:
         self._header, self._places, self.bytes = lay_out(self.modules)
 
     def create(self) -> None:
-        """Make the folder and reserve the file's room on the disk. Not called to go on with a folder half written."""
+        """Create the folder and reserve the file's space on the disk.
+
+        Do not call this to resume a partly written folder.
+        """
         self.folder.mkdir()
         with FileIO(self.folder / WEIGHTS, "xb") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is found now
+            if hasattr(os, "posix_fallocate"):  # so that a full disk is noticed now
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
             else:
                 file.truncate(self.bytes)
 
     def write(self, module: str, update: LowRank) -> None:
-        """Put the module's factors into the file.
+        """Write the module's factors into the file.
 
         Raises
         ------
         AdapterError
-            A factor is not finite (its dtype cannot hold the values), or not as announced.
+            A factor is not finite (its dtype cannot hold the values), or is not as announced.
         """
         if update.scale != self.modules[module].scale:
             raise AdapterError(f"module {module!r} has scale {update.scale}, not {self.modules[module].scale}")
@@ -71,7 +75,7 @@ class AdapterWriter:
                 write_at(file, place.offset, bytes_of(values.detach().cpu().contiguous()))
 
     def finish(self) -> None:
-        """Complete the folder, after every module has been written."""
+        """Complete the folder; call this after every module has been written."""
         with FileIO(self.folder / WEIGHTS, "r+b") as file:
             write_at(file, 0, memoryview(self._header))
         (self.folder / CONFIG).write_text(self._config, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Floor 4: adapter folders judged and refined module by module, as `clair align` does; called by `clairlib.align`."""
+"""Floor 4: alignment of adapter folders, module by module. It is behind `clair align` and `clairlib.align`."""

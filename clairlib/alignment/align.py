@@ -1,4 +1,4 @@
-"""From client adapter folders to a verdict, refined adapters and a report: what ``clair align`` does."""
+"""From client adapter folders to a verdict, refined adapters and a report: the work of ``clair align``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from clairlib.recovery.result import ClairResult
 class Alignment:
     """Outcome of :func:`align`: the verdict, the report as written to report.json, and the output folder.
 
-    The modules of ``result`` are summaries: their refined updates are in the output folder.
+    The modules of ``result`` are summaries, because the refined updates are in the output folder.
     """
 
     result: ClairResult
@@ -58,33 +58,34 @@ def align(
 ) -> Alignment:
     """Judge the clients' adapters, refine the benign ones and write them as adapter folders.
 
-    A client is judged once over all its modules; subspaces are per module. A benign client's refined update
-    is truncated to ``adapter_rank`` (default: its own rank in that module); in a module where refinement was
-    refused it keeps its own update. ``output`` holds a folder for each benign client, report.json, report.html and,
-    with ``draw``, report.png.
+    A client is judged once over all its modules; subspaces are per module. A benign client's refined update is
+    truncated to ``adapter_rank`` (default: the client's own rank in that module). In a module where refinement was
+    refused, the client keeps its own update. ``output`` contains a folder for each benign client, report.json,
+    report.html and, with ``draw``, report.png.
 
     Parameters
     ----------
     paths : sequence of path
-        PEFT adapter folders, or one parent folder of them. Client name = folder name.
+        PEFT adapter folders, or one parent folder of them. The client names are the folder names.
     output : path
-        Folder to write; it appears whole or not at all.
+        Folder to write; it appears as a whole or not at all.
     rank : int, optional
-        Shared rank r; estimated per module when not given.
+        Shared rank r; estimated per module if not given.
     adapter_rank : int, optional
-        Rank of the adapters written.
+        Rank of the written adapters.
     solver, side, seed
         As in :class:`clairlib.CLAIR`.
     device : str
-        Where to compute, ``cpu`` or ``cuda``.
+        Device that computes, ``cpu`` or ``cuda``.
     keep_contaminated : bool
-        Copy the two files of contaminated clients unchanged instead of leaving them out.
+        Copy the two files of contaminated clients unchanged instead of leaving these clients out.
     overwrite : bool
         Replace an output folder that an earlier call wrote.
     resume : bool
-        Go on from what a killed or interrupted run of the same clients and settings left, to the identical result.
+        Resume a killed or interrupted run of the same clients and settings; the result is identical.
     jobs : int
-        Worker processes; 1 computes in this one. Memory is that of one module a process, whatever their number.
+        Number of worker processes; 1 computes in this process. Each process needs the memory of one module, whatever
+        the number of modules.
     progress : callable, optional
         Called with (module, number of modules) when a module is done.
     draw : callable, optional
@@ -93,12 +94,12 @@ def align(
     Raises
     ------
     AdapterError
-        One line naming the client, module, option or file that cannot be used; nothing is left behind.
+        One line that names the client, module, option or file that cannot be used; no output is left behind.
     """
     method, output = {"rank": rank, "solver": solver, "side": side, "seed": seed}, Path(output)
     job = open_job(paths, adapter_rank=adapter_rank, device=device, **method)
     if device == "cuda" and jobs > 1:
-        raise AdapterError("one process serves one GPU; leave out --jobs")
+        raise AdapterError("only one process can use the GPU; leave out --jobs")
     adapters, inputs = job.adapters, [*map(Path, paths), *client_folders(paths).values()]
     settings = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
@@ -106,7 +107,7 @@ def align(
         try:
             result, errors = iterate_verdict_on_disk(job, folder, records, jobs=jobs, progress=progress)
         except BrokenProcessPool as error:
-            raise AdapterError("a worker process ended; too little memory? Use fewer --jobs") from error
+            raise AdapterError("a worker process ended, perhaps for lack of memory; use fewer --jobs") from error
         if keep_contaminated:
             _copy_contaminated(folder, adapters, result)
         report = _report(result, errors, settings)
@@ -120,7 +121,7 @@ def align(
 def open_job(
     paths: Sequence[str | Path], *, adapter_rank: int | None = None, device: str = "cpu", **method: Any
 ) -> AlignmentJob:
-    """The clients' adapters, checked, and what is to be done with them; options as of :func:`align`."""
+    """Check the clients' adapters and return the job of aligning them; options as for :func:`align`."""
     try:
         clair = CLAIR(**method)
     except ValueError as error:
@@ -145,7 +146,7 @@ def _check_adapter_rank(adapters: AdapterFiles, rank: int | None) -> None:
 
 
 def _identity(adapters: AdapterFiles, settings: dict[str, Any]) -> str:
-    """Tells whether a run can be resumed: the same files, settings and versions."""
+    """Return a hash of files, settings and versions; a run can be resumed only if it has the same hash."""
     files = [(name, *file.stamp) for name, file in zip(adapters.names, adapters.files, strict=True)]
     facts = [files, settings, provenance.versions()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -157,7 +158,7 @@ def _copy_contaminated(folder: Path, adapters: AdapterFiles, result: ClairResult
             continue
         (folder / name).mkdir(exist_ok=True)
         with blaming(name):
-            for file in (CONFIG, WEIGHTS):  # checked again: the folder may have changed since it was read
+            for file in (CONFIG, WEIGHTS):  # checked again, because the folder may have changed since it was read
                 shutil.copyfile(regular_file(adapters.folders[k], file), folder / name / file)
 
 
@@ -189,11 +190,11 @@ def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[
 
 
 def _spread(errors: list[float]) -> dict[str, float | None]:
-    """Largest and mean relative Frobenius error over the benign clients."""
+    """Return the largest and the mean relative Frobenius error over the benign clients."""
     return {"max": max(errors, default=None), "mean": sum(errors) / len(errors) if errors else None}
 
 
 def _number(value: Any) -> float | None:
-    """A JSON number; what is not finite becomes null, since strict JSON has no NaN."""
+    """Return a JSON number; a value that is not finite becomes null, because strict JSON has no NaN."""
     number = float(value)
     return number if math.isfinite(number) else None

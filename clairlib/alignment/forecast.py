@@ -1,4 +1,4 @@
-"""What an alignment will take, before it starts: from the files' headers, and one module timed."""
+"""Forecast of the cost of an alignment before it starts, from the headers of the files and one timed module."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from clairlib.linalg.compress import FILLED, LEAD
 from clairlib.recovery.clair import AGREED, pilots
 
 PROCESS = 450e6  # bytes of a process that has loaded PyTorch
-COPIES = 4  # of a module's factors: as read, side by side in single precision (twice the size), the next one being read
-SQUARES = 6  # N x N arrays in double precision at a time
-STACKS = 16  # arrays of the size of the cores at a time
+# Copies of a module's factors: one as read, a stacked one in single precision (twice the size), the module read next.
+COPIES = 4
+SQUARES = 6  # N x N arrays in double precision that exist at the same time
+STACKS = 16  # arrays of the size of the cores that exist at the same time
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Clients, modules, bytes to read, expected peak memory in bytes of all processes, expected seconds."""
+    """Clients, modules, bytes to read, expected peak memory of all processes in bytes, and expected seconds."""
 
     clients: int
     modules: int
@@ -36,10 +37,11 @@ class Forecast:
 
 
 def forecast(job: AlignmentJob, jobs: int = 1) -> Forecast:
-    """Expected cost of an alignment by ``jobs`` processes.
+    """Return the expected cost of an alignment by ``jobs`` processes.
 
-    The module of median size is read, compressed, searched and judged once; the others are expected to take as long for
-    each byte, without the search, and writing as long as reading. Should be right within a factor of two.
+    The module of median size is read, compressed, searched and judged once. The other modules are assumed to take the
+    same time per byte, without the search, and writing is assumed to take as long as reading. The forecast should be
+    right within a factor of two; this is not guaranteed.
     """
     sizes = job.adapters.module_bytes
     middle = sorted(sizes, key=sizes.__getitem__)[len(sizes) // 2]
@@ -52,16 +54,17 @@ def forecast(job: AlignmentJob, jobs: int = 1) -> Forecast:
     start = time.perf_counter()
     job.clair.prepare(read_module(job, middle), job.weights)
     fit.outcome(torch.ones_like(frame.members))
-    working = 2 * (time.perf_counter() - start) + reading  # writing
+    working = 2 * (time.perf_counter() - start) + reading  # writing takes as long as reading
     few = len(pilots(list(sizes), job.clair.solver))
-    found = few if job.clair.solver == "convex" else min(AGREED, few)  # more are searched where those do not agree
+    # further modules are searched if these do not agree
+    found = few if job.clair.solver == "convex" else min(AGREED, few)
     searched = found * searching + (few - found) * working
     seconds = (working * job.adapters.bytes / sizes[middle] + searched) / min(jobs, len(sizes))
     return Forecast(len(job.adapters.names), len(sizes), job.adapters.bytes, jobs * memory_of_a_process(job), seconds)
 
 
 def memory_of_a_process(job: AlignmentJob) -> float:
-    """Expected peak bytes of a process, from the largest module."""
+    """Return the expected peak memory of a process in bytes, from the largest module."""
     K = len(job.adapters.names)
     most = 0.0
     for clients in job.adapters.modules.values():

@@ -1,4 +1,4 @@
-"""One module of the clients' adapters: read, compressed, judged, refined, written, in whichever process."""
+"""Alignment of one module in any process: its adapters are read, compressed, judged, refined and written."""
 
 from __future__ import annotations
 
@@ -27,30 +27,34 @@ from clairlib.recovery.module_fit import ModuleFit, Outcome
 from clairlib.recovery.result import ModuleSummary
 from clairlib.recovery.verdict import ModuleScores
 
-SHOWN = 32  # singular values of the spectrum that are reported
-OFF_DIRECTIONS = 2  # times the rank of the adapters written: directions of the common part that can enter them
+SHOWN = 32  # number of singular values of the spectrum in the report
+OFF_DIRECTIONS = 2  # directions of the common part that can enter the written adapters, as a multiple of their rank
 
-Adapters = Callable[[Sequence[int], Sequence[Factors]], Iterator[tuple[LowRank, float]]]  # of clients, as announced
+# From client indices and announced factors to updates and truncation errors.
+Adapters = Callable[[Sequence[int], Sequence[Factors]], Iterator[tuple[LowRank, float]]]
 
 
 @dataclass(frozen=True)
 class AlignmentJob:
-    """What every module's work needs to know; goes to worker processes."""
+    """The data that the work on every module needs; it is sent to worker processes."""
 
     adapters: AdapterFiles
     clair: CLAIR
     device: str
     adapter_rank: int | None
-    ahead: dict[str, Future[list[LowRank]]] = field(default_factory=dict, repr=False)  # modules being read
+    ahead: dict[str, Future[list[LowRank]]] = field(default_factory=dict, repr=False)  # modules that are being read
     _writers: dict[tuple[Path, int], AdapterWriter] = field(default_factory=dict, repr=False)
 
     @property
     def weights(self) -> Tensor:
-        """All clients alike."""
+        """Equal weights for all clients."""
         return torch.ones(len(self.adapters.names), dtype=torch.float64, device=self.device)
 
     def writer(self, folder: Path, client: int) -> AdapterWriter:
-        """Of a client's adapter in ``folder``: its own scales, and its own ranks but for ``adapter_rank``."""
+        """Return the writer of a client's adapter in ``folder``.
+
+        The adapter has the client's own scales, and the client's own ranks unless ``adapter_rank`` is given.
+        """
         if (folder, client) not in self._writers:
             own = self.adapters.files[client]
             modules = {name: self._announced(factors) for name, factors in own.modules.items()}
@@ -64,9 +68,9 @@ class AlignmentJob:
 
 @dataclass(frozen=True)
 class Aligned:
-    """What is left of a module's work when a set of clients was taken for benign.
+    """Result of one module for a set of clients taken to be benign.
 
-    ``reading`` of the set's frame; ``errors``, the relative truncation error of each adapter.
+    ``reading``: the scores against the set's frame. ``errors``: the relative truncation error of each adapter.
     """
 
     summary: ModuleSummary
@@ -75,7 +79,7 @@ class Aligned:
 
 
 def read_module(job: AlignmentJob, name: str) -> Module:
-    """The clients' updates of a module, the side whose subspace is sought first."""
+    """Read the clients' updates of a module, with the side whose subspace is sought as rows."""
     ahead = job.ahead.pop(name, None)
     updates = job.adapters.read(name) if ahead is None else ahead.result()
     updates, transposed = [_moved(update, job.device) for update in updates], job.clair.side == "input"
@@ -88,7 +92,7 @@ def _moved(update: LowRank, device: str) -> LowRank:
 
 @contextmanager
 def located(job: AlignmentJob, name: str) -> Iterator[None]:
-    """Numerical failures as one line that names the module, unless it names a client or module itself."""
+    """Convert numerical failures to one line that names the module, unless it names a client or module already."""
     try:
         yield
     except AdapterError:
@@ -101,14 +105,14 @@ def located(job: AlignmentJob, name: str) -> Iterator[None]:
 
 
 def fit_module(job: AlignmentJob, name: str) -> tuple[ModuleFit, None]:
-    """A module's fit, in which nothing is searched."""
+    """Return a module's fit without searching for a frame."""
     module = read_module(job, name)
     with located(job, name):
         return job.clair.prepare(module, job.weights), None
 
 
 def fit_and_search(job: AlignmentJob, name: str) -> tuple[ModuleFit, Frame]:
-    """A module's fit, and the frame that its clients suggest by themselves."""
+    """Return a module's fit, and the frame that this module suggests by itself."""
     module = read_module(job, name)
     with located(job, name):
         fit = job.clair.prepare(module, job.weights)
@@ -116,9 +120,9 @@ def fit_and_search(job: AlignmentJob, name: str) -> tuple[ModuleFit, Frame]:
 
 
 def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool, folder: Path) -> Aligned:
-    """Judge everybody by the frame of the ``benign`` (K,) bool, and write their refined adapters of this module.
+    """Judge all clients by the frame of the ``benign`` (K,) bool, and write the benign clients' adapters of the module.
 
-    ``refine_any`` says whether the clients share a subspace in some module; else nothing is refined.
+    ``refine_any`` says whether the clients share a subspace in some module. If not, nothing is refined.
     """
     module, benign = read_module(job, name), benign.to(job.device)
     with located(job, name):
@@ -146,7 +150,7 @@ def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool,
 
 
 def _own(module: Module) -> Adapters:
-    """Clients keep their own updates, cut to the rank asked for."""
+    """Return a function that yields the clients' own updates, truncated to the announced rank."""
 
     def make(clients: Sequence[int], announced: Sequence[Factors]) -> Iterator[tuple[LowRank, float]]:
         for client, place in zip(clients, announced, strict=True):
@@ -157,7 +161,7 @@ def _own(module: Module) -> Adapters:
 
 
 def _refined(job: AlignmentJob, fit: ModuleFit, module: Module, outcome: Outcome) -> Adapters:
-    """Refined updates, cut to the rank asked for."""
+    """Return a function that yields the refined updates, truncated to the announced rank."""
     updates = cast(list[LowRank], module.updates)
     if isinstance(fit.cores, Cores):
         basis, off = fit.lifted(outcome.frame)

@@ -1,5 +1,6 @@
 "use strict";
-// A table's headings become buttons that sort its rows: by data-value where a cell has one, else by its text.
+// The headings of a table become buttons that sort its rows. A cell counts by its data-value if it has one, else by its
+// text.
 function key(row, column) {
   const cell = row.cells[column];
   if (cell.dataset.value === undefined) return cell.textContent;
@@ -7,7 +8,7 @@ function key(row, column) {
 }
 
 function compare(a, b, direction) {
-  if (a === null || b === null) return (a === null) - (b === null); // what is missing comes last either way
+  if (a === null || b === null) return (a === null) - (b === null); // missing values come last in both directions
   return direction * (typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true }));
 }
 

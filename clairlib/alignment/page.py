@@ -1,7 +1,7 @@
-"""report.html: the report of an alignment as one page that needs no network, and no script but for sorting.
+"""report.html: the report of an alignment as one page. It needs no network, and JavaScript only for sorting.
 
 Names come from clients that may be hostile. Text becomes markup in `_tag` alone, which escapes it, and the page's
-policy lets no script run but its own.
+content security policy runs no script but the page's own.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from clairlib.recovery.detection import PRIOR_CLIENTS
 from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 
 WIDTH = 1000  # pixels
-MOST_CELLS = 20_000  # of the heat map; beyond, a browser gets slow: the clients with the highest scores are shown
-HOT = 10.0  # scores that far off or farther have the full colour
-LINEAR = 5.0  # scores beyond are drawn on a logarithmic scale
+# Cells of the heat map; with more, a browser gets slow, so only the clients with the highest scores are shown.
+MOST_CELLS = 20_000
+HOT = 10.0  # scores of at least this size have the full colour
+LINEAR = 5.0  # larger scores are drawn on a logarithmic scale
 TICKS = (-100, -50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000)
 BENIGN, MIDDLE, CONTAMINATED = (0, 114, 178), (247, 247, 247), (213, 94, 0)
-SHORT = 26  # characters of a name beside a heat map; the whole name shows under the pointer
+SHORT = 26  # characters of a name beside a heat map; the full name is in the tooltip
 STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind in ("css", "js"))
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -46,13 +47,13 @@ PAGE = """<!DOCTYPE html>
 
 
 class _Markup(str):
-    """HTML or SVG, escaped already."""
+    """HTML or SVG that is already escaped."""
 
 
 def write_alignment_page(report: dict[str, Any], path: Path) -> None:
-    """Write the report of ``clair align`` (report.json's content) as a page; keys that are missing are left out.
+    """Write the report of ``clair align`` (the content of report.json) as a page; missing keys are left out.
 
-    Works without JavaScript, but for sorting, and asks the network for nothing.
+    The page works without JavaScript, except for sorting, and makes no network requests.
     """
     style, script = STYLE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
@@ -73,7 +74,11 @@ def _body(clients: list[dict[str, Any]], modules: list[dict[str, Any]], report: 
         missing = "No shared subspace found: the updates do not predict one another. The verdict says little."
         yield _tag("p", _tag("strong", missing))
     yield _tag("h2", "Verdict")
-    yield _tag("p", "Score: standard deviations above the benign. p-value: chance of a benign client's score so high.")
+    yield _tag(
+        "p",
+        "Score: how far a client stands above the benign clients, in standard deviations. p-value: the chance that a "
+        "benign client's score is at least as high.",
+    )
     yield _verdict(clients)
     if any(client.get("score") is not None for client in clients):
         yield _tag("h2", "Scores")
@@ -103,7 +108,7 @@ def _verdict(clients: list[dict[str, Any]]) -> _Markup:
 
 
 def _scores(clients: list[dict[str, Any]]) -> _Markup:
-    """A mark for each client over the law that benign clients' scores follow, and over what they are."""
+    """Draw a mark for each client over the law by which benign scores are judged and a histogram of benign scores."""
     shown = [client for client in clients if client.get("score") is not None]
     benign = [client["score"] for client in shown if not client.get("contaminated")]
     low, high = min(-LINEAR, shown[-1]["score"]), max(LINEAR, shown[0]["score"])
@@ -118,7 +123,7 @@ def _scores(clients: list[dict[str, Any]]) -> _Markup:
         for at in range(math.floor(low), math.ceil(high))
         if (height := 300 * sum(at <= score < at + 1 for score in benign) / max(len(benign), 1))
     ]
-    law = stats.t(max(PRIOR_CLIENTS + len(benign) - 2, 1))  # each is compared with the others, as detection does
+    law = stats.t(max(PRIOR_CLIENTS + len(benign) - 2, 1))  # each client is compared with the others, as in detection
     points = [low + (min(high, 2 * LINEAR) - low) * step / 200 for step in range(201)]
     curve = " ".join(f"{across(x):.1f},{floor - 300 * law.pdf(x):.1f}" for x in points)
     ticks = [tick for tick in TICKS if low <= tick <= high]
@@ -126,8 +131,9 @@ def _scores(clients: list[dict[str, Any]]) -> _Markup:
     grid = _tag("path", d=" ".join(f"M{across(tick):.1f} 0V{floor + 4}" for tick in ticks), class_="axis")
     drawing = [grid, *bars, _tag("polyline", points=curve, class_="line"), *marks, *labels]
     caption = (
-        "Blue circles: benign; vermilion diamonds: contaminated; height without meaning. Curve: the law by which a "
-        f"benign client's score is judged (Student t); grey: the scores of the benign. Logarithmic beyond {LINEAR:g}."
+        "Blue circles are benign clients, vermilion diamonds contaminated ones; their height has no meaning. The curve "
+        "is the distribution by which a benign client's score is judged (Student t). The grey bars are the scores of "
+        f"the benign clients. The axis is logarithmic beyond {LINEAR:g}."
     )
     return _figure(_svg(drawing, WIDTH, floor + 24, "Scores of the clients"), caption)
 
@@ -141,7 +147,7 @@ def _mark(client: dict[str, Any], x: float, y: float) -> _Markup:
 
 
 def _heat(clients: list[dict[str, Any]], modules: list[str]) -> _Markup:
-    """Scores by module (rows) and client (columns, by pooled score)."""
+    """Draw the scores by module (rows) and client (columns, by pooled score)."""
     columns = clients[: max(1, MOST_CELLS // max(len(modules), 1))][::-1]
     width = min(max((WIDTH - 200) / max(len(columns), 1), 2.0), 22.0)
     height = min(max(900 / max(len(modules), 1), 4.0), 18.0)
@@ -159,9 +165,9 @@ def _heat(clients: list[dict[str, Any]], modules: list[str]) -> _Markup:
         name = str(client.get("name"))
         place = f"translate({200 + width * (k + 0.5) + 4:.1f} {bottom + 6:.1f}) rotate(-90)"
         names.append(_tag("text", _shorten(name), _tag("title", name), transform=place, text_anchor="end"))
-    caption = f"Blue below, vermilion above the benign, full colour from {HOT:g} standard deviations."
+    caption = f"Blue: below the benign clients; vermilion: above; full colour: {HOT:g} standard deviations or more."
     if len(columns) < len(clients):
-        caption += f" The {len(columns)} clients with the highest scores of {len(clients)}."
+        caption += f" Only the {len(columns)} clients with the highest scores of {len(clients)} are shown."
     drawing = [_tag("g", *cells, class_="cells"), *names]
     longest = min(SHORT, max(len(str(client.get("name"))) for client in columns))
     return _figure(_svg(drawing, right + 10, bottom + 12 + 6.5 * longest, "Scores by module and client"), caption)
@@ -174,7 +180,7 @@ def _cell(client: dict[str, Any], module: str, x: float, y: float, width: float,
 
 
 def _colour(score: float | None) -> str:
-    """Between the two ends through light grey, as numbers in a colour-blind safe scale; white where there is none."""
+    """Return a colour of a colour-blind safe scale from blue over grey to vermilion; white if there is no score."""
     if score is None:
         return "#ffffff"
     part, end = min(abs(score) / HOT, 1.0), CONTAMINATED if score > 0 else BENIGN
@@ -185,10 +191,10 @@ def _modules(modules: list[dict[str, Any]]) -> _Markup:
     heads = ["module", "shape", "rank", "shared structure", "estimated gain", "refined", "truncation error", "spectrum"]
     table = _table(heads, [_module_row(module) for module in modules])
     caption = (
-        "Shared structure: part of a client's variation that the others predict, next to none below the line at "
-        f"{MIN_EXPLAINED_VARIANCE:g}. Estimated gain: part of the local squared error that refinement removes; where "
-        "it is refused, clients keep their own updates. Truncation error: the largest of a benign client. Spectrum: "
-        "singular values of the benign clients, blue up to the rank."
+        "Shared structure: the part of a client's variation that the other clients predict, beyond chance; below the "
+        f"line at {MIN_EXPLAINED_VARIANCE:g} it is next to none. Estimated gain: the part of the local squared error "
+        "that refinement removes; where refinement is refused, clients keep their own updates. Truncation error: the "
+        "largest among the benign clients. Spectrum: the singular values of the benign clients, blue up to the rank."
     )
     return _figure(table, caption)
 
@@ -230,7 +236,7 @@ def _line(x: float, kind: str) -> _Markup:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Iterable[_Markup]], falling: str | None = None) -> _Markup:
-    """A sortable table, whose rows come sorted by the column ``falling``."""
+    """Return a sortable table; its rows are already sorted by the column ``falling``."""
     top = [_tag("th", head, scope="col", aria_sort="descending" if head == falling else None) for head in heads]
     body = [_tag("tr", *row) for row in rows]
     return _tag("table", _tag("thead", _tag("tr", *top)), _tag("tbody", *body), class_="sortable")
@@ -263,7 +269,10 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _tag(name: str, *children: str, **attributes: str | float | None) -> _Markup:
-    """An element; its attributes and whatever child is no markup yet are escaped, attributes of None left out."""
+    """Return an element; attributes of None are left out.
+
+    The attributes, and children that are not markup yet, are escaped.
+    """
     inner = "".join(child if isinstance(child, _Markup) else escape(child) for child in children)
     said = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
     head = "".join(f' {key}="{escape(value if isinstance(value, str) else f"{value:.6g}")}"' for key, value in said)
@@ -271,7 +280,7 @@ def _tag(name: str, *children: str, **attributes: str | float | None) -> _Markup
 
 
 def _thinned(values: Sequence[Any], size: float) -> Iterator[tuple[int, Any]]:
-    """Every n-th value, where labels of all would overlap."""
+    """Return every n-th value with its position, if the labels of all values would overlap."""
     step = math.ceil(12 / size)
     return ((place, value) for place, value in enumerate(values) if place % step == 0)
 

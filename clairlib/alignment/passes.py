@@ -1,7 +1,7 @@
-"""The verdict over adapters on disk: a first set from a few modules, then passes over all until the set stays.
+"""The verdict over adapters on disk: a first set from a few modules, then passes over all modules until the set stays.
 
-A pass takes a set of clients for benign and does everything for it: readings of every module, and the refined adapters,
-written. The first set is nearly always the one that stays, and then every file is read and written once.
+A pass takes a set of clients to be benign and does all work for it: it scores the clients in every module, and writes
+the refined adapters. The first set is nearly always the one that stays. Then every file is read and written once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ Read = Callable[[Tensor], list[ModuleScores]]
 def iterate_verdict_on_disk(
     job: AlignmentJob, folder: Path, records: Path, *, jobs: int = 1, progress: Progress | None = None
 ) -> tuple[ClairResult, dict[str, list[float]]]:
-    """Verdict over all modules, with the refined adapters in ``folder``; and their truncation errors by module."""
+    """Repeat the verdict over all modules until the set stays, and write the refined adapters to ``folder``.
+
+    Return the result, and the truncation errors by module.
+    """
     names = list(job.adapters.modules)
     with _crew(job, min(jobs, len(names))) as crew:
         fits, benign = _first_set(crew, pilots(names, job.clair.solver))
@@ -52,7 +55,7 @@ def iterate_verdict_on_disk(
 
 
 def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[ModuleFit], Tensor]:
-    """Fits of some of the modules, and the set (K,) bool that stays when they judge it."""
+    """Return the fits of some of the modules, and the set (K,) bool that stays when these modules judge it."""
     found = list(crew.run(fit_and_search, names[:AGREED]))
     work = fit_module if crew.job.clair.agree([frame for _, frame in found]) else fit_and_search
     more = list(crew.run(work, names[AGREED:]))
@@ -62,13 +65,16 @@ def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[ModuleFit], Tenso
 
 
 def _in_memory(read: Read | None, device: str) -> Read | None:
-    """Readings computed on the device, for sets and readings in main memory."""
+    """Return a function that computes scores on the device, from sets and to scores in main memory."""
     return None if read is None else (lambda members: [reading.cpu() for reading in read(members.to(device))])
 
 
 @dataclass
 class Passes:
-    """Passes over all modules; ``done`` is left of the last one. ``refine_any``: do the clients share a subspace?"""
+    """Passes over all modules; ``done`` holds the results of the last pass.
+
+    ``refine_any`` says whether the clients share a subspace in some module.
+    """
 
     crew: Crew
     folder: Path
@@ -78,7 +84,7 @@ class Passes:
     done: dict[str, Aligned] = field(default_factory=dict)
 
     def read(self, benign: Tensor) -> list[ModuleScores]:
-        """Readings of all modules by the frames of a set (K,) bool, whose refined adapters are then in the folder."""
+        """Return the scores in all modules against the frames of a set (K,) bool; write the set's refined adapters."""
         job, records = self.crew.job, Records.of_pass(self.records, benign, self.refine_any)
         names = list(job.adapters.modules)
         if not records.begun():
@@ -96,7 +102,7 @@ class Passes:
 
     @property
     def shares_subspace(self) -> bool:
-        """Do the clients share a subspace, by the modules of the last pass?"""
+        """Whether the clients share a subspace in any module of the last pass."""
         return max(own.summary.shared_structure for own in self.done.values()) >= MIN_EXPLAINED_VARIANCE
 
     def _clear(self, benign: Tensor) -> None:
@@ -113,13 +119,13 @@ class Passes:
 
 @dataclass(frozen=True)
 class Crew:
-    """Does a module's work in this process, reading the next module meanwhile, or in worker processes."""
+    """Run the work on modules, either in worker processes, or in this process while the next module is being read."""
 
     job: AlignmentJob
     pool: ProcessPoolExecutor | None
 
     def run(self, work: Callable[..., Any], names: Sequence[str], *arguments: Any) -> Iterator[Any]:
-        """work(job, name, *arguments) for every name, in order."""
+        """Yield work(job, name, *arguments) for every name, in order."""
         if self.pool is not None:
             tasks = [self.pool.submit(_do, work, name, *arguments) for name in names]
             yield from (task.result() for task in tasks)
@@ -142,7 +148,7 @@ def _crew(job: AlignmentJob, jobs: int) -> Iterator[Crew]:
         yield Crew(job, pool)
 
 
-_job: AlignmentJob | None = None  # of this worker process
+_job: AlignmentJob | None = None  # the job of this worker process
 
 
 def _enlist(job: AlignmentJob, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""What is done of an alignment, module by module, on disk: an interrupted run goes on from it."""
+"""Records of finished modules of an alignment, on disk, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from clairlib.recovery.verdict import ModuleScores
 
 @dataclass(frozen=True)
 class Records:
-    """Finished modules of a pass over all of them, in which a set of clients is taken for benign.
+    """Finished modules of a pass over all modules, in which a set of clients is taken to be benign.
 
-    ``key`` tells passes apart: a record of another one does not count.
+    ``key`` identifies the pass; a record of another pass does not count.
     """
 
     folder: Path
@@ -29,22 +29,22 @@ class Records:
 
     @classmethod
     def of_pass(cls, folder: Path, benign: Tensor, refine_any: bool) -> Records:
-        """Those of the pass with this set (K,) bool, and with or without refinement."""
+        """Return the records of the pass with this set (K,) bool, with or without refinement."""
         return cls(folder, hashlib.sha256(json.dumps([benign.tolist(), refine_any]).encode()).hexdigest())
 
     def begun(self) -> bool:
-        """Is this the pass that was last begun?"""
+        """Return whether this pass is the one that was begun last."""
         mark = self.folder / "pass"
         return mark.exists() and mark.read_text() == self.key
 
     def begin(self) -> None:
-        """Forget other passes."""
+        """Remove the records of other passes and mark this pass as begun."""
         for old in self.folder.iterdir():
             old.unlink()
         (self.folder / "pass").write_text(self.key)
 
     def read(self, name: str) -> Aligned | None:
-        """What is left of a module's work; None where it is not done."""
+        """Return the result of a module's work; None if the work is not done."""
         path = self._path(name)
         if not path.exists():
             return None
@@ -55,7 +55,7 @@ class Records:
         return Aligned(ModuleSummary(**summary), reading, facts["errors"])
 
     def write(self, name: str, done: Aligned) -> None:
-        """Keep it; the module's adapters are written by now."""
+        """Store the result of a module; call this after the module's adapters have been written."""
         summary = {key: value for key, value in vars(done.summary).items() if key not in ("scores", "spectrum")}
         summary |= {"gain_terms": asdict(done.summary.gain_terms), "certificate": None}
         own = done.reading

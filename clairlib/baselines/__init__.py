@@ -1,4 +1,4 @@
-"""Floor 4: aggregation rules, subspace estimators and client scores of others, to compare CLAIR with."""
+"""Floor 4: the aggregation rules, subspace estimators and client scores that CLAIR is compared with."""
 
 from clairlib.baselines.aggregators import AGGREGATORS, aggregate
 

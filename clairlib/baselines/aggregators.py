@@ -1,7 +1,9 @@
-"""Other ways to aggregate clients' updates: one registry of rules, each on the products, told what it needs.
+"""Aggregation rules that CLAIR is compared with, in one registry.
 
-Rules by inner products give adapters for adapters. Entrywise rules give dense matrices, as an entrywise median of
-adapters has full rank; they see adapters in blocks of rows, a bounded number of entries at a time.
+A rule combines the clients' products B A unless it says that it takes their factors. Some rules must be told a fact,
+such as the number of contaminated clients. Rules that work by inner products return adapters for adapters. Entrywise
+rules return dense matrices, as an entrywise median of adapters has full rank. They multiply adapters out in blocks of
+rows, so the number of entries in memory is bounded.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from clairlib.recovery.inputs import read_modules
 Update = Tensor | LowRank
 Updates = Tensor | list[LowRank]  # dense stack (K, p, q), or adapters
 
-BLOCK_ENTRIES = 2**24  # of all clients together that an entrywise rule holds at a time: 128 MB in float64
+BLOCK_ENTRIES = 2**24  # most entries of all clients that an entrywise rule holds at a time: 128 MB in float64
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule knows beside the updates of one module.
+    """Facts that a rule may use besides the updates of one module.
 
-    ``gram`` (K, K): inner products of whole clients, over all modules. The rest is told: how many clients are
-    contaminated, which are benign (K,) bool, the rank of the shared subspace.
+    ``gram`` (K, K) holds the inner products of whole clients, summed over all modules. The caller tells the others: the
+    number of contaminated clients, the benign clients (K,) bool, and the rank of the shared subspace.
     """
 
     gram: Tensor
@@ -45,9 +47,10 @@ Combine = Callable[[Updates, Facts], Any]
 
 @dataclass(frozen=True)
 class Aggregator:
-    """A rule: ``combine`` gives one update for everybody, or one a client where ``personal``.
+    """An aggregation rule.
 
-    ``told``: what it must be told, a key of ``TOLD``, or "".
+    ``combine`` returns one update for all clients or, if ``personal``, one update per client. ``told`` names the fact
+    that the caller must tell the rule: a key of ``TOLD``, or "" for none.
     """
 
     name: str
@@ -68,26 +71,29 @@ def aggregate(
     benign: Tensor | None = None,
     rank: int | None = None,
 ) -> Any:
-    """One update for each of the K clients by the rule ``name``, the same one for everybody unless it is personal.
+    """Aggregate by the rule ``name`` and return one update for each of the K clients.
+
+    All clients get the same update unless the rule is personal.
 
     Parameters
     ----------
     name : str
         A key of ``AGGREGATORS``.
     updates : (K, p, q) array, sequence of LowRank with any ranks, or dict of them by module
-        Of several modules, weights and neighbours are those of whole clients; robust PCA and Subspace-Median take
-        every module by itself.
+        With several modules, weights and neighbours are computed for whole clients. Robust PCA and Subspace-Median
+        treat every module separately.
     contaminated, benign, rank : int, Tensor (K,) bool, int
-        What the rules that must be told are told; the others do not see it.
+        Facts for the rules that must be told them. Other rules do not see them.
 
     Returns
     -------
-    list of K updates, Tensor or LowRank; by module where ``updates`` was a dict.
+    list of K Tensor or LowRank
+        A dict of such lists by module if ``updates`` is a dict.
 
     Raises
     ------
     ValueError, TypeError
-        For an unknown rule, a rule not told what it needs, malformed updates, or dense ones where it takes factors.
+        The rule is unknown or is not told what it needs, or the updates are malformed, or dense where it takes factors.
     """
     if name not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {name!r}; known: {', '.join(AGGREGATORS)}")
@@ -110,7 +116,7 @@ def _cast(update: Update, dtype: torch.dtype) -> Update:
 
 
 def _told(rule: Aggregator, K: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The one argument that the rule needs, checked."""
+    """Check and return the one fact that the rule needs."""
     if not rule.told:
         return {}
     argument = TOLD[rule.told]
@@ -127,28 +133,28 @@ def _told(rule: Aggregator, K: int, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_gram(weights: Callable[[Tensor], Tensor]) -> Combine:
-    """A weighted mean of clients, the weights from their inner products."""
+    """Make a rule: a weighted mean of clients with weights computed from the Gram matrix."""
     return lambda updates, facts: weighted_mean(updates, weights(facts.gram))
 
 
 def _by_gram_and_number(weights: Callable[[Tensor, int], Tensor]) -> Combine:
-    """The same, told how many clients are contaminated."""
+    """Make a rule as `_by_gram` does, with weights that also use the number of contaminated clients."""
     return lambda updates, facts: weighted_mean(updates, weights(facts.gram, facts.contaminated))
 
 
 def _local(updates: Updates, facts: Facts) -> Updates:
-    """Everybody keeps its own."""
+    """Return every client's own update."""
     return updates
 
 
 def _benign_mean(updates: Updates, facts: Facts) -> Update:
-    """Mean of the products of the clients told to be benign."""
+    """Average the products of the clients that are told to be benign."""
     assert facts.benign is not None  # `aggregate` has checked it
     return weighted_mean(updates, cw.equal_weights(facts.benign.to(facts.gram.device)))
 
 
 def _entrywise(updates: Updates, rule: Callable[[Tensor], Tensor]) -> Tensor:
-    """A rule (K, b, q) -> (b, q) that treats every entry by itself, over blocks of rows; dense (p, q)."""
+    """Apply a rule (K, b, q) -> (b, q) that treats every entry separately, over blocks of rows; dense (p, q)."""
     (p, q), K = updates[0].shape, len(updates)
     height = max(1, BLOCK_ENTRIES // (K * q))
     blocks = [rule(_rows(updates, slice(start, start + height))) for start in range(0, p, height)]
@@ -156,16 +162,17 @@ def _entrywise(updates: Updates, rule: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _rows(updates: Updates, rows: slice) -> Tensor:
-    """Some rows of all updates (K, b, q), float64."""
+    """Return some rows of all updates, (K, b, q) in float64."""
     if isinstance(updates, Tensor):
         return updates[:, rows].double()
     return torch.stack([u.scale * (u.B[rows].double() @ u.A.double()) for u in updates])
 
 
 def trimmed_mean(values: Tensor, trimmed: int) -> Tensor:
-    """Mean over clients (dim 0) of every entry without its ``trimmed`` largest and smallest; at the most, the median.
+    """Average every entry over the clients (dim 0), without its ``trimmed`` largest and smallest values.
 
-    Yin, Chen, Ramchandran, Bartlett (ICML 2018), who suppose 2 trimmed < K. Beyond that it is the median.
+    Source: Yin, Chen, Ramchandran, Bartlett (ICML 2018), who assume 2 trimmed < K. Beyond that the result is the
+    median.
     """
     K = len(values)
     cut = min(trimmed, (K - 1) // 2)
@@ -173,7 +180,7 @@ def trimmed_mean(values: Tensor, trimmed: int) -> Tensor:
 
 
 def _coordinate_median(updates: Updates, facts: Facts) -> Tensor:
-    """Median of every entry, the mean of the middle two of an even number."""
+    """Return the median of every entry: for an even number of clients, the mean of the middle two."""
     return _entrywise(updates, lambda block: trimmed_mean(block, len(block)))
 
 
@@ -182,7 +189,7 @@ def _trimmed_mean(updates: Updates, facts: Facts) -> Tensor:
 
 
 def _mixed_trimmed_mean(updates: Updates, facts: Facts) -> Tensor:
-    """Nearest neighbour mixing, then the trimmed mean of the mixed updates."""
+    """Mix nearest neighbours, then take the trimmed mean of the mixed updates."""
     mixing = cw.nearest_neighbour_mixing(facts.gram, facts.contaminated)
     return _entrywise(
         updates, lambda block: trimmed_mean(torch.einsum("jk,kbq->jbq", mixing, block), facts.contaminated)
@@ -190,10 +197,11 @@ def _mixed_trimmed_mean(updates: Updates, facts: Facts) -> Tensor:
 
 
 def _robust_pca(updates: Updates, facts: Facts) -> Tensor:
-    """Mean of the low-rank parts of the matrix [vec Theta_1 .. vec Theta_K] (p*q, K); all entries at once.
+    """Average the low-rank parts of the columns of [vec Theta_1 .. vec Theta_K] (p*q, K).
 
-    The decomposition of FedRPCA, here of products and not of LoRA parameters. FedRPCA adds the mean of the sparse
-    parts, scaled up, as what is peculiar to clients; here they are held to be contamination and left out.
+    All entries are in memory at once. This is the decomposition of FedRPCA, applied to products instead of LoRA
+    parameters. FedRPCA also adds the scaled mean of the sparse parts, which it takes for the clients' own knowledge.
+    Here the sparse parts count as contamination and are left out.
     """
     X = _rows(updates, slice(None))
     low_rank, _ = robust_pca(X.flatten(1).T)
@@ -201,9 +209,9 @@ def _robust_pca(updates: Updates, facts: Facts) -> Tensor:
 
 
 def _robust_pca_personal(updates: Updates, facts: Facts) -> Tensor:
-    """Geometric median + the client's low-rank part, of the centred updates side by side (p, K*q).
+    """Return the geometric median plus each client's low-rank part of the centred updates side by side (p, K*q).
 
-    Ours: the convex program of `clairlib.recovery.convex` with single entries in the place of whole clients.
+    This rule is ours: the convex program of `clairlib.recovery.convex` with sparse entries in place of sparse clients.
     """
     X = _rows(updates, slice(None))
     centre = geometric_median(X)
@@ -213,19 +221,22 @@ def _robust_pca_personal(updates: Updates, facts: Facts) -> Tensor:
 
 
 def _factor_mean(updates: Updates, facts: Facts) -> LowRank:
-    """Mean of B times mean of A: common, and not the mean of the products."""
+    """Return (mean of B) (mean of A), the same for all clients; it is not the mean of the products."""
     B, A = _factors(updates)
     return LowRank(B.mean(dim=0), A.mean(dim=0))
 
 
 def _shared_A(updates: Updates, facts: Facts) -> list[LowRank]:
-    """Own B with the mean A."""
+    """Return each client's own B with the mean A."""
     B, A = _factors(updates)
     return [LowRank(own, A.mean(dim=0)) for own in B]
 
 
 def _factors(updates: Updates) -> tuple[Tensor, Tensor]:
-    """Stacked factors scale * B (K, p, rho) and A (K, rho, q) of adapters of one rank."""
+    """Stack the factors scale * B (K, p, rho) and A (K, rho, q) of adapters of one rank.
+
+    Raises TypeError for dense updates and ValueError for adapters of different ranks.
+    """
     if isinstance(updates, Tensor):
         raise TypeError("takes the factors of adapters; got dense updates")
     ranks = sorted({update.rank for update in updates})
@@ -235,11 +246,11 @@ def _factors(updates: Updates) -> tuple[Tensor, Tensor]:
 
 
 def _subspace_median(updates: Updates, facts: Facts) -> Tensor | list[LowRank]:
-    """P Theta_k + P_perp C, with P by Subspace-Median of the clients' own subspaces and C the geometric median.
+    """Return P Theta_k + P_perp C for every client, with P from Subspace-Median and C the geometric median.
 
-    Theirs is P: the geometric median of the clients' projectors U_k U_k', here rounded to its leading r eigenvectors.
-    Ours is the rest: U_k are the first r left singular vectors of Theta_k - C (their nodes hold samples of one matrix),
-    and so is the personal update.
+    The source (arXiv:2309.14512) gives P: the geometric median of the clients' projectors U_k U_k', here rounded to its
+    r leading eigenvectors. The rest is ours. U_k holds the r leading left singular vectors of Theta_k - C, whereas a
+    node of the source holds samples of one matrix. The personal update is ours, too.
     """
     if isinstance(updates, Tensor):
         return _refine_by_median(updates.double(), facts.rank)
@@ -248,12 +259,12 @@ def _subspace_median(updates: Updates, facts: Facts) -> Tensor | list[LowRank]:
 
 
 def _refine_by_median(X: Tensor, rank: int) -> Tensor:
-    """The updates of `_subspace_median` (K, p, q), in any orthonormal coordinates."""
+    """Compute the updates (K, p, q) of `_subspace_median` in any orthonormal coordinates."""
     centre = geometric_median(X)
     U = torch.linalg.svd(X - centre, full_matrices=False).U[..., :rank]  # (K, p, r)
     overlaps = torch.einsum("jpa,kpb->jkab", U, U).square().sum(dim=(2, 3))  # <U_j U_j', U_k U_k'>
     root = geometric_median_weights(overlaps).sqrt()
-    side_by_side = (root[:, None, None] * U).permute(1, 0, 2).flatten(1)  # (p, K*r), its outer square is the median
+    side_by_side = (root[:, None, None] * U).permute(1, 0, 2).flatten(1)  # (p, K*r); times its transpose: the median
     basis = torch.linalg.svd(side_by_side, full_matrices=False).U[:, :rank]
     return X - project_out(basis, X - centre)
 

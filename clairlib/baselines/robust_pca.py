@@ -1,4 +1,4 @@
-"""Entrywise robust PCA (principal component pursuit): a matrix as low rank + few entries."""
+"""Entrywise robust PCA (principal component pursuit): a matrix as a low-rank plus a sparse matrix."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ TOLERANCE = 1e-6
 
 
 def robust_pca(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """L and S with ``matrix`` = L + S (m, n), minimising ||L||_* + lam sum_ij |S_ij|, lam = 1 / sqrt(max(m, n)).
+    """Split ``matrix`` X (m, n) into L + S, minimising ||L||_* + lam sum_ij |S_ij| with lam = 1 / sqrt(max(m, n)).
 
-    Candes, Li, Ma, Wright (J. ACM 2011) with their weight lam and their iteration, alternating directions with the
-    penalty mu = m n / (4 sum_ij |X_ij|); stops at a residual of ``TOLERANCE`` relative to the matrix, or after
-    ``MAX_ITERATIONS`` with S taking what is left, so that the sum is exact. The minimum need not be unique.
+    The weight lam and the algorithm are those of Candes, Li, Ma, Wright (J. ACM 2011): alternating directions with the
+    penalty mu = m n / (4 sum_ij |X_ij|). The iteration stops at a residual of ``TOLERANCE`` relative to X, or after
+    ``MAX_ITERATIONS``. S then takes the residual, so the sum is exact. The minimiser need not be unique.
     """
     X = matrix.double()
     m, n = X.shape
@@ -34,7 +34,10 @@ def robust_pca(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink_singular_values(matrix: Tensor, amount: float) -> Tensor:
-    """Singular values less ``amount``, none below zero; from the Gram matrix of the shorter side."""
+    """Reduce all singular values by ``amount``, but not below zero.
+
+    The computation uses the Gram matrix of the shorter side.
+    """
     if matrix.shape[0] < matrix.shape[1]:
         return _shrink_singular_values(matrix.T, amount).T
     squares, V = torch.linalg.eigh(matrix.T @ matrix)

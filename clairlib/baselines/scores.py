@@ -1,4 +1,4 @@
-"""Other ways to judge clients: by norms and distances of whole updates."""
+"""Client scores that CLAIR is compared with: norms and distances of whole updates."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from clairlib.baselines.weights import geometric_median, gram_matrix, krum_score
 
 
 def norm_score(updates: Tensor) -> Tensor:
-    """|z| of every client's norm (K,): | ||Theta_k||_F - mean | / standard deviation (n - 1), over all clients.
+    """Return |z| of every client's norm (K,): | ||Theta_k||_F - mean | / standard deviation (n - 1), over all clients.
 
-    The norm filter of federated systems; a usual threshold is 3, which fewer than 11 clients cannot reach, as
-    |z| <= (K - 1) / sqrt(K). Zero where all norms are equal.
+    This is the norm filter of federated systems. Its usual threshold is 3, which fewer than 11 clients cannot reach, as
+    |z| <= (K - 1) / sqrt(K). The scores are zero where all norms are equal.
     """
     norms = torch.linalg.matrix_norm(updates.double())
     deviation = (norms - norms.mean()).abs()
@@ -23,16 +23,19 @@ def norm_score(updates: Tensor) -> Tensor:
 
 
 def krum_score(updates: Tensor, contaminated: int) -> Tensor:
-    """Krum's score (K,), told how many clients are contaminated; see `clairlib.baselines.weights.krum_scores`."""
+    """Return Krum's scores (K,), told how many clients are contaminated.
+
+    See `clairlib.baselines.weights.krum_scores`.
+    """
     return krum_scores(gram_matrix(updates), contaminated)
 
 
 def geometric_median_score(updates: Tensor) -> Tensor:
-    """Distance ||Theta_k - geometric median||_F of every client (K,)."""
+    """Return the distance ||Theta_k - geometric median||_F of every client (K,)."""
     return torch.linalg.matrix_norm(updates.double() - geometric_median(updates))
 
 
-# told the number of contaminated clients, which only Krum uses
+# The second argument is the number of contaminated clients, which only Krum uses.
 CLIENT_SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "norm filter": lambda updates, contaminated: norm_score(updates),
     "Krum distance": krum_score,

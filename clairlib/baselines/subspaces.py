@@ -1,8 +1,8 @@
-"""Robust subspace estimators of the statistical literature: the peers that CLAIR is measured against.
+"""Robust subspace estimators of the statistical literature, which CLAIR is compared with.
 
-Each takes client updates (K, p, q) and the rank r, which it is told, and returns an orthonormal basis (p, r), unique up
-to rotation. None estimates the rank or names the contaminated clients. `outlier_pursuit` and `tyler` see columns, not
-clients, and know no common part: give them updates without one, `pair_differences`, or centred updates.
+Each estimator takes client updates (K, p, q) and the rank r, and returns an orthonormal basis (p, r), unique up to
+rotation. None estimates the rank or identifies the contaminated clients. `outlier_pursuit` and `tyler` treat each
+column as a point and do not model a common part M. Give them updates without M, `pair_differences`, or centred updates.
 """
 
 from __future__ import annotations
@@ -21,32 +21,36 @@ from clairlib.recovery.frame import fit_frame, floor_energy
 ITERATIONS = 300
 TYLER_ITERATIONS = 150
 STILL = 1e-10  # relative change at which a fixed-point iteration stops
-SMALLEST = 1e-14  # least eigenvalue of Tyler's matrix against its largest: exact inliers drive the others to zero
+SMALLEST = 1e-14  # least eigenvalue of Tyler's matrix relative to its largest; exact inliers drive it to zero
 
 
 def pair_differences(updates: Tensor) -> Tensor:
-    """Differences X_j - X_k of all pairs, (K (K-1) / 2, p, q): a common part cancels, and (1 - share)^2 stay benign."""
+    """Return the differences X_j - X_k of all pairs, (K (K-1) / 2, p, q), in which the common part M cancels.
+
+    With a fraction c of contaminated clients, about (1 - c)^2 of the differences are between benign clients.
+    """
     first, second = torch.tensor(list(combinations(range(len(updates)), 2))).T
     return updates[first] - updates[second]
 
 
 def leading_basis(blocks: Tensor, rank: int) -> Tensor:
-    """First ``rank`` left singular vectors (p, rank) of the blocks side by side."""
+    """Return the ``rank`` leading left singular vectors (p, rank) of the blocks side by side."""
     wide = blocks.permute(1, 0, 2).flatten(1)  # (p, K*q)
     return torch.linalg.svd(wide, full_matrices=False).U[:, :rank]
 
 
 def pca(updates: Tensor, rank: int) -> Tensor:
-    """Principal components of all clients about their mean: not robust at all."""
+    """Return the principal components of all clients about their mean, which is not robust at all."""
     return leading_basis(updates - updates.mean(dim=0), rank)
 
 
 def outlier_pursuit(updates: Tensor, rank: int, lam: float | None = None) -> Tensor:
-    """Column Outlier Pursuit (Xu, Caramanis, Sanghavi, arXiv:1010.4237): every column of every client a point.
+    """Column Outlier Pursuit (Xu, Caramanis, Sanghavi, arXiv:1010.4237): each column of each client is a point.
 
-    minimise ||L||_* + lam sum_j ||c_j||_2 over X = L + C with n = K q columns, by `clairlib.recovery.convex` with
-    q = 1 and no common part. ``lam`` is 1 / sqrt(log n) where None (Zhang, Lin, Zhang, AAAI 2015). The first authors'
-    3 / (7 sqrt(share n)) needs few outliers: for a share above (3/7)^2 it is below 1 / sqrt(n), where L = 0 is optimal.
+    It minimises ||L||_* + lam sum_j ||c_j||_2 over X = L + C with n = K q columns, by `clairlib.recovery.convex` with q
+    = 1 and no common part. The default of ``lam`` is 1 / sqrt(log n) (Zhang, Lin, Zhang, AAAI 2015). Xu et al. use 3 /
+    (7 sqrt(c n)) for a contaminated fraction c, which needs few outliers: for c above (3/7)^2 it is below 1 / sqrt(n),
+    where L = 0 is optimal.
     """
     columns = updates.permute(0, 2, 1).flatten(0, 1)[:, :, None]  # (K*q, p, 1)
     lam = 1 / math.sqrt(math.log(len(columns))) if lam is None else lam
@@ -54,10 +58,10 @@ def outlier_pursuit(updates: Tensor, rank: int, lam: float | None = None) -> Ten
 
 
 def block_fms(updates: Tensor, rank: int) -> Tensor:
-    """Affine fast median subspace on clients: iteratively reweighted PCA with weights 1 / distance.
+    """Affine fast median subspace with one point per client: iteratively reweighted PCA with weights 1 / distance.
 
-    Descends sum_k ||P_perp (X_k - m)||_F, a client being one point (Lerman and Maunu, arXiv:1706.03896; affine with the
-    weighted mean, arXiv:2506.20533). Not convex: the end depends on the start, PCA of everybody.
+    It descends sum_k ||P_perp (X_k - m)||_F (Lerman and Maunu, arXiv:1706.03896; affine with the weighted mean m,
+    arXiv:2506.20533). The problem is not convex, and the result depends on the start, the PCA of all clients.
     """
     everyone = torch.ones(len(updates), dtype=torch.bool)
     X, weights, last = updates.double(), torch.ones(len(updates), dtype=torch.float64), math.inf
@@ -73,18 +77,19 @@ def block_fms(updates: Tensor, rank: int) -> Tensor:
 
 
 def tyler(updates: Tensor, rank: int) -> Tensor:
-    """Leading eigenvectors of Tyler's M-estimator of scatter over the columns (Zhang, arXiv:1206.1386).
+    """Return the leading eigenvectors of Tyler's M-estimator of scatter over the columns (Zhang, arXiv:1206.1386).
 
-    Exact for columns of which more than r / p lie in the subspace and the others in general position.
+    They are exact if more than a fraction r / p of the columns lies in the subspace and the other columns are in
+    general position.
     """
     return torch.linalg.eigh(tyler_scatter(updates.double().permute(1, 0, 2).flatten(1))).eigenvectors.flip(1)[:, :rank]
 
 
 def tyler_scatter(points: Tensor, iterations: int = TYLER_ITERATIONS) -> Tensor:
-    """Tyler's scatter (p, p) of n points (p, n): Sigma = (p / n) sum_j x_j x_j' / (x_j' Sigma^-1 x_j), trace p.
+    """Compute Tyler's scatter (p, p) of n points (p, n): Sigma = (p / n) sum_j x_j x_j' / (x_j' Sigma^-1 x_j), trace p.
 
-    Fixed-point iteration from the identity; where no solution exists since too many points lie in a subspace, it tends
-    to a matrix supported there, its other eigenvalues held at ``SMALLEST``.
+    The fixed-point iteration starts from the identity. If too many points lie in a subspace, no solution exists. The
+    iteration then tends to a matrix supported on that subspace, and its other eigenvalues are held at ``SMALLEST``.
     """
     p, _ = points.shape
     points = points[:, points.norm(dim=0) > 0]
@@ -103,12 +108,12 @@ def tyler_scatter(points: Tensor, iterations: int = TYLER_ITERATIONS) -> Tensor:
 
 
 def centre(updates: Tensor) -> Tensor:
-    """Updates less their geometric median: the common part is gone up to the median's error."""
+    """Subtract the geometric median from the updates, which removes the common part up to the median's error."""
     return updates.double() - geometric_median(updates)
 
 
 def median_pca(updates: Tensor, rank: int) -> Tensor:
-    """PCA of all clients about their geometric median, each scaled to length one (spherical PCA on blocks)."""
+    """PCA of all clients about their geometric median, each scaled to norm one (spherical PCA on blocks)."""
     D = centre(updates)
     sizes = torch.linalg.matrix_norm(D)[:, None, None]
     return leading_basis(D / sizes.clamp(min=floor_energy(D) ** 0.5), rank)

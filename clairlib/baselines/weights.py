@@ -1,7 +1,7 @@
-"""Robust means of clients whose weights depend on inner products alone: from a K x K Gram matrix to K weights.
+"""Client weights of robust means that depend on inner products alone: from a K x K Gram matrix to K weights.
 
-Norms, distances and covariances of updates, and of their weighted means, are read off G_jk = <Theta_j, Theta_k>, which
-for adapters comes from their factors. Weights are float64 (K,); the mean itself is `weighted_mean`.
+The Gram matrix G_jk = <Theta_j, Theta_k> gives norms, distances and covariances of updates and of their weighted means.
+For adapters it is computed from their factors. Weights are float64 (K,); `weighted_mean` computes the mean itself.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from clairlib.linalg.low_rank import LowRank
 
-Z_THRESHOLD = 3.0  # of the norm filter
+Z_THRESHOLD = 3.0  # threshold of the norm filter
 CLIPPING_ROUNDS = 20
-RESOLUTION = 1e-8  # distances below this part of the largest norm are rounding, since the Gram matrix holds squares
+RESOLUTION = 1e-8  # relative to the largest norm; smaller distances are rounding error, as the Gram matrix holds squares
 
 
 def gram_matrix(updates: Tensor | Sequence[LowRank]) -> Tensor:
-    """Inner products <Theta_j, Theta_k> (K, K), float64, of a dense stack (K, p, q) or of adapters of any ranks.
+    """Compute the inner products <Theta_j, Theta_k> (K, K) in float64.
 
-    For adapters tr((B_j' B_k) (A_k A_j')); cost O((p + q) N^2), N = sum of ranks.
+    ``updates`` is a dense stack (K, p, q) or adapters of any ranks. For adapters an entry is tr((B_j' B_k) (A_k A_j')),
+    at a total cost of O((p + q) N^2) with N the sum of the ranks.
     """
     if isinstance(updates, Tensor):
         X = updates.double().flatten(1)
@@ -36,10 +37,10 @@ def gram_matrix(updates: Tensor | Sequence[LowRank]) -> Tensor:
 
 
 def weighted_mean(updates: Tensor | Sequence[LowRank], weights: Tensor) -> Tensor | LowRank:
-    """sum_k w_k Theta_k, of the kind of ``updates``, float64.
+    """Compute sum_k w_k Theta_k in float64: dense for dense updates, an adapter for adapters.
 
-    For adapters the factors of all clients with w_k != 0 side by side, an adapter of the sum of their ranks: exact,
-    where the mean of the factors is not the mean of the products.
+    The adapter places the factors of all clients with w_k != 0 side by side, so its rank is the sum of their ranks. It
+    is the exact mean of the products, which the product of the factors' means is not.
     """
     if isinstance(updates, Tensor):
         return torch.einsum("k,kpq->pq", weights, updates.double())
@@ -49,39 +50,39 @@ def weighted_mean(updates: Tensor | Sequence[LowRank], weights: Tensor) -> Tenso
 
 
 def geometric_median(updates: Tensor) -> Tensor:
-    """The matrix (p, q) with the least sum of Frobenius distances to the updates (K, p, q); float64."""
+    """Return the matrix (p, q) with the least sum of Frobenius distances to the updates (K, p, q); float64."""
     X = updates.double()
-    centre = X.mean(dim=0)  # distances are read off squares: without the common part they are finer
+    centre = X.mean(dim=0)  # distances come from squares, which are more precise once the mean is removed
     weights = geometric_median_weights(gram_matrix(X - centre))
     return centre + torch.einsum("k,kpq->pq", weights, X - centre)
 
 
 def squared_distances(gram: Tensor) -> Tensor:
-    """||Theta_j - Theta_k||_F^2 (K, K)."""
+    """Return the squared distances ||Theta_j - Theta_k||_F^2 (K, K)."""
     squares = gram.diagonal()
     return (squares[:, None] + squares - 2 * gram).clamp(min=0.0)
 
 
 def distances_to(gram: Tensor, weights: Tensor) -> Tensor:
-    """||Theta_k - sum_j w_j Theta_j||_F (K,)."""
+    """Return the distances ||Theta_k - sum_j w_j Theta_j||_F (K,)."""
     return (gram.diagonal() - 2 * gram @ weights + weights @ gram @ weights).clamp(min=0.0).sqrt()
 
 
 def mean_weights(gram: Tensor) -> Tensor:
-    """The plain mean of everybody."""
+    """Return the weights of the plain mean of all clients, 1 / K each."""
     return torch.full_like(gram[0], 1 / len(gram))
 
 
 def equal_weights(chosen: Tensor) -> Tensor:
-    """The plain mean of the chosen clients (K,) bool."""
+    """Return the weights of the plain mean of the chosen clients (K,) bool."""
     return chosen.double() / chosen.sum()
 
 
 def krum_scores(gram: Tensor, contaminated: int) -> Tensor:
-    """Krum's score (K,): the sum of squared distances to the K - f - 2 nearest other clients, f = ``contaminated``.
+    """Return Krum's scores (K,), each the sum of squared distances to the K - f - 2 nearest other clients.
 
-    Blanchard, El Mhamdi, Guerraoui, Stainer (NeurIPS 2017), who suppose 2 f + 2 < K. Beyond that the score stays
-    defined, without their guarantee; at least one neighbour is taken.
+    f is ``contaminated``. Source: Blanchard, El Mhamdi, Guerraoui, Stainer (NeurIPS 2017), who assume 2 f + 2 < K.
+    Beyond that the score uses at least one neighbour and is still defined, but without their guarantee.
     """
     squared = squared_distances(gram).fill_diagonal_(torch.inf)
     neighbours = max(1, len(gram) - contaminated - 2)
@@ -89,24 +90,27 @@ def krum_scores(gram: Tensor, contaminated: int) -> Tensor:
 
 
 def krum_weights(gram: Tensor, contaminated: int) -> Tensor:
-    """Krum: the one client with the least score, the first of equal ones."""
+    """Krum: all weight on the client with the least score, the first of equal ones."""
     weights = torch.zeros_like(gram[0])
     weights[krum_scores(gram, contaminated).argmin()] = 1.0
     return weights
 
 
 def multikrum_weights(gram: Tensor, contaminated: int) -> Tensor:
-    """MultiKrum: the mean of the K - f clients with the least scores (Blanchard et al. leave their number open)."""
+    """MultiKrum: equal weights on the K - f clients with the least scores.
+
+    Blanchard et al. do not fix the number of clients that are kept.
+    """
     kept = krum_scores(gram, contaminated).argsort(stable=True)[: len(gram) - contaminated]
     return equal_weights(torch.zeros_like(gram[0], dtype=torch.bool).index_fill(0, kept, True))
 
 
 def geometric_median_weights(gram: Tensor, *, tolerance: float = 1e-10, max_iterations: int = 1000) -> Tensor:
-    """Geometric median by Weiszfeld's iteration, w_k ~ 1 / ||Theta_k - sum_j w_j Theta_j||.
+    """Weights of the geometric median by Weiszfeld's iteration, w_k ~ 1 / ||Theta_k - sum_j w_j Theta_j||.
 
-    Robust federated aggregation of Pillutla, Kakade, Harchaoui (IEEE TSP 2022). Distances are held above what the Gram
-    matrix resolves, so that an iterate may stand on a client; stops when it moves by less than ``tolerance`` of the
-    clients' mean distance.
+    This is the robust federated aggregation of Pillutla, Kakade, Harchaoui (IEEE TSP 2022). Distances are kept above
+    the resolution of the Gram matrix, so an iterate may coincide with a client. The iteration stops when it moves by
+    less than ``tolerance`` times the mean distance of the clients.
     """
     weights = mean_weights(gram)
     smallest = RESOLUTION * gram.diagonal().max().sqrt()
@@ -123,19 +127,21 @@ def geometric_median_weights(gram: Tensor, *, tolerance: float = 1e-10, max_iter
 
 
 def clipped_step(gram: Tensor, weights: Tensor, radius: float) -> Tensor:
-    """One round of centred clipping: v + mean_k (Theta_k - v) min(1, radius / ||Theta_k - v||), v = sum_j w_j Theta_j.
+    """Return the weights after one round of centred clipping from v = sum_j w_j Theta_j.
 
-    Karimireddy, He, Jaggi (ICML 2021).
+    The round gives v + mean_k (Theta_k - v) min(1, radius / ||Theta_k - v||). Source: Karimireddy, He, Jaggi (ICML
+    2021).
     """
     shrink = (radius / distances_to(gram, weights)).clamp(max=1.0) / len(gram)
     return weights * (1 - shrink.sum()) + shrink
 
 
 def centred_clipping_weights(gram: Tensor) -> Tensor:
-    """Centred clipping from v = 0, ``CLIPPING_ROUNDS`` rounds, the radius in each the clients' median distance from v.
+    """Centred clipping from v = 0 in ``CLIPPING_ROUNDS`` rounds, with the clients' median distance from v as radius.
 
-    The radius rule is ours (theirs needs the honest variance and the share of attackers): half the clients are clipped,
-    and where the rounds end is Huber's estimate of location with that scale. Weights need not add up to one before.
+    The rule for the radius is ours, as the source's needs the honest variance and the fraction of attackers. Our rule
+    clips half of the clients. The limit of the rounds is Huber's estimate of location with that scale. Before the limit
+    is reached, the weights need not sum to one.
     """
     weights = torch.zeros_like(gram[0])
     for _ in range(CLIPPING_ROUNDS):
@@ -147,9 +153,9 @@ def centred_clipping_weights(gram: Tensor) -> Tensor:
 
 
 def norm_filter_weights(gram: Tensor) -> Tensor:
-    """The mean of the clients whose norm lies within ``Z_THRESHOLD`` standard deviations (n - 1) of the mean norm.
+    """Equal weights on the clients whose norm is within ``Z_THRESHOLD`` standard deviations (n - 1) of the mean norm.
 
-    Cannot fire with fewer than 11 clients, as |z| <= (K - 1) / sqrt(K).
+    Among fewer than 11 clients the filter cannot remove any, as |z| <= (K - 1) / sqrt(K).
     """
     norms = gram.diagonal().sqrt()
     return equal_weights((norms - norms.mean()).abs() <= Z_THRESHOLD * norms.std())
@@ -158,9 +164,10 @@ def norm_filter_weights(gram: Tensor) -> Tensor:
 def caf_weights(gram: Tensor, contaminated: int) -> Tensor:
     """Covariance-bound agnostic filter (Allouah, Guerraoui, Stephan, ICML 2025).
 
-    Clients are weighed down by their squared part c_k (1 - t_k / max t) along the leading direction of the weighted
-    covariance until the weights add up to K - 2 f; of all means on the way the one with the least leading variance.
-    Past half, f is taken as the largest minority. The eigenvector is exact, not one power step from a random start.
+    Each round multiplies a client's weight c_k by 1 - t_k / max t, where t_k is its squared component along the leading
+    direction of the weighted covariance. The rounds end when the weights sum to at most K - 2 f. The result is the mean
+    with the least leading variance among all rounds. If f is half of the clients or more, the largest minority is used
+    instead. The eigenvector is exact; the source takes one power step from a random start.
     """
     K, f = len(gram), min(contaminated, (len(gram) - 1) // 2)
     c, least, best = torch.ones_like(gram[0]), torch.inf, mean_weights(gram)
@@ -180,9 +187,9 @@ def caf_weights(gram: Tensor, contaminated: int) -> Tensor:
 
 
 def nearest_neighbour_mixing(gram: Tensor, contaminated: int) -> Tensor:
-    """Row k averages client k's K - f nearest clients, itself among them: a mixing matrix (K, K).
+    """Return the mixing matrix (K, K) whose row k averages the K - f clients nearest to client k, itself included.
 
-    NNM of Allouah, Farhadkhani, Guerraoui, Gupta, Pinot, Stephan (AISTATS 2023), made before a robust rule.
+    This is NNM of Allouah, Farhadkhani, Guerraoui, Gupta, Pinot, Stephan (AISTATS 2023), applied before a robust rule.
     """
     kept = len(gram) - contaminated
     nearest = squared_distances(gram).argsort(dim=1, stable=True)[:, :kept]

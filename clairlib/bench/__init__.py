@@ -1,1 +1,1 @@
-"""Floor 5: time and memory, measured: what `clair bench` prints."""
+"""Floor 5: benchmarks of time and memory, which `clair bench` prints."""

@@ -1,4 +1,4 @@
-"""An alignment of adapters on disk, the floor under it, and the dense route: measured side by side in one run."""
+"""Benchmark of an alignment of adapters on disk, against a lower bound and against the dense route, in one run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from clairlib.linalg.low_rank import LowRank
 from clairlib.simulate import Plan, synthesise
 from clairlib.simulate.adapters import CLIENTS
 
-Shape = tuple[int, int, int, int]  # as of clairlib.bench.lower_bound
-BUFFER = 2**25  # bytes a call reads
+Shape = tuple[int, int, int, int]  # as in clairlib.bench.lower_bound
+BUFFER = 2**25  # bytes per read call
 EXPLANATION = (
-    "seconds of wall time; floor = read + copy + Gram: the files' bytes at the rate at which these files are read, and "
-    "(p + q) N^2 operations, one triangle of both Gram matrices, at the speed of these products in float32, both "
-    "measured here; bfloat16: the same at the speed of products of bfloat16 values, where the files hold them; "
-    "dense: forming every update, their scatter and its eigenvectors, part of one module timed and scaled up"
+    "seconds of wall time; floor = read + copy + Gram, a lower bound: reading the files at the measured rate, and the "
+    "(p + q) N^2 operations of one triangle of both Gram matrices at the measured speed of these products in float32; "
+    "bfloat16: the same bound with products of bfloat16 values, where the files hold such values; "
+    "dense: forming every update, their scatter and its eigenvectors, timed for a part of one module and scaled up"
 )
 
 
 def measure_planted(
     plan: Plan, *, scratch: Path | None = None, jobs: Sequence[int] = (1,), **sizes: Any
 ) -> pd.DataFrame:
-    """`measure` of planted adapters, written for it and removed; ``sizes`` as of `synthesise`.
+    """Write planted adapters, run `measure` on them, and remove them.
 
-    One more column, ``exact``: are those found contaminated the planted ones? They and what is made of them take twice
-    their size in ``scratch``.
+    ``sizes`` are arguments of `synthesise`. The table has one more column, ``exact``: whether the clients found
+    contaminated are the planted ones. The planted adapters and the output made from them take twice the planted
+    adapters' size in ``scratch``.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         truth = synthesise(Path(folder) / "planted", plan, **sizes)
@@ -51,24 +52,26 @@ def measure_planted(
 
 
 def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] = (1,)) -> pd.DataFrame:
-    """Align the adapters in a folder, on the CPU with each number of processes, and on CUDA where there is one.
+    """Time the alignment of the adapters in a folder, on the CPU with each number of processes, and on CUDA if available.
 
     Every process computes on one thread. The files are read once before anything is timed.
 
     Returns
     -------
     DataFrame
-        A row per device and number of ``jobs``: ``floor_seconds`` and its parts ``read_``, ``copy_`` (to the device)
-        and ``gram_seconds``; ``align_seconds`` from the first byte to the report, ``search_seconds`` of them until the
-        first module is done, ``to_floor`` their ratio; ``bfloat16_floor_seconds`` where all files hold bfloat16 values,
-        which are then multiplied as such without loss, and ``to_bfloat16_floor``; ``memory_gb``, at most, of all
-        processes; ``dense_seconds``, which were scaled up by ``dense_factor`` and divided by ``jobs``, and
-        ``dense_to_align``; ``contaminated``, the names that were found.
+        One row per device and number of ``jobs``. ``floor_seconds`` is the lower bound; its parts are ``read_seconds``,
+        ``copy_seconds`` (to the device) and ``gram_seconds``. ``align_seconds`` runs from the first byte to the report,
+        and ``search_seconds`` is its part until the first module is done. ``to_floor`` is align_seconds /
+        floor_seconds. If all files hold bfloat16 values, they can be multiplied as such without loss:
+        ``bfloat16_floor_seconds`` and ``to_bfloat16_floor`` are the bound and the ratio for such products.
+        ``memory_gb`` is an upper bound of the memory of all processes. ``dense_seconds`` is the time of the dense
+        route, scaled up by ``dense_factor`` and divided by ``jobs``; ``dense_to_align`` is its ratio to align_seconds.
+        ``contaminated`` holds the names of the clients found contaminated.
 
     Raises
     ------
     AdapterError
-        As :func:`clairlib.alignment.align.align`.
+        As in :func:`clairlib.alignment.align.align`.
     """
     adapters = open_adapters([clients])
     _read_files([file.path for file in adapters.files])
@@ -90,9 +93,9 @@ def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] =
 
 
 def floor_seconds(adapters: AdapterFiles, jobs: int, device: str = "cpu") -> tuple[dict[str, float], float | None]:
-    """``read_``, ``copy_`` and ``gram_seconds`` that so many processes, all at once, cannot do without.
+    """Measure the lower bound for ``jobs`` simultaneous processes: ``read_``, ``copy_`` and ``gram_seconds``.
 
-    And the Gram seconds of products of bfloat16 values; None unless all factors hold such.
+    The second result is the Gram seconds with products of bfloat16 values; None unless all factors hold such values.
     """
     paths, products = [file.path for file in adapters.files], gram_products(adapters)
     held = {dtype for own in adapters.modules.values() for client in own for dtype in (client.B_dtype, client.A_dtype)}
@@ -110,7 +113,10 @@ def floor_seconds(adapters: AdapterFiles, jobs: int, device: str = "cpu") -> tup
 
 
 def gram_products(adapters: AdapterFiles) -> list[tuple[Shape, float]]:
-    """B' B and A A' of every module as products, and how often each is taken: half, as they are symmetric."""
+    """List the products B' B and A A' of every module, and how often each is computed.
+
+    Each counts one half, because the result is symmetric.
+    """
     often: Counter[Shape] = Counter()
     for own in adapters.modules.values():
         N = sum(client.rank for client in own)
@@ -118,7 +124,7 @@ def gram_products(adapters: AdapterFiles) -> list[tuple[Shape, float]]:
     return [(shape, count / 2) for shape, count in often.items()]
 
 
-_barrier: Barrier | None = None  # of this worker process: nobody is timed while another is still starting
+_barrier: Barrier | None = None  # one per worker process: timing begins once all workers have started
 
 
 def _meet(barrier: Barrier) -> None:
@@ -128,8 +134,8 @@ def _meet(barrier: Barrier) -> None:
 
 
 def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: str) -> tuple[float, ...]:
-    """Of this process, in a second: bytes read, all the products, those of bfloat16 values, bytes to the device."""
-    from clairlib.bench import lower_bound  # with transformers, which would count as memory of an alignment
+    """Measure what this process does per second: bytes read, all products, those in bfloat16, bytes to the device."""
+    from clairlib.bench import lower_bound  # loads transformers, which would count as memory of an alignment
 
     assert _barrier is not None
     _barrier.wait()
@@ -157,12 +163,12 @@ def _read_files(paths: Sequence[Path]) -> int:
 
 
 def dense_route(adapters: AdapterFiles, device: str = "cpu", clients: int = 2) -> tuple[float, float]:
-    """Seconds of the dense route through all modules, and the factor by which what was timed was scaled up.
+    """Estimate the seconds of the dense route through all modules; also return the factor by which the timing is scaled up.
 
-    Timed, in the smallest module: forming ``clients`` of the K updates (p, q) and adding up Theta_k Theta_k', of one
-    triangle; and the eigenvectors of the scatter. Forming goes with p q rho, the scatter with p^2 q, as which both are
-    counted, the eigenvectors with p^3. Left out, in the dense route's favour: the search, the judgement of clients left
-    out, and the singular value decompositions that make adapters of refined updates.
+    The timing is of the smallest module. It covers forming ``clients`` of the K updates (p, q), summing one triangle of
+    Theta_k Theta_k', and computing the eigenvectors of the scatter. Forming costs p q rho and the scatter p^2 q; both
+    are scaled as p^2 q. The eigenvectors are scaled as p^3. The estimate favours the dense route. It leaves out the
+    search, the leave-one-out scores, and the singular value decompositions that turn refined updates into adapters.
     """
     shapes = {name: own[0].shape for name, own in adapters.modules.items()}
     name = min(shapes, key=lambda module: shapes[module][0] ** 2 * shapes[module][1])
@@ -175,7 +181,7 @@ def dense_route(adapters: AdapterFiles, device: str = "cpu", clients: int = 2) -
 
 
 def _dense_parts(updates: Sequence[LowRank], device: str) -> tuple[float, float]:
-    """Seconds in which updates are formed and their scatter added up, and of its eigenvectors; on one thread."""
+    """Return the seconds of forming updates and their scatter, and of the scatter's eigenvectors, on one thread."""
     from clairlib.bench import lower_bound
     from clairlib.bench.training import one_thread
 
@@ -200,7 +206,8 @@ def _alignment(clients: Path, scratch: Path | None, jobs: int, device: str) -> t
 
 
 def run_alignment(clients: Path, output: Path, jobs: int = 1, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of an alignment, and until its first module was done; the names of the contaminated clients."""
+    """Run an alignment; return its seconds, those until the first module is done, and the contaminated clients' names.
+    """
     done: list[float] = []
     began = time.perf_counter()
     found = align([clients], output, jobs=jobs, device=device, progress=lambda *_: done.append(time.perf_counter()))
@@ -210,9 +217,10 @@ def run_alignment(clients: Path, output: Path, jobs: int = 1, device: str = "cpu
 
 
 def apart(work: Callable[..., Any], *arguments: Any, children: int = 0) -> tuple[Any, int]:
-    """work(*arguments) in a process of its own with one thread; its result, and the peak of memory in bytes.
+    """Call work(*arguments) in a separate process with one thread; return its result and the peak of memory in bytes.
 
-    The peak is this process's and that of its largest child times ``children``, so at most that of all together.
+    The peak is that of the process plus ``children`` times that of its largest child. It is an upper bound for all of
+    them together.
     """
     with workers(1, torch.set_num_threads, 1) as pool:
         return pool.submit(_watched, work, arguments, children).result()
@@ -224,7 +232,10 @@ def _watched(work: Callable[..., Any], arguments: Sequence[Any], children: int) 
 
 
 def _own_peak() -> int:
-    """Linux counts to ru_maxrss what the parent held when it started this process; its status file does not."""
+    """Return the peak of this process's memory in bytes.
+
+    On Linux ru_maxrss includes the memory that the parent held when it started this process; the status file does not.
+    """
     if sys.platform == "linux":
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

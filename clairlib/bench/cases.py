@@ -1,4 +1,4 @@
-"""What `clair bench training` measures: base models, adapted modules, clients' data, and how many steps."""
+"""Cases of `clair bench training`: base models, adapted modules, clients' data, and numbers of steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clairlib.core.seeds import derive
 from clairlib.training import ClientData
 from clairlib.training.schedule import NO_LABEL
 
-LENGTH, RANK, ALPHA = 64, 8, 16  # LENGTH: tokens of a sequence, where a client has that many
+LENGTH, RANK, ALPHA = 64, 8, 16  # LENGTH: most tokens of a sequence
 SMALL, LARGE = "copying", "llama"
 SIZES: dict[str, dict[str, Any]] = {  # SMALL has the size of the text-copying task's base (notebook 08)
     SMALL: {"hidden_size": 64, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -22,28 +22,31 @@ SIZES: dict[str, dict[str, Any]] = {  # SMALL has the size of the text-copying t
     LARGE: {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
     | {"vocab_size": 1024},
 }
-LABELLED = 1 / 6  # share of the tokens with a label in EXPERIMENT, about as many as copying labels
+LABELLED = 1 / 6  # fraction of tokens with a label in EXPERIMENT, about that of text copying
 EXPERIMENT, SEQUENCES = "experiment", 32
 TARGETS = ("last", "output", "linear")
 CLIENTS, TOKENS = (1, 4, 16, 64), (32, 128, 2048)
 MOST_STEPS, LEAST_STEPS = 60, 5
-QUICK, FULL = 2**16, 2**18  # tokens of all clients and steps together, which bound the steps
-LARGER = 2  # LARGE trains on so many times fewer
+QUICK, FULL = 2**16, 2**18  # most tokens over all clients and steps, which limits the steps
+LARGER = 2  # LARGE trains on this many times fewer tokens
 
 EXPLANATION = "; ".join(
     f"{name}: hidden {size['hidden_size']}, {size['num_hidden_layers']} layers, vocabulary {size['vocab_size']}"
     for name, size in SIZES.items()
 ) + (
     f"; both untrained, in float32, adapters of rank {RANK}; tokens are random, as their values change neither time "
-    f"nor memory. {EXPERIMENT}: the last output projection, {SEQUENCES} sequences a client, a sixth of the tokens "
-    "labelled; else all are labelled. last: o_proj and down_proj of the last layer; output: of every layer; linear: "
-    "every linear module of every layer."
+    f"nor memory. {EXPERIMENT}: the last output projection, {SEQUENCES} sequences per client, a sixth of the tokens "
+    "labelled; in all other cases every token is labelled. last: o_proj and down_proj of the last layer; output: those "
+    "of every layer; linear: every linear module of every layer."
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: K clients that train on all their ``tokens`` at every step; names as in EXPLANATION."""
+    """One row of the table: K clients, each of which trains on all its ``tokens`` at every step.
+
+    EXPLANATION explains the names of ``base`` and ``targets``.
+    """
 
     base: str
     targets: str
@@ -55,14 +58,15 @@ class Case:
 def cases(
     clients: Sequence[int] | None = None, tokens: Sequence[int] | None = None, *, full: bool = False
 ) -> list[Case]:
-    """The rows: the copying experiment, then CLIENTS by TOKENS by TARGETS on both bases; a part of it without ``full``.
+    """Return the rows: the copying experiment, then CLIENTS by TOKENS by TARGETS on both bases.
 
-    Clients take MOST_STEPS steps, fewer where all of them together have many tokens, but LEAST_STEPS.
+    Without ``full`` only a part of them is returned. Clients take MOST_STEPS steps. If all of them together have many
+    tokens, they take fewer, but at least LEAST_STEPS.
 
     Raises
     ------
     ValueError
-        A number of tokens is neither a sequence nor several.
+        A number of tokens is neither 2 .. LENGTH nor a multiple of LENGTH.
     """
     for n in tokens or ():
         if n < 2 or (n > LENGTH and n % LENGTH):
@@ -82,7 +86,7 @@ def _steps(base: str, tokens: int, most: int) -> int:
 
 
 def model_of(case: Case, *, seed: int) -> tuple[Any, list[str]]:
-    """The base model, untrained, and the full names of the adapted modules."""
+    """Return the untrained base model and the full names of the adapted modules."""
     model: Any = _llama(SIZES[case.base], seed)
     last = f"layers.{model.config.num_hidden_layers - 1}"
     ends = {
@@ -101,7 +105,7 @@ def _llama(sizes: dict[str, Any], seed: int) -> LlamaForCausalLM:
 
 
 def data_of(case: Case, vocabulary: int, *, seed: int) -> list[ClientData]:
-    """The clients' examples."""
+    """Draw the clients' examples."""
     clients = []
     for k in range(case.clients):
         draws = derive(seed, "bench", f"client_{k}")

@@ -1,4 +1,4 @@
-"""Benchmarks against independent solvers, measured side by side in one run."""
+"""Benchmark of the convex solver against an independent solver, side by side in one run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from clairlib.recovery.convex import decompose
 from clairlib.simulate import planted
 
 SIZES = ((30, 12, 5), (20, 12, 4), (12, 10, 3), (8, 8, 6), (16, 6, 1))  # (p, K, q)
-SAME_OBJECTIVE = 1e-6  # relative distance to the reference optimum that both solvers have to reach
-EPSILONS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # SCS's own accuracy; the loosest that reaches it is timed
+SAME_OBJECTIVE = 1e-6  # relative distance to the reference optimum that both solvers must reach
+EPSILONS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # SCS's eps; the loosest that reaches SAME_OBJECTIVE is timed
 
 
 def convex(*, instances: int = 20, repeats: int = 3, generator: Generator) -> list[dict[str, Any]]:
-    """Seconds of our convex solver and of cvxpy + SCS for the same objective; one row an instance.
+    """Time our convex solver and cvxpy + SCS on the same objective; one row per instance.
 
-    Small planted instances, noiseless (nu = 0) and noisy in turn. Both reach the optimum (a solve with gap
-    1e-9) to relative 1e-6, SCS at the loosest accuracy that does. Timed runs alternate and the best of
-    ``repeats`` counts; cvxpy's compilation is done before and not counted. torch runs on one thread; set
-    OMP_NUM_THREADS=1 so that SCS does too.
+    The instances are small and planted, alternately noiseless (nu = 0) and noisy. Both solvers reach the optimum to
+    relative 1e-6, SCS at the loosest accuracy that does. The optimum is that of our solver with gap 1e-9. Timed runs
+    alternate, and the best of ``repeats`` counts. cvxpy's compilation is done before and is not timed. torch runs on
+    one thread; set OMP_NUM_THREADS=1 so that SCS does, too.
 
     Parameters
     ----------
@@ -36,15 +36,14 @@ def convex(*, instances: int = 20, repeats: int = 3, generator: Generator) -> li
     Returns
     -------
     list of dict
-        ``p, K, q, nu, lam, optimum``; ``iterations``, ``ours_seconds``, ``ours_error``; ``cvxpy_seconds``
-        (all of ``problem.solve``), ``scs_seconds`` (SCS's own set-up and solve), ``scs_error``, ``scs_eps``;
-        ``speed`` = cvxpy_seconds / ours_seconds, ``speed_solver`` = scs_seconds / ours_seconds. Errors are
-        relative to the optimum.
+        ``p, K, q, nu, lam, optimum``; ``iterations``, ``ours_seconds``, ``ours_error``; ``cvxpy_seconds`` (all of
+        ``problem.solve``), ``scs_seconds`` (SCS's set-up and solve), ``scs_error``, ``scs_eps``; ``speed`` =
+        cvxpy_seconds / ours_seconds, ``speed_solver`` = scs_seconds / ours_seconds. Errors are relative to the optimum.
 
     Raises
     ------
     ModuleNotFoundError
-        When cvxpy is not installed.
+        cvxpy is not installed.
     """
     cvxpy = _cvxpy()
     threads = torch.get_num_threads()
@@ -56,7 +55,7 @@ def convex(*, instances: int = 20, repeats: int = 3, generator: Generator) -> li
 
 
 def speed_ratio(rows: list[dict[str, Any]], key: str = "speed") -> float:
-    """Median over the rows of `convex` of ``speed`` or ``speed_solver``: how many times faster ours was."""
+    """Return the median over the rows of ``speed`` or ``speed_solver``: how many times faster our solver was."""
     return statistics.median(row[key] for row in rows)
 
 
@@ -112,7 +111,10 @@ def _loosest(cvxpy: ModuleType, problem: Any, optimum: float) -> float:
 
 
 def convex_problem(cvxpy: ModuleType, updates: Tensor, lam: float, nu: float, common: bool = True) -> Any:
-    """The program of `clairlib.recovery.convex` as a cvxpy problem, the independent oracle; updates (K, p, q)."""
+    """Build the program of `clairlib.recovery.convex` as a cvxpy problem, an independent reference.
+
+    ``updates`` is (K, p, q). Without ``common`` there is no common part M.
+    """
     K, p, q = updates.shape
     M = cvxpy.Variable((p, q)) if common else cvxpy.Constant([[0.0] * q] * p)
     L, S = cvxpy.Variable((p, K * q)), cvxpy.Variable((p, K * q))

@@ -1,4 +1,4 @@
-"""The floor under training time: the matrix products that cannot be done without, and how long they take here."""
+"""Lower bound of training time: the matrix products that training cannot avoid, and their time on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ Shape = tuple[int, int, int, int]  # (b, m, k, n): b products (m, k) @ (k, n)
 
 @dataclass(frozen=True)
 class Work:
-    """What K clients train at every step: each ``sequences`` of ``length`` tokens, ``labels`` of them labelled."""
+    """Training work of K clients at every step.
+
+    Each client has ``sequences`` sequences of ``length`` tokens, and ``labels`` labels among all its tokens. ``rank``
+    is the rank of the adapters.
+    """
 
     clients: int
     sequences: int
@@ -30,24 +34,24 @@ class Work:
     steps: int
 
     def together(self, rows: int) -> int:
-        """Clients that go through the model at once, with so many rows each."""
+        """Return how many clients go through the model at once if each has ``rows`` rows."""
         return max(1, min(self.clients, GROUP_TOKENS // rows))
 
 
 def needed_products(model: Any, targets: Sequence[str], work: Work) -> list[tuple[Shape, float]]:
-    """The matrix products that training the adapters of a Llama cannot do without, and how often each is taken.
+    """List the matrix products that training the adapters of a Llama cannot avoid, and how often each is computed.
 
-    For every client and step, with n rows through a linear module (p, q) - its tokens, or from the last o_proj on its
-    labels - and rank rho, multiply-adds:
+    Take a linear module (p, q) with n rows per client and step: the client's tokens, or only its labels from the last
+    o_proj on. With adapter rank rho the multiply-adds for every client and step are:
 
-    * each module from the first adapted one on: n q p forward, and n p q back to its input where that depends on an
-      adapter;
-    * each adapted one: n rho (q + p) forward, n rho p for the inner gradient, n rho (p + q) for those of B and A, and
-      n rho q back to its input where that depends on an adapter;
+    * each module from the first adapted one on: n q p forward, and n p q for the gradient of its input if that depends
+      on an adapter;
+    * each adapted module in addition: n rho (q + p) forward, n rho p for the inner gradient, n rho (p + q) for the
+      gradients of B and A, and n rho q for the gradient of its input if that depends on an adapter;
     * attention behind an adapter: T T d for each sequence and head, twice forward and four times back.
 
-    What lies before the first adapted module is counted once, forward; where that is a q, k or v, all three are taken
-    to be adapted. Low-rank and attention products are batched.
+    Modules before the first adapted one count once, forward only. If the first adapted module is a q, k or v
+    projection, all three are taken to be adapted. Low-rank and attention products are batched.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = list(linear)  # in the order in which a Llama runs them
@@ -72,7 +76,10 @@ def _low_rank(n: int, p: int, q: int, rho: int, back: bool) -> list[tuple[int, i
 
 
 def _attention(config: Any, work: Work, trained: bool) -> list[tuple[Shape, float]]:
-    """Scores and values forward; back to values, scores, queries and keys where they depend on an adapter."""
+    """List the attention products: scores and values forward, and those back to values, scores, queries and keys.
+
+    Attention that does not depend on an adapter has forward products only.
+    """
     G, T = work.together(work.sequences * work.length), work.length
     heads, d = G * work.sequences * config.num_attention_heads, config.hidden_size // config.num_attention_heads
     scores, values = (heads, T, d, T), (heads, T, T, d)
@@ -83,30 +90,36 @@ def _attention(config: Any, work: Work, trained: bool) -> list[tuple[Shape, floa
 
 
 def _input_of(name: str) -> str:
-    """The same for modules that read the same input: q, k and v, and gate and up, of a layer."""
+    """Return a name of the module's input.
+
+    Modules of a layer that read the same input get the same name: q, k and v, and gate and up.
+    """
     parent, _, child = name.rpartition(".")
     return f"{parent}.{'in' if child in ('q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj') else child}"
 
 
 def flops(products: Sequence[tuple[Shape, float]]) -> float:
-    """Two for every multiply-add."""
+    """Count floating-point operations, two for every multiply-add."""
     return sum(2 * count * math.prod(shape) for shape, count in products)
 
 
 def seconds(products: Sequence[tuple[Shape, float]], device: str, *, bfloat16: bool = False) -> float:
-    """Time of the products in float32, each shape measured here; ``bfloat16``: of factors that hold such values."""
+    """Return the time of the products in float32, with each shape measured on this machine.
+
+    With ``bfloat16`` the factors hold bfloat16 values and are multiplied as such.
+    """
     with bfloat16_products(torch.device(device), bfloat16):
         return sum(count * _seconds_of(shape, device, bfloat16) for shape, count in products)
 
 
 @cache
 def _seconds_of(shape: Shape, device: str, bfloat16: bool, repeats: int = 5) -> float:
-    """Time of b products (m, k) @ (k, n), the best of several."""
+    """Return the time of b products (m, k) @ (k, n), the best of ``repeats``."""
     b, m, k, n = shape
     left, right = torch.ones(b, m, k, device=device), torch.ones(b, k, n, device=device)
     if b == 1:
         left, right = left[0], right[0]
-    many = max(1, min(1000, int(2e7 / math.prod(shape))))  # a small product is shorter than the clock can tell
+    many = max(1, min(1000, int(2e7 / math.prod(shape))))  # one small product is too short for the clock
     best = math.inf
     for _ in range(repeats):
         began = now(device)
@@ -117,7 +130,8 @@ def _seconds_of(shape: Shape, device: str, bfloat16: bool, repeats: int = 5) -> 
 
 
 def now(device: str) -> float:
-    """Seconds of this process's own on the CPU, whatever else runs there; on CUDA of the clock, its work being done."""
+    """Return a time in seconds: on CUDA wall time after all its work is done, on the CPU the time of this process alone.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()

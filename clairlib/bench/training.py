@@ -1,7 +1,8 @@
-"""The batched trainer against peft, one client after the other, measured side by side in one run.
+"""Benchmark of the batched trainer against peft one client after the other, side by side in one run.
 
-Both sides train the same adapters on the same data from the same start, through set-up to the last step, and their
-losses must agree. The floor under both is the time of the matrix products that cannot be done without.
+Both sides train the same adapters on the same data from the same start. The time runs from set-up to the last step, and
+the losses must agree. The lower bound (``floor``) of both is the time of the matrix products that training cannot
+avoid.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from clairlib.core.seeds import derive
 from clairlib.training import ClientData, Schedule, train_adapters
 from clairlib.training.schedule import NO_LABEL
 
-LEARNING_RATE = 3e-4  # rounding grows tenfold every few steps at 3e-3, where training on noise is not stable
+LEARNING_RATE = 3e-4  # at 3e-3 training on random tokens is unstable: rounding errors grow tenfold
 AGREE = 1e-3  # relative difference of the two sides' losses in float32; a wrong gradient shows within a few steps
 SHOWN = (
     "base", "targets", "clients", "tokens", "steps", "sequential_rate", "batched_rate", "speed", "sequential_mb",
@@ -41,21 +42,25 @@ SHOWN = (
 
 
 def measure(case: Case, *, repeats: int = 2, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Rates, memory and floor of one case; the two sides alternate, and the best of ``repeats`` runs counts.
+    """Measure rates, memory and lower bound of one case.
 
-    On the CPU one thread; processor time, so that other work on the machine does not count as ours.
+    The two sides alternate, and the best of ``repeats`` runs counts. On the CPU one thread is used and its processor
+    time is measured, so other work on the machine does not count.
 
     Returns
     -------
     dict
-        The case and the ``labels`` of a client's batch. ``sequential_`` and ``batched_`` ``seconds``, ``rate`` (clients
-        x steps / second), ``mb`` (10^6 bytes at the peak beyond what was held before; None where that cannot be read)
-        and ``to_floor`` (seconds over the floor's). ``speed`` = sequential over batched seconds. ``floor_flops``,
-        ``floor_seconds``, ``floor_gflops`` of `clairlib.bench.lower_bound.needed_products`. ``difference``: the
-        largest between the sides' losses, relative to a client's first.
+        The case, and the number of ``labels`` in a client's batch. ``sequential_`` and ``batched_`` precede the values
+        of each side: ``seconds``, ``rate`` (clients x steps / second), ``mb`` (10^6 bytes at the peak beyond what was
+        held before; None if it cannot be read) and ``to_floor`` (seconds / floor_seconds). ``speed`` is
+        sequential_seconds / batched_seconds. ``floor_flops``, ``floor_seconds`` and ``floor_gflops`` belong to
+        `clairlib.bench.lower_bound.needed_products`. ``difference`` is the largest difference of the two sides' losses,
+        relative to a client's first loss.
 
     Raises
     ------
+    ValueError
+        CUDA is not available.
     RuntimeError
         The losses of the two sides differ by more than AGREE.
     """
@@ -88,7 +93,7 @@ def measure(case: Case, *, repeats: int = 2, device: str = "cpu", seed: int = 0)
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:
-    """Largest difference of losses (K, steps), relative to a client's first."""
+    """Return the largest difference of losses (K, steps), relative to a client's first loss."""
     return float(((found - expected).abs() / expected[:, :1]).max())
 
 
@@ -103,7 +108,7 @@ def _figures(side: str, runs: Sequence[tuple[Tensor, float, int | None]], count:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread."""
+    """Run torch on one thread within this context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -123,7 +128,7 @@ def _labels(data: ClientData) -> int:
 def _batched(
     model: Any, data: list[ClientData], targets: list[str], schedule: Schedule, *, seed: int, device: str
 ) -> Tensor:
-    """Losses (K, steps)."""
+    """Train with the batched trainer and return the losses (K, steps)."""
     trained = train_adapters(model, data, targets, schedule, seed=seed, device=device)
     return torch.stack([client.losses for client in trained])
 
@@ -131,7 +136,10 @@ def _batched(
 def _sequential(
     model: Any, data: list[ClientData], targets: list[str], schedule: Schedule, *, seed: int, device: str
 ) -> Tensor:
-    """Losses (K, steps) of the ordinary way: peft's model, whole forward and backward passes, client after client."""
+    """Train with peft in the ordinary way and return the losses (K, steps).
+
+    Clients train one after the other, with whole forward and backward passes.
+    """
     losses = torch.zeros(len(data), schedule.steps, device=device)
     for k, client in enumerate(data):
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
@@ -155,12 +163,12 @@ def _sequential(
 
 
 def _initial(A: Tensor, draws: torch.Generator) -> Tensor:
-    """The A that the trainer draws."""
+    """Draw the A that the trainer draws."""
     return nn.init.kaiming_uniform_(torch.empty(A.shape), a=math.sqrt(5), generator=draws)
 
 
 def _watched(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float, int | None]:
-    """Result, seconds and bytes at the peak beyond those held before."""
+    """Run a side; return its result, its seconds, and its peak of bytes beyond those held before."""
     gc.collect()
     before, began = _reset_peak(device), lower_bound.now(device)
     result = run()
@@ -169,14 +177,14 @@ def _watched(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float, int
 
 
 def _reset_peak(device: str) -> int | None:
-    """Bytes held now, the record of their peak starting anew; None where there is no such record."""
+    """Restart the record of peak memory and return the bytes held now; None if there is no such record."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if not sys.platform.startswith("linux"):
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed is given back first
+        ctypes.CDLL(None).malloc_trim(0)  # return the memory that earlier runs freed to the system
         Path("/proc/self/clear_refs").write_text("5")
     except (AttributeError, OSError):  # another C library, or not allowed here
         return None
@@ -193,7 +201,7 @@ def _resident(key: str) -> int | None:
 
 
 def write(rows: Sequence[dict[str, Any]], stem: Path) -> None:
-    """``stem.csv``, and with provenance ``stem.json``; each appears whole."""
+    """Write ``stem.csv``, and ``stem.json`` with provenance. Each file appears whole or not at all."""
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""``clair bench``: the solvers, the trainer and alignment against what else there is, and against their floors."""
+"""``clair bench``: benchmarks of the solvers, the trainer and alignment against alternatives and lower bounds."""
 
 from __future__ import annotations
 
@@ -50,20 +50,21 @@ def convex(
 
 @bench.command()
 def training(
-    clients: Annotated[list[int] | None, typer.Option(min=1, help="Clients; may be given several times.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a client's batch; likewise.")] = None,
+    clients: Annotated[list[int] | None, typer.Option(min=1, help="Number of clients; repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a client's batch; repeatable.")] = None,
     full: Annotated[bool, typer.Option("--full", help="The whole table; about an hour on one CPU thread.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side, of which the best counts.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; the best one counts.")] = 2,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and initial factors.")] = 0,
     output: Annotated[
         Path | None, typer.Option(metavar="STEM", help="Write the table to STEM.csv, with provenance to STEM.json.")
     ] = None,
 ) -> None:
-    """Time the batched trainer against sequential peft, side by side, at equal losses; on the CPU on one thread.
+    """Time the batched trainer against sequential peft, side by side, at equal losses; on the CPU with one thread.
 
-    Rates are clients x steps / second from set-up to the last step, speed is their ratio, mb is the peak of memory
-    beside the model. Floor: the needed matrix products at this machine's own measured speed.
+    A rate is clients x steps / second, from set-up to the last step. Speed is the ratio of the two rates. mb is the
+    peak of memory in addition to the model. Floor is a lower bound: the time of the matrix products that training
+    cannot avoid, at the speed measured on this machine.
     """
     from clairlib.bench.cases import EXPLANATION, cases
     from clairlib.bench.training import SHOWN, measure, write
@@ -91,20 +92,21 @@ def training(
 @bench.command()
 def align(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="CLIENTS_DIR", help="Adapter folders; default: planted for the occasion.")
+        Path | None, typer.Argument(metavar="CLIENTS_DIR", help="Adapter folders; default: planted adapters.")
     ] = None,
     clients: Annotated[int, typer.Option(min=3, help="Planted clients, an eighth of them contaminated.")] = 64,
-    rank: Annotated[int, typer.Option(min=5, help="Rank of their adapters.")] = 16,
-    model: Annotated[Model, typer.Option(help="Whose modules they adapt.")] = Model.llama,
-    layers: Annotated[int, typer.Option(min=1, help="Layers with adapters; 32 of them are 5.1 GB.")] = 4,
-    jobs: Annotated[str, typer.Option(help="Numbers of processes to try, with commas.")] = "1,2",
+    rank: Annotated[int, typer.Option(min=5, help="Rank of the planted adapters.")] = 16,
+    model: Annotated[Model, typer.Option(help="Model with the planted shapes.")] = Model.llama,
+    layers: Annotated[int, typer.Option(min=1, help="Layers with planted adapters; 32 layers are 5.1 GB.")] = 4,
+    jobs: Annotated[str, typer.Option(help="Numbers of processes, with commas between them.")] = "1,2",
     scratch: Annotated[
-        Path | None, typer.Option(help="Folder for what is written meanwhile; default: the system's.")
+        Path | None, typer.Option(help="Folder for temporary files; default: the system's.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the table there, too.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of planted clients.")] = 0,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the planted clients.")] = 0,
 ) -> None:
-    """Time `clair align` against the floor, reading and Gram products, and against the dense route, side by side."""
+    """Time `clair align` against a lower bound (reading and Gram products) and against the dense route, side by side.
+    """
     from clairlib.bench.alignment import EXPLANATION, measure, measure_planted
     from clairlib.core.files import AdapterError
     from clairlib.simulate import Plan
@@ -114,7 +116,7 @@ def align(
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise typer.BadParameter(f"must be whole numbers from 1 on with commas, got {jobs!r}", param_hint="--jobs")
+        raise typer.BadParameter(f"must be whole numbers >= 1, with commas, got {jobs!r}", param_hint="--jobs")
     try:
         if folder is not None:
             table = measure(folder, scratch=scratch, jobs=counts)

@@ -1,4 +1,4 @@
-"""The ``clair`` command: train clients, align their adapters, reproduce the notebooks, measure."""
+"""The ``clair`` command: train clients, align their adapters, reproduce the notebooks, run benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clairlib.cli.bench import bench
 from clairlib.cli.console import console, progress, quiet_libraries, show, stop, terminable
 from clairlib.cli.synth import synth
 
-if TYPE_CHECKING:  # torch and what builds on it load inside the commands, so that --help answers at once
+if TYPE_CHECKING:  # torch is imported inside the commands, so that --help answers at once
     from clairlib.recovery.result import ClairResult
 
 app = typer.Typer(
@@ -69,14 +69,14 @@ def main(
 def align(
     clients: Annotated[
         list[Path],
-        typer.Argument(metavar="CLIENT_DIR", help="PEFT adapter folders, or one parent folder of them."),
+        typer.Argument(metavar="CLIENT_DIR", help="PEFT adapter folders, or one folder that holds them."),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
-    rank: Annotated[int | None, typer.Option(help="Shared rank; default: estimated per module.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the shared subspace; default: estimated.")] = None,
     adapter_rank: Annotated[
-        int | None, typer.Option(help="Rank of the adapters written; default: each client's own.")
+        int | None, typer.Option(help="Rank of the written adapters; default: each client's own.")
     ] = None,
-    solver: Annotated[Solver, typer.Option(help="How the shared subspace is found.")] = Solver.consensus,
+    solver: Annotated[Solver, typer.Option(help="Solver that finds the subspace.")] = Solver.consensus,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
     side: Annotated[Side, typer.Option(help="Side of the updates that shares a subspace.")] = Side.output,
     seed: Annotated[int, typer.Option(help="Seed of the randomised steps.")] = 0,
@@ -84,10 +84,10 @@ def align(
         bool, typer.Option("--keep-contaminated", help="Copy contaminated clients' adapters unchanged.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an unfinished run left.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at work.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an unfinished run.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, say what it will take, and write nothing.")
+        bool, typer.Option("--dry-run", help="Check the input, print the expected memory and time, write nothing.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -131,43 +131,43 @@ def align(
 @app.command()
 def train(
     clients: Annotated[
-        Path, typer.Argument(metavar="CLIENTS_DIR", help="A folder or a .jsonl file of JSON-lines for each client.")
+        Path, typer.Argument(metavar="CLIENTS_DIR", help="Folder that holds a folder or a .jsonl file per client.")
     ],
     model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the Hugging Face hub.")],
     output: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
     targets: Annotated[
-        str, typer.Option(help="Adapted modules, by the ends of their names, with commas; or all-linear.")
+        str, typer.Option(help="Ends of the adapted modules' names, with commas between them; or all-linear.")
     ] = "o_proj,down_proj",
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Scale of the adapters, times their rank.")] = 16.0,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Alpha is meant per square root of the rank.")] = False,
+    alpha: Annotated[float, typer.Option(help="Scale of the adapters times their rank (LoRA alpha).")] = 16.0,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale is alpha / sqrt(rank).")] = False,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over a client's examples; default: 3, or what --steps takes.")
+        int | None, typer.Option(min=1, help="Passes over a client's examples; default: 3, or as many as --steps needs.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps of a client.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="AdamW's.")] = 2e-4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps per client.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="AdamW's learning rate.")] = 2e-4,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of an example; default: 512, or what the model takes.")
+        int | None, typer.Option(min=2, help="Most tokens of an example; default: 512, or the model's limit if lower.")
     ] = None,
     validation: Annotated[
-        float, typer.Option(help="Share of a client's examples held back; the adapter best on them is kept.")
+        float, typer.Option(help="Fraction of a client's examples held out; the best adapter on them is kept.")
     ] = 0.2,
     group_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens that go through the model together; fewer take less memory.")
     ] = 4096,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16, on CUDA.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of initial factors, order and held-back examples.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run was.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16, on CUDA only.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of initial factors, order and held-out examples.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Train a LoRA adapter for every client, all at once, on one frozen base model; `clair align` takes the output.
 
-    Lines are {"text": ...}, {"prompt": ..., "completion": ...} (the latter is
-    learnt) or {"messages": [...]} (the last is learnt); for a sequence
-    classifier {"text": ..., "label": ...}.
+    A line of data is {"text": ...}, {"prompt": ..., "completion": ...} (only
+    the completion is learnt) or {"messages": [...]} (only the last message is
+    learnt). For a sequence classifier it is {"text": ..., "label": ...}.
     """
     from clairlib.training.finetune import Settings, finetune
 
@@ -197,8 +197,8 @@ def reproduce(
         list[str] | None, typer.Argument(metavar="NOTEBOOK", help="Notebooks to run; default: all.")
     ] = None,
     profile: Annotated[Profile, typer.Option(help="Size of the experiments.")] = Profile.smoke,
-    jobs: Annotated[int, typer.Option(min=1, help="Notebooks run at a time.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Run again what is up to date.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of notebooks that run at a time.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Also run notebooks that are up to date.")] = False,
 ) -> None:
     """Run the notebooks in ./notebooks through papermill and write a report into ./runs.
 

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, progress on the error stream, an end by SIGTERM that tidies up."""
+"""Shared parts of the commands: errors in one line, progress on the error stream, and cleaning up after SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def stop(error: Exception) -> Any:
-    """End with exit code 2 and one line; whatever a hostile name smuggled into it is made printable."""
+    """Print the error in one line and end with exit code 2; characters that cannot be printed become spaces."""
     line = "".join(c if c.isprintable() else " " for c in str(error))
     typer.echo(f"clair: {' '.join(line.split())}", err=True)
     raise typer.Exit(2)
@@ -23,7 +23,7 @@ def stop(error: Exception) -> Any:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that what is half written is cleared away; a second one is not heard."""
+    """Turn SIGTERM into an exception, so that half-written output is removed; a second SIGTERM is ignored."""
 
     def end(number: int, _: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -37,7 +37,10 @@ def terminable() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Switch off transformers', datasets' and the hub's own bars and warnings: a command says what matters itself."""
+    """Switch off the progress bars and warnings of transformers, datasets and the hub.
+
+    The commands report what matters themselves.
+    """
     import datasets
     import transformers
     from huggingface_hub.utils import logging as hub_logging
@@ -52,11 +55,11 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress(doing: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on the error stream, only where somebody watches it; gives rich's ``update`` of it."""
+    """Show a bar on the error stream if that is a terminal; yield the bar's rich ``update``."""
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = quiet or not sys.stderr.isatty()
-    through = sys.stdout.isatty()  # lines printed meanwhile go above the bar, but stay in a pipe
+    through = sys.stdout.isatty()  # printed lines go above the bar; those to a pipe stay there
     own = Console(stderr=True)
     with Progress(*columns, console=own, transient=True, disable=hidden, redirect_stdout=through) as bar:
         task = bar.add_task(doing, total=None)
@@ -64,10 +67,10 @@ def progress(doing: str, *, quiet: bool = False) -> Iterator[Callable[..., None]
 
 
 def console() -> Console:
-    """Where tables go."""
-    return Console() if sys.stdout.isatty() else Console(width=160)  # rich would fold files and pipes at 80
+    """Return the console for tables."""
+    return Console() if sys.stdout.isatty() else Console(width=160)  # rich would fold lines to files and pipes at 80
 
 
 def show(value: float | None) -> str:
-    """Three digits."""
+    """Format a number with three significant digits; "-" for None."""
     return "-" if value is None else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""``clair synth``: planted adapters of a real model's shape."""
+"""``clair synth``: write planted adapters with the shapes of a real model."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def synth(
         tuple[int, int] | None, typer.Option(metavar="P Q", help="Outputs and inputs of every module.")
     ] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Projections, with commas; default: all of a model, o_proj of a shape.")
+        str | None, typer.Option(help="Projections, with commas; default: all with --model, o_proj with --shape.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers with adapters; default: all of a model, one of a shape.")
+        int | None, typer.Option(min=1, help="Layers with adapters; default: all with --model, one with --shape.")
     ] = None,
-    clients: Annotated[int, typer.Option(help="Clients.")] = 16,
+    clients: Annotated[int, typer.Option(help="Number of clients.")] = 16,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     shared_rank: Annotated[int, typer.Option(help="Dimension of the benign clients' subspace.")] = 4,
-    contaminated: Annotated[int, typer.Option(help="Contaminated clients among them.")] = 0,
-    kind: Annotated[Kind, typer.Option(help="What they send.")] = Kind.unstructured,
+    contaminated: Annotated[int, typer.Option(help="Number of contaminated clients.")] = 0,
+    kind: Annotated[Kind, typer.Option(help="Attack of the contaminated clients.")] = Kind.unstructured,
     noise: Annotated[float, typer.Option(help="Norm of a client's noise; its own part has sqrt(shared rank).")] = 1.0,
     distance: Annotated[float, typer.Option(help="Norm of a stealth step off the subspace.")] = 1.0,
-    own_steps: Annotated[bool, typer.Option("--own-steps", help="Stealth steps differ by client.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Of the files.")] = Dtype.bfloat16,
+    own_steps: Annotated[bool, typer.Option("--own-steps", help="Each client makes its own stealth step.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the files.")] = Dtype.bfloat16,
     seed: Annotated[int, typer.Option(help="Seed of everything planted.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Write planted LoRA adapters into OUTPUT/clients, for `clair align`, and the truth into OUTPUT/truth.json."""
+    """Write planted LoRA adapters to OUTPUT/clients, for `clair align`, and the ground truth to OUTPUT/truth.json."""
     from clairlib.core.files import AdapterError
     from clairlib.simulate import Plan, synthesise
 

@@ -1,1 +1,1 @@
-"""Floor 0: seeds, provenance, files, processes. Knows nothing of the method."""
+"""Floor 0: seeds, provenance, files and processes. This package does not depend on the method."""

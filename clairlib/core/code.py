@@ -1,4 +1,4 @@
-"""The code behind a result: one hash of a piece of Python and of everything of this project that it imports."""
+"""Digests of the code behind a result: one hash of some Python code and of all project files that it imports."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def code_digest(text: str, beside: Path) -> str:
-    """sha256 of Python code and of the project's files that it imports, at once or further down; hexadecimal.
+    """Return the sha256, in hexadecimal, of Python code and of the project files that it imports, even indirectly.
 
-    The project's files are those of clairlib and the packages in the folder ``beside``. Docstrings, comments and blank
-    lines do not count. A file belongs to a module of the same stem beside it (``page.css`` to ``page.py``). Imports
-    inside functions count, those under ``if TYPE_CHECKING`` do not, but for names that a package loads lazily; so does
-    a module that is run by name, as in ["-m", "clairlib"].
+    The project files are those of clairlib and of the packages in the folder ``beside``. Docstrings, comment lines and
+    blank lines do not count; a comment behind code does. Every file with the stem of a module beside it counts with the
+    module (``page.css`` with ``page.py``). Imports inside functions count. Imports under ``if TYPE_CHECKING`` count
+    only for names that a package loads lazily. A module that is run by name, as in ["-m", "clairlib"], counts as
+    imported.
 
     Raises
     ------
@@ -40,7 +41,7 @@ def code_digest(text: str, beside: Path) -> str:
 
 
 def module_digest(name: str, file: Path) -> str:
-    """`code_digest` of a module, given its dotted name and its file."""
+    """Return the `code_digest` of a module, given its dotted name and its file."""
     return code_digest(_read(file), file.resolve().parents[name.count(".")])
 
 
@@ -56,7 +57,7 @@ def _text_of(file: Path, changed: int, size: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _bare(text: str) -> str:
-    """The lines of Python code, without docstrings, lines of comment and blank lines."""
+    """Return the lines of Python code without docstrings, comment lines and blank lines."""
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -65,14 +66,14 @@ def _bare(text: str) -> str:
 
 
 def _label(file: Path, beside: Path) -> str:
-    """A name that is the same on every machine."""
+    """Return a name of the file that is the same on every machine."""
     root = PACKAGE.parent if file.is_relative_to(PACKAGE) else beside
     return file.relative_to(root).as_posix()
 
 
 @lru_cache(maxsize=4096)
 def _imports(text: str, beside: Path) -> tuple[Path, ...]:
-    """The project's files that a piece of code imports itself."""
+    """Return the project files that a piece of code imports directly."""
     found = (file for name in _imported_names(ast.parse(text), beside) if (file := _file_of(name, beside)))
     return tuple(dict.fromkeys(found))
 
@@ -93,7 +94,7 @@ def _imported_names(tree: ast.AST, beside: Path) -> Iterator[str]:
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
-    """Nodes of the code that runs: all but what is under ``if TYPE_CHECKING``."""
+    """Yield the nodes of the code that runs, which is all but the blocks under ``if TYPE_CHECKING``."""
     yield tree
     for child in ast.iter_child_nodes(tree):
         if not _is_for_types(child):
@@ -105,13 +106,16 @@ def _is_for_types(node: ast.AST) -> bool:
 
 
 def _with_packages(name: str) -> Iterator[str]:
-    """a.b.c after a and a.b, which are imported with it."""
+    """Yield a, a.b and a.b.c for the name a.b.c: Python imports the packages of a module too."""
     parts = name.split(".")
     yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
 def _lazy_home(package: str, name: str, beside: Path) -> Iterator[str]:
-    """The module from which a package loads a name on first use, as its imports under ``if TYPE_CHECKING`` say."""
+    """Yield the module from which a package loads a name on first use, and its packages.
+
+    Its imports under ``if TYPE_CHECKING`` name the module.
+    """
     file = _file_of(package, beside)
     if file is None or file.name != "__init__.py":
         return
@@ -122,7 +126,7 @@ def _lazy_home(package: str, name: str, beside: Path) -> Iterator[str]:
 
 
 def _file_of(name: str, beside: Path) -> Path | None:
-    """File of a module or package of this project; None for any other."""
+    """Return the file of a module or package of this project; None for any other name."""
     first, *rest = name.split(".")
     place = PACKAGE if first == "clairlib" else beside / first
     place = place.joinpath(*rest)

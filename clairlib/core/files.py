@@ -1,4 +1,4 @@
-"""Safe ways into an adapter folder and out to an output folder that appears whole or not at all."""
+"""Safe access to files in an adapter folder, and output folders that appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ REPORT, PAGE, PICTURE = "report.json", "report.html", "report.png"
 
 
 class AdapterError(ValueError):
-    """An adapter or output folder cannot be used; the message is one line naming client, module or file."""
+    """An adapter or output folder cannot be used. The message is one line that names client, module or file."""
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """Path of the regular file ``name`` of ``folder``.
+    """Return the path of the regular file ``name`` in ``folder``.
 
     Raises
     ------
@@ -37,7 +37,10 @@ def regular_file(folder: Path, name: str) -> Path:
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; that file replaces ``path`` as the block ends, and goes if it raises."""
+    """Yield a path beside ``path`` to write to.
+
+    When the block ends, the file there replaces ``path``; if the block raises, the file is removed.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -48,15 +51,15 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(output: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """Give a fresh folder to write into; it becomes ``output`` as the block ends, and vanishes if it raises.
+    """Yield a new folder to write into; it becomes ``output`` when the block ends, and is removed if the block raises.
 
-    The folder lies beside ``output`` until then, so that the last step is one rename. An output that is
-    replaced is moved aside first, put back if the rename fails, and removed only afterwards.
+    The folder lies beside ``output`` until then, so that the last step is one rename. If an old output is replaced, it
+    is moved aside first, moved back if the rename fails, and removed only afterwards.
 
     Raises
     ------
     AdapterError
-        ``output`` exists (without ``overwrite``), holds anything that no earlier run wrote, overlaps one of
+        ``output`` exists (without ``overwrite``), contains something that no earlier run wrote, overlaps one of
         ``inputs``, or cannot be written.
     """
     output = Path(os.path.abspath(output))
@@ -80,16 +83,18 @@ def whole_folder(output: Path, *, overwrite: bool = False, inputs: Iterable[Path
 def resumable_folder(
     output: Path, identity: str, *, resume: bool = False, overwrite: bool = False, inputs: Iterable[Path] = ()
 ) -> Iterator[tuple[Path, Path]]:
-    """As `whole_folder`, but what a killed or interrupted run leaves can be gone on with.
+    """Yield an output folder like `whole_folder`, but in a form in which a killed or interrupted run can be resumed.
 
-    Gives the folder that becomes ``output``, and one beside it for records of what is done. Both are as the earlier run
-    left them where ``resume`` finds one of the same ``identity``, and empty else. Without ``resume`` only a process
-    that is killed leaves them; with it, one that is interrupted too.
+    Two folders are yielded: the one that becomes ``output``, and one beside it for records of finished work. With
+    ``resume``, both are as an earlier run of the same ``identity`` left them, if there is one. Otherwise both are
+    empty. An unfinished run leaves its folders behind if its process is killed; with ``resume`` also if it is
+    interrupted.
 
     Raises
     ------
     AdapterError
-        As `whole_folder`; an unfinished run is there and not to be resumed, or of another identity, or still at work.
+        As for `whole_folder`. Also if there is an unfinished run and ``resume`` is False, or it has another identity,
+        or it is still running.
     """
     output = Path(os.path.abspath(output))
     _check_output(output, overwrite, inputs)
@@ -116,11 +121,11 @@ def resumable_folder(
 
 
 class _Occupied(Exception):
-    """The staging folder is not this run's to remove."""
+    """The staging folder belongs to another run and must not be removed."""
 
 
 def _enter(staging: Path, identity: str, resume: bool) -> None:
-    """Make the staging folder, or find one of this identity."""
+    """Create the staging folder, or check that the existing one has this identity."""
     run = staging / "run"
     if not os.path.lexists(staging):
         staging.mkdir()
@@ -133,11 +138,11 @@ def _enter(staging: Path, identity: str, resume: bool) -> None:
     except (OSError, ValueError):
         known = ""
     if known != identity:
-        raise _Occupied(f"{str(staging)!r} is of other clients, settings or versions; remove it")
+        raise _Occupied(f"{str(staging)!r} belongs to a run with other clients, settings or versions; remove it")
 
 
 def _hold(descriptor: int, staging: Path) -> None:
-    """Hold the staging folder against a second run, where the system can."""
+    """Lock the staging folder against a second run, if the operating system supports it."""
     try:
         import fcntl
     except ImportError:
@@ -166,7 +171,7 @@ def _check_output(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None
 
 
 def _written_names(output: Path) -> set[str]:
-    """Names of what an earlier run wrote into the folder, as its report says; none without such a report."""
+    """Return the names of what an earlier run wrote into the folder, from its report; empty without such a report."""
     try:
         report = json.loads((output / REPORT).read_text(encoding="utf-8"))
         clients = {str(client["name"]) for client in report["clients"]}

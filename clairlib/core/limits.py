@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-MINIMUM_CLIENTS = 3  # with two nobody can say which of them differs
+MINIMUM_CLIENTS = 3  # with only two clients, no method can say which of them differs

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them."""
+"""Worker processes that end together with the process that started them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any
 
 @contextmanager
 def workers(count: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """Spawned workers (forks break CUDA), each calling ``prepare(*arguments)`` first; an error drops what waits."""
+    """Yield a pool of ``count`` spawned worker processes; each calls ``prepare(*arguments)`` first.
+
+    Processes are spawned because forking breaks CUDA. If the block raises, waiting tasks are cancelled.
+    """
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin, initargs=(prepare, arguments))
     try:
@@ -25,7 +28,10 @@ def workers(count: int, prepare: Callable[..., None] | None = None, *arguments: 
 
 
 def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """End this worker when the process that started it is gone: a killed run leaves nothing behind."""
+    """Start a thread that ends this worker when its parent process ends, so that a killed run leaves no process behind.
+
+    Then call ``prepare(*arguments)``.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 

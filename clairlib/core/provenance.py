@@ -1,4 +1,4 @@
-"""What a result was made with: versions, device, code. Names no path, user or host: fit to publish."""
+"""Provenance of a result: versions, device, code. It contains no path, user or host name, so it can be published."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PACKAGES = ("clairlib", "torch", "transformers", "peft", "datasets", "numpy", "s
 
 
 def collect(**extra: Any) -> dict[str, Any]:
-    """Versions, device, processors, git commit and time of this process, then whatever ``extra`` adds.
+    """Return versions, device, processors, git commit and time of this process, and the fields of ``extra``.
 
-    ``git`` is {"commit": str, "dirty": bool} of the checkout that clairlib is imported from, None for an
-    installed copy; ``versions`` leaves out packages that are not installed; ``time`` is UTC, to the second.
+    ``git`` is {"commit": str, "dirty": bool} of the checkout from which clairlib is imported, None for an installed
+    copy. ``versions`` leaves out packages that are not installed. ``time`` is UTC, to the second.
 
     Raises
     ------
     ValueError
-        When ``extra`` names a field that is collected here.
+        ``extra`` contains a field that is collected here.
     """
     facts: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **versions()},
@@ -41,11 +41,11 @@ def collect(**extra: Any) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the git checkout whose top is ``folder`` and whether its files differ; None if it is none.
+    """Return the commit of the git checkout at ``folder`` and whether it has changed files; None if it is no checkout.
 
-    A repository that merely encloses the folder (an environment inside someone's project) does not count.
-    Files under ``figures`` and ``docs`` do not make it dirty: they are results, written while a run is still going on,
-    and text.
+    ``folder`` must be the top of the checkout: a repository that merely encloses the folder (such as an environment
+    inside another project) does not count. Changes under ``figures`` and ``docs`` do not make the checkout dirty.
+    ``figures`` holds results, which are written while a run is still going on, and ``docs`` holds text.
     """
     top = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
@@ -56,7 +56,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def is_ancestor(folder: Path, commit: str) -> bool:
-    """Whether a commit is an ancestor of the folder's checkout, or it; False where git does not know it."""
+    """Return whether a commit is the checkout's HEAD or an ancestor of it; False if git does not know the commit."""
     return _git(folder, "merge-base", "--is-ancestor", commit, "HEAD") is not None
 
 
@@ -70,7 +70,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on; those not installed are left out."""
+    """Return the versions of the packages on which results depend; packages that are not installed are left out."""
     found = {}
     for package in PACKAGES:
         try:

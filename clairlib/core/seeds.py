@@ -1,4 +1,4 @@
-"""Random generators by name, so that adding one client or trial does not move another one's draw."""
+"""Named random generators: adding a client or a trial does not change the draws of another one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def derive(seed: int, *names: str | int) -> torch.Generator:
-    """CPU generator that depends on the seed and on every name, in order, and on nothing else.
+    """Return a CPU generator that depends on the seed and on all names, in their order, and on nothing else.
 
-    Its seed is the start of sha256("seed/name/name"), the same in every process and on every machine
-    (Python's own ``hash`` is not). Torch's CPU generator uses 32 bits of it: among n generators the chance
-    that any two agree is about n^2 / 2^33, one in ten thousand for a thousand generators.
+    The generator's seed is the start of sha256("seed/name/name"). It is the same in every process and on every machine
+    (Python's own ``hash`` is not). Torch's CPU generator uses 32 bits of it, so two of n generators agree with a chance
+    of about n^2 / 2^33, which is one in ten thousand for a thousand generators.
 
     Raises
     ------
     ValueError
-        When a name contains a slash, which would make ("a/b",) and ("a", "b") the same.
+        A name contains a slash, which would make ("a/b",) and ("a", "b") the same.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Tensors and JSON facts as one safetensors file that is replaced whole."""
+"""State files: tensors and JSON facts in one safetensors file, which is replaced as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clairlib.core.files import write_atomically
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write beside ``path`` and rename, so that a kill leaves the old file or the new one."""
+    """Write to a file beside ``path`` and rename it, so that a killed process leaves either the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with write_atomically(path) as partial:
@@ -27,12 +27,12 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) ->
             os.fsync(file.fileno())
 
 def load(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` wrote.
+    """Return the tensors and the facts that `save` wrote.
 
     Raises
     ------
     ValueError
-        The file is not a checkpoint, or that of a run with another fingerprint.
+        The file is not a checkpoint, or it is the checkpoint of a run with another fingerprint.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -45,7 +45,7 @@ def load(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, facts
 
 def digest(facts: Mapping[str, Any], parts: Iterable[Tensor]) -> str:
-    """Hash of settings and tensors."""
+    """Return the sha256 of settings and tensors, in hexadecimal."""
     state = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for part in parts:
         state.update(f"{tuple(part.shape)} {part.dtype}".encode())

@@ -1,1 +1,1 @@
-"""Floor 1: subspaces, ranks and low-rank matrices. Knows nothing of the statistics."""
+"""Floor 1: subspaces, ranks and low-rank matrices. This package does not depend on the statistics."""

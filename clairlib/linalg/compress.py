@@ -1,9 +1,10 @@
-"""Cores of many adapters: the directions that clients have in common, and each client's own.
+"""Compressed cores of many adapters: coordinates that all clients share, and coordinates of each client's own.
 
-K adapters of rank rho span N = K rho directions on either side. Only the leading ones of the clients together hold what
-they share; the others are one client's each. In these coordinates an update is a matrix of (lead + rho) x (lead + rho),
-got from two Gram matrices alone. What is neglected is the part that other clients have in a client's own directions: in
-the mean of n of them it has 1 / n of the size of their noise there, which `description.with_neglected` counts.
+K adapters of rank rho span N = K rho directions on either side. Only the leading directions of all clients together
+hold what the clients share; each of the other directions belongs to one client. In these coordinates an update is a
+matrix of size (lead + rho) x (lead + rho), computed from two Gram matrices alone. The part of other clients in a
+client's own directions is neglected. In the mean of n clients this part is 1 / n of their noise there;
+`description_length.with_neglected` accounts for it.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from clairlib.linalg.grams import StackedFactors
 from clairlib.linalg.rank import numerical_ranks
 from clairlib.linalg.subspace import squared_singular_values
 
-LEAD = 64  # leading directions of the members together, on either side, that are kept in common
-FILLED = 128  # rows or columns up to which the noise of adapters fills them all, and cores hold everything
-GUARD = 16  # directions iterated on beyond those kept
-ROUNDS = 4  # of the subspace iteration: noise directions need not converge
+LEAD = 64  # shared coordinates on either side: leading directions of the members together
+# with at most so many rows or columns, the adapters' noise fills all of them, and cores hold every direction
+FILLED = 128
+GUARD = 16  # directions in the subspace iteration beyond those kept
+ROUNDS = 4  # rounds of the subspace iteration; directions of noise need not converge
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """Theta_k in coordinates common to all clients and its own: ``core`` (K, d + w, d' + w), float64.
+    """Updates Theta_k in shared coordinates and each client's own coordinates: ``core`` (K, d + w, d' + w), float64.
 
-    ``left`` (N, d) and ``right`` (N, d') are coefficients of orthonormal bases of the common directions: B @ left, and
-    A' @ right. ``shared_block`` = (d, d'). ``ranks`` (K,) are the updates' numerical ranks.
+    ``left`` (N, d) and ``right`` (N, d') are the coefficients of orthonormal bases of the shared directions, B @ left
+    and A' @ right. ``shared_block`` = (d, d'). ``ranks`` (K,) are the numerical ranks of the updates.
     """
 
     core: Tensor
@@ -38,16 +40,17 @@ class Compressed:
 
     @property
     def shared_block(self) -> tuple[int, int]:
-        """Rows and columns that all clients have in common."""
+        """Number of rows and of columns that are coordinates of all clients."""
         return self.left.shape[1], self.right.shape[1]
 
 
 def leads(stacked: StackedFactors, rank: int | None = None, members: Tensor | None = None) -> tuple[int, int]:
-    """Common directions to keep on the output and the input side, of ``members`` (K,) bool or of everybody.
+    """Return how many shared directions to keep on the output and the input side.
 
-    At most three quarters of all theirs, unless the side is so short that clients' directions fill it: the others are
-    each client's own, which would else pass for shared where few clients span few directions. Twice the shared ``rank``
-    at least, where it is given, and twice a member's.
+    On a side of at most ``FILLED`` rows or columns, all directions are kept. On a longer side, at most ``LEAD`` and at
+    most three quarters of the directions of ``members`` (K,) bool, or of all clients, are kept. The rest are each
+    client's own: if few clients span few directions, own directions would otherwise pass for shared. In any case at
+    least twice the shared ``rank``, if it is given, and twice the largest rank of a member are kept.
     """
     ranks = torch.tensor(stacked.ranks)[_members(stacked, members).cpu()]
     most = max(min(LEAD, 3 * int(ranks.sum()) // 4), 2 * int(ranks.max()), 2 * (rank or 0))
@@ -58,11 +61,12 @@ def leads(stacked: StackedFactors, rank: int | None = None, members: Tensor | No
 def compress(
     stacked: StackedFactors, lead: tuple[int, int], *, members: Tensor | None = None, generator: Generator
 ) -> Compressed:
-    """Cores of the clients' updates in at most ``lead`` common directions on either side, and their own.
+    """Compress the clients' updates to cores with at most ``lead`` shared directions on either side.
 
-    The common directions of the output side are the leading ones of sum_k Theta_k Theta_k' / ||Theta_k||^2, so that no
-    client counts more for being large; those of the input side likewise. The sum is over ``members`` (K,) bool, or
-    everybody: the spectrum of a set's scatter only ends in its own noise where the others chose no direction.
+    The shared directions of the output side are the leading directions of sum_k Theta_k Theta_k' / ||Theta_k||^2, so
+    that a client does not count more for a larger update; those of the input side likewise. The sum is over ``members``
+    (K,) bool, or over all clients if None. It is restricted to the members because the spectrum of their scatter ends
+    in their own noise only if other clients have chosen no direction.
     """
     members = _members(stacked, members)
     left, L = _side(stacked, lead[0], members, generator)
@@ -75,7 +79,10 @@ def _members(stacked: StackedFactors, members: Tensor | None) -> Tensor:
 
 
 def _side(stacked: StackedFactors, lead: int, members: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Basis (N, d), in B, of the output side's common directions, and the clients' B_k in coordinates (K, d + w, w)."""
+    """Return the basis (N, d), in B, of the output side's shared directions, and the clients' B_k as (K, d + w, w).
+
+    The B_k are given in the shared coordinates and in the client's own coordinates.
+    """
     own = stacked.blocks(stacked.G_B)
     other = stacked.blocks(stacked.G_A)
     energies = (own * other).sum(dim=(1, 2))  # ||B_k A_k||^2
@@ -87,10 +94,11 @@ def _side(stacked: StackedFactors, lead: int, members: Tensor, generator: Genera
 
 
 def _leading(stacked: StackedFactors, F: Tensor, lead: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The ``lead`` leading left singular directions of B blockdiag(F): coefficients (N, d) in B, and B in them (d, N).
+    """Return the ``lead`` leading left singular directions of B blockdiag(F).
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp 2011) in the precision of the factors, then one
-    Rayleigh-Ritz step in float64.
+    They are given as coefficients (N, d) in B; B is given in their coordinates (d, N). The method is randomised
+    subspace iteration (Halko, Martinsson and Tropp 2011) in the precision of the factors, then one Rayleigh-Ritz step
+    in float64.
     """
     N, dtype = len(stacked.G_B), stacked.B.dtype
     width = min(N, lead + GUARD)
@@ -108,16 +116,20 @@ def _leading(stacked: StackedFactors, F: Tensor, lead: int, generator: Generator
 
 
 def _ranks(stacked: StackedFactors) -> Tensor:
-    """Numerical ranks (K,) of the updates; directions of a factor that may be rounding of its Gram matrix are none."""
+    """Return the numerical ranks (K,) of the updates.
+
+    Directions of a factor do not count if they may be rounding of its Gram matrix.
+    """
     rounding = stacked.width * torch.finfo(stacked.B.dtype).eps
     left, right = (_root(stacked.blocks(G), rounding) for G in (stacked.G_B, stacked.G_A))
     return numerical_ranks(squared_singular_values(stacked.scales[:, None, None] * (left @ right)))
 
 
 def _root(blocks: Tensor, floor: float = 1e-14, whole: Tensor | None = None) -> Tensor:
-    """Symmetric roots (K, w, w) of positive semidefinite blocks.
+    """Return the symmetric roots (K, w, w) of positive semidefinite blocks.
 
-    Eigenvalues below the part ``floor`` of the trace, theirs or that of the ``whole`` of which they are left, are 0.
+    Eigenvalues below ``floor`` times a trace count as 0. The trace is that of the block. If the blocks are remainders
+    of larger ones, these are given as ``whole`` and their traces are used.
     """
     values, vectors = torch.linalg.eigh(blocks)
     size = (blocks if whole is None else whole).diagonal(dim1=1, dim2=2).sum(dim=1)

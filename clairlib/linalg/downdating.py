@@ -1,4 +1,4 @@
-"""Leading subspaces of a scatter that has lost one client, for every client in turn."""
+"""Leading subspaces of a scatter matrix after removal of one client, for every client in turn."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from math import acosh, ceil
 import torch
 from torch import Tensor
 
-GUARD = 5  # directions iterated on beyond those wanted
-DEGREE = 14  # of the filter polynomial, at most
+GUARD = 5  # directions in the subspace iteration beyond those wanted
+DEGREE = 14  # largest degree of the filter polynomial
 ROUNDS = 2
-LEAST_RATIO = 1.35  # of the last wanted eigenvalue to the first filtered one: below, iterating costs more than it saves
-CONVERGED = 1e-11  # residual over the gap, which bounds the angle to the exact subspace
+# Ratio of the last wanted eigenvalue to the first filtered one, below which iterating costs more than it saves.
+LEAST_RATIO = 1.35
+CONVERGED = 1e-11  # residual over the spectral gap; it bounds the angle to the exact subspace
 
 
 def downdated_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
-    """Orthonormal bases (n, p, r) of the leading subspaces of S - E_k E_k', in the coordinates of S's eigenvectors.
+    """Return orthonormal bases (n, p, r) of the leading subspaces of S - E_k E_k', in the eigenvectors of S.
 
-    Subspace iteration from the leading eigenvectors of S, filtered by Chebyshev polynomials (Zhou and Saad 2007), with
-    a Rayleigh-Ritz step after each: no eigenvalue of S - E_k E_k' exceeds that of S in the same place, so S's own next
-    eigenvalue bounds what has to be damped. A client for which the residual does not show an angle below ``CONVERGED``
-    goes to a full eigendecomposition, so the result never depends on how well the iteration went.
+    The method is subspace iteration from the leading eigenvectors of S, filtered by Chebyshev polynomials (Zhou and
+    Saad 2007), with a Rayleigh-Ritz step after each round. No eigenvalue of S - E_k E_k' exceeds that of S at the same
+    position, so the next eigenvalue of S bounds the part of the spectrum that must be damped. If the residual of a
+    client does not prove an angle below ``CONVERGED``, a full eigendecomposition is computed for this client. Therefore
+    the accuracy of the result does not depend on the convergence of the iteration.
 
     Parameters
     ----------
     values : Tensor (p,)
         Eigenvalues of S, descending, not negative.
     loads : Tensor (n, p, q)
-        E_k: what client k brings to the scatter. S - E_k E_k' is positive semidefinite.
+        E_k, in the eigenvectors of S: without client k the scatter is S - E_k E_k', which is positive semidefinite.
     rank : int
         r, in 0 .. p.
     """
@@ -42,7 +44,7 @@ def downdated_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
         Q, image = Q @ W, image @ W
         residual = image[..., -rank:] - Q[..., -rank:] * ritz[:, None, -rank:]
         angles = torch.linalg.matrix_norm(residual) / (ritz[:, -rank] - ritz[:, -rank - 1])
-        missed = ~(angles <= CONVERGED)  # not a number where the two coincide
+        missed = ~(angles <= CONVERGED)  # NaN if the two eigenvalues coincide
         if not bool(missed.any()):
             return Q[..., -rank:]
     bases = Q[..., -rank:].clone()
@@ -51,26 +53,33 @@ def downdated_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
 
 
 def held_out_energies(values: Tensor, loads: Tensor) -> Tensor:
-    """Energy (p,) that a client has in each principal direction of the others, mean over clients; as `downdated_bases`.
+    """Return the energy (p,) of a held-out client in each principal direction of the others, as a mean over clients.
 
-    Directions of S - E_k E_k', by descending eigenvalue, are those of the other clients; E_k is measured in them.
+    The principal directions of the other clients are the eigenvectors of S - E_k E_k', by descending eigenvalue; the
+    energy is that of E_k. Arguments as for `downdated_bases`.
     """
     directions = _exact(values, loads, len(values)).flip(2)
     return (directions.mT @ loads).square().sum(dim=2).mean(dim=0)
 
 
 def _apply(values: Tensor, loads: Tensor, Q: Tensor) -> Tensor:
-    """(diag(values) - E_k E_k') Q_k."""
+    """Return (diag(values) - E_k E_k') Q_k."""
     return torch.baddbmm(values[:, None] * Q, loads, loads.mT @ Q, alpha=-1)
 
 
 def _degree(wanted: float, bound: float) -> int:
-    """The least d, at most ``DEGREE``, with which ``wanted`` grows to 1 / ``CONVERGED`` times all up to ``bound``."""
+    """Return the degree of the filter polynomial, at most ``DEGREE``.
+
+    It is the least degree at which ``wanted`` grows by 1 / ``CONVERGED`` relative to all eigenvalues up to ``bound``.
+    """
     return min(DEGREE, ceil(acosh(1 / CONVERGED) / acosh(2 * wanted / bound - 1)))
 
 
 def _filtered(values: Tensor, loads: Tensor, Q: Tensor, rank: int, bound: float) -> Tensor:
-    """T_d(2 M_k / bound - 1) Q_k with columns of unit norm; M_k Q_k where the spectrum ends before ``bound``."""
+    """Return T_d(2 M_k / bound - 1) Q_k with columns of unit norm, for M_k = S - E_k E_k'.
+
+    If the spectrum of S ends before ``bound``, return M_k Q_k.
+    """
     if bound <= torch.finfo(loads.dtype).eps * float(values[0]):
         return _apply(values, loads, Q)
     shifted, loads = 2 * values / bound - 1, loads * (2 / bound) ** 0.5

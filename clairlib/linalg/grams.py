@@ -1,7 +1,7 @@
-"""All clients' factors of one module side by side, and the two Gram matrices on which everything is computed.
+"""Stacked factors of all clients for one module, and the two Gram matrices from which everything is computed.
 
-Nothing of size p x q is formed: with B (p, N) and A (N, q) the factors of all clients, N the sum of their ranks, every
-inner product of updates, means and projections follows from B' B and A A'.
+No matrix of size p x q is formed. Let B (p, N) and A (N, q) be the factors of all clients, where N is the sum of their
+ranks. Then every inner product of updates, means and projections follows from B' B and A A'.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from clairlib.linalg.low_rank import LowRank
 
-PANELS = 4  # of a Gram matrix: ten sixteenths of the operations of the whole product
+PANELS = 4  # column panels of a Gram matrix; with four, ten sixteenths of the operations of the whole product remain
 _SETTING = Lock()
 
 
 @dataclass(frozen=True)
 class StackedFactors:
-    """Theta_k = scales[k] * B[:, k] @ A[k], the k-th blocks having ranks[k] columns and rows.
+    """Factors of all clients: Theta_k = scales[k] * B[:, k] @ A[k], where block k has ranks[k] columns and rows.
 
-    ``B`` (p, N), ``A`` (N, q): single precision, or double where a client's factors are. ``G_B`` = B' B and ``G_A`` =
-    A A' (N, N): products in that precision, kept as float64.
+    ``B`` (p, N) and ``A`` (N, q) are in single precision, or in double precision if any factor of a client is. ``G_B``
+    = B' B and ``G_A`` = A A', both (N, N), are products in that precision, stored as float64.
     """
 
     B: Tensor
@@ -44,45 +44,48 @@ class StackedFactors:
 
     @cached_property
     def owner(self) -> Tensor:
-        """Client (N,) of every column of B."""
+        """Index (N,) of the client of every column of B."""
         return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.B.device)
 
     @cached_property
     def starts(self) -> Tensor:
-        """Place (K,) of each client's first column."""
+        """Index (K,) of each client's first column."""
         ranks = torch.tensor(self.ranks)
         return ranks.cumsum(0) - ranks
 
     @cached_property
     def places(self) -> Tensor:
-        """Places (K, w) of each client's columns among the N; N where a client has fewer than w."""
+        """Indices (K, w) of each client's columns among the N; N fills the places of a client with fewer than w."""
         ranks = torch.tensor(self.ranks)
         slot = torch.arange(self.width)
         places = self.starts[:, None] + slot
         return torch.where(slot < ranks[:, None], places, int(ranks.sum())).to(self.B.device)
 
     def blocks(self, G: Tensor) -> Tensor:
-        """Diagonal blocks (K, w, w) of an (N, N) matrix, padded with zeros."""
+        """Return the diagonal blocks (K, w, w) of an (N, N) matrix, padded with zeros."""
         own, places = self.places < len(G), self.places.clamp(max=len(G) - 1)
         blocks = G[places[:, :, None], places[:, None, :]]
         return torch.where(own[:, :, None] & own[:, None, :], blocks, 0.0)
 
     def by_client(self, columns: Tensor) -> Tensor:
-        """Columns (m, N) as (K, m, w), padded with zeros."""
+        """Return columns (m, N) as (K, m, w), padded with zeros."""
         return torch.nn.functional.pad(columns, (0, 1))[:, self.places].permute(1, 0, 2)
 
     def times_blocks(self, blocks: Tensor, rows: Tensor) -> Tensor:
-        """blockdiag(blocks) @ rows for blocks (K, w, w) and rows (N, m)."""
+        """Return blockdiag(blocks) @ rows for blocks (K, w, w) and rows (N, m)."""
         own = torch.nn.functional.pad(rows, (0, 0, 0, 1))[self.places]  # (K, w, m)
         return (blocks @ own).flatten(0, 1)[self.places.flatten() < len(rows)]
 
     def transposed(self) -> StackedFactors:
-        """The same for the transposed updates."""
+        """Return the stacked factors of the transposed updates."""
         return StackedFactors(self.A.T, self.B.T, self.scales, self.ranks, self.G_A, self.G_B)
 
 
 def stack(updates: Sequence[LowRank]) -> StackedFactors:
-    """Factors side by side and their Gram matrices, some (p + q) N^2 operations, the only large products there are."""
+    """Stack the clients' factors and compute their Gram matrices.
+
+    The Gram matrices take about (p + q) N^2 operations; they are the only large products.
+    """
     dtypes = {factor.dtype for update in updates for factor in (update.B, update.A)}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     B = torch.cat([u.B for u in updates], dim=1).to(dtype)
@@ -93,7 +96,10 @@ def stack(updates: Sequence[LowRank]) -> StackedFactors:
 
 
 def gram(B: Tensor) -> Tensor:
-    """B' B (N, N) of B (p, N), in float64: products in B's precision, of one triangle of its blocks."""
+    """Return B' B (N, N) of B (p, N), in float64.
+
+    The products are in B's precision, and only one triangle of the blocks is computed.
+    """
     N = B.shape[1]
     G = B.new_empty(N, N)
     edges = [N * i // PANELS for i in range(PANELS + 1)]
@@ -105,11 +111,12 @@ def gram(B: Tensor) -> Tensor:
 
 @contextmanager
 def bfloat16_products(device: torch.device, exact: bool) -> Iterator[None]:
-    """Let float32 products multiply in bfloat16 (TF32 on a GPU) and add in float32, where the processor can.
+    """Let float32 products multiply in bfloat16 (TF32 on a GPU) and add in float32, if the processor supports it.
 
-    ``exact`` says that the factors hold bfloat16 values: the product of two of them has 16 significant bits, so nothing
-    is rounded that single precision would not round. Without that, or before PyTorch 2.9, nothing changes. The setting
-    is the whole process's: one thread has it at a time, but products of others are affected meanwhile.
+    ``exact`` says that the factors hold bfloat16 values. The product of two such values has 16 significant bits, so
+    this makes no rounding error that single precision would not make too. If ``exact`` is False, or before PyTorch 2.9,
+    nothing changes. The setting belongs to the whole process: a lock gives it to one thread at a time, but it affects
+    products in other threads meanwhile.
     """
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     matmul: Any = getattr(backend, "matmul", None)

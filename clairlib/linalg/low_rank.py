@@ -1,6 +1,6 @@
-"""Client updates in factored form, and the small cores on which everything is computed.
+"""Client updates in factored form, and the small cores from which everything is computed.
 
-A LoRA adapter changes a weight matrix by ``scale * B @ A``. The p x q product is never formed: the clients'
+A LoRA adapter changes a weight matrix by ``scale * B @ A``. The p x q product is never formed. Instead, the clients'
 factors are reduced to K small cores in orthonormal coordinates, which keep every norm, angle and singular value.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EMPTY = 1e-13  # directions with less than this part of the largest singular value hold rounding only
+EMPTY = 1e-13  # directions below this fraction of the largest singular value hold rounding only
 SURE = 1e-10
 
 
@@ -45,7 +45,7 @@ class LowRank:
         return self.B.shape[1]
 
     def dense(self) -> Tensor:
-        """The p x q update itself. For tests and dense input; never called for adapters."""
+        """Return the p x q update itself. For tests and dense input; never called for adapters."""
         return self.scale * (self.B @ self.A)
 
 
@@ -53,7 +53,7 @@ class LowRank:
 class Cores:
     """Updates in orthonormal coordinates: Theta_k = left @ core[k] @ right.T.
 
-    ``left`` (p, m) and ``right`` (q, n) have orthonormal columns, or are None where the coordinates are the original
+    ``left`` (p, m) and ``right`` (q, n) have orthonormal columns; None means that the coordinates are the original
     ones. ``core`` is (K, m, n), float64. Products with orthonormal columns are isometries, so norms, inner products,
     projections and singular values of the cores are those of the updates.
     """
@@ -64,19 +64,19 @@ class Cores:
 
     @property
     def shared_block(self) -> tuple[int, int]:
-        """Rows and columns that all clients have in common: all of them."""
+        """Number of rows and of columns that are coordinates of all clients, which is all of them."""
         return self.core.shape[1], self.core.shape[2]
 
     def lift_rows(self, columns: Tensor) -> Tensor:
-        """Vectors given in core coordinates (m, j) as vectors of the output side (p, j)."""
+        """Return vectors (m, j) in core coordinates as vectors (p, j) of the output side."""
         return columns if self.left is None else self.left @ columns
 
     def lift_columns(self, columns: Tensor) -> Tensor:
-        """Vectors given in core coordinates (n, j) as vectors of the input side (q, j)."""
+        """Return vectors (n, j) in core coordinates as vectors (q, j) of the input side."""
         return columns if self.right is None else self.right @ columns
 
     def lift(self, core: Tensor) -> LowRank:
-        """A matrix (m, n) in core coordinates as a factored p x q update, numerically zero directions dropped."""
+        """Return a matrix (m, n) in core coordinates as a factored p x q update, without directions that are zero."""
         U, s, Vh = torch.linalg.svd(core, full_matrices=False)
         keep = max(1, int((s > s[0] * 1e-15 * max(core.shape)).sum())) if s.numel() else 0
         root = s[:keep].sqrt()
@@ -84,7 +84,10 @@ class Cores:
 
 
 def _orthonormal_side(blocks: list[Tensor], length: int) -> tuple[Tensor | None, list[Tensor]]:
-    """Orthonormal basis Q of the joint column space of blocks (length, rho_k), and the blocks in its coordinates."""
+    """Return an orthonormal basis Q of the joint column space of blocks (length, rho_k), and the blocks in Q.
+
+    Q is None, and the blocks are unchanged, if the blocks have at least ``length`` columns in all.
+    """
     widths = [block.shape[1] for block in blocks]
     if sum(widths) >= length:
         return None, blocks
@@ -93,7 +96,7 @@ def _orthonormal_side(blocks: list[Tensor], length: int) -> tuple[Tensor | None,
 
 
 def cores_of_factors(updates: Sequence[LowRank]) -> Cores:
-    """Cores of factored updates through two thin QR factorisations; cost O((p + q) N^2), N = sum of ranks."""
+    """Compute the cores of factored updates by two thin QR factorisations, at cost O((p + q) N^2), N = sum of ranks."""
     p, q = updates[0].shape
     left, B = _orthonormal_side([u.scale * u.B.double() for u in updates], p)
     right, At = _orthonormal_side([u.A.double().T for u in updates], q)
@@ -101,14 +104,20 @@ def cores_of_factors(updates: Sequence[LowRank]) -> Cores:
 
 
 def cores_of_dense(updates: Tensor) -> Cores:
-    """Cores of a dense stack (K, p, q): directions of either side that no client uses are left out."""
+    """Compute the cores of a dense stack (K, p, q), without the directions of either side that no client uses."""
     return _without_empty_directions(Cores(updates.double(), None, None))
 
 
 def _without_empty_directions(cores: Cores) -> Cores:
-    """The same updates without rows and columns that are empty in every client.
+    """Remove the rows and columns of the cores that are empty in every client.
 
-    The coordinates then have the dimensions of the updates' joint column and row space, whatever form they came in.
+    The coordinates then have the dimensions of the updates' joint column and row space, in whatever form the updates
+    came.
+
+    Raises
+    ------
+    OverflowError
+        An update overflows float64.
     """
     core = cores.core
     if not bool(core.isfinite().all()):
@@ -123,12 +132,14 @@ def _without_empty_directions(cores: Cores) -> Cores:
 
 
 def _used_directions(core: Tensor) -> Tensor | None:
-    """Orthonormal basis (m, j) of the joint column space of the blocks (K, m, n); None where it is everything."""
+    """Return an orthonormal basis (m, j) of the joint column space of the blocks (K, m, n); None if j = m."""
     K, m, n = core.shape
-    core = core / core.abs().max().clamp(min=torch.finfo(core.dtype).tiny)  # or squares overflow, or vanish
+    # so that squares neither overflow nor vanish
+    core = core / core.abs().max().clamp(min=torch.finfo(core.dtype).tiny)
     if K * n >= m:
         spectrum = torch.linalg.eigvalsh(torch.einsum("kmn,kln->ml", core, core))
-        if spectrum[0] > SURE * spectrum[-1]:  # eigenvalues are squares: far above rounding, no need for the SVD
+        # The eigenvalues are squares, so a ratio above SURE is far above rounding, and no SVD is needed.
+        if spectrum[0] > SURE * spectrum[-1]:
             return None
     U, s, _ = torch.linalg.svd(core.permute(1, 0, 2).reshape(m, K * n), full_matrices=False)
     used = max(1, int((s > EMPTY * s[:1]).sum()))
@@ -136,13 +147,13 @@ def _used_directions(core: Tensor) -> Tensor | None:
 
 
 def truncate(update: LowRank, rank: int) -> tuple[LowRank, float]:
-    """Best rank-``rank`` approximation in Frobenius norm (Eckart-Young), in factored form.
+    """Return the best rank-``rank`` approximation in Frobenius norm (Eckart-Young), in factored form.
 
     Returns
     -------
     LowRank
         Balanced factors (both carry the square root of the singular values), scale 1, of inner dimension exactly
-        ``rank``, padded with zeros where the update has fewer directions. Dtype and device of ``update``.
+        ``rank``, padded with zeros if the update has fewer directions. Dtype and device are those of ``update``.
     float
         Relative Frobenius error ||update - truncated|| / ||update||, before rounding to the dtype; 0 for a zero update.
     """
@@ -161,7 +172,7 @@ def truncate(update: LowRank, rank: int) -> tuple[LowRank, float]:
 
 
 def as_dense(updates: Mapping[str, Tensor | Sequence[LowRank]]) -> dict[str, Tensor]:
-    """Updates by module as matrices (K, p, q), float64: adapters keep their rank when multiplied out."""
+    """Return the updates by module as dense matrices (K, p, q), float64; updates from adapters keep their rank."""
     return {name: torch.stack([_dense(update) for update in own]) for name, own in updates.items()}
 
 def _dense(update: Tensor | LowRank) -> Tensor:

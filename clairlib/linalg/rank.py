@@ -1,29 +1,30 @@
-"""How many directions of a spectrum stand above the noise: gap, ratio, held-out energy, rounding."""
+"""Rank estimates: how many directions stand above the noise, by gap, ratio, held-out energy or rounding."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
-EDGE_SPAN = 8  # eigenvalues below the candidate rank from which the edge of the noise is fitted
-ROUNDING = 1e-13  # eigenvalues of a scatter below this part of the largest are rounding
-FLOAT32_ROUNDING = 1e-6  # singular values below this part of the largest may be rounding of a product of factors
-HELD_OUT_WINDOW = 16  # directions that a held-out direction is compared with
+EDGE_SPAN = 8  # number of eigenvalues below the candidate rank to which the edge of the noise spectrum is fitted
+ROUNDING = 1e-13  # eigenvalues of a scatter below this fraction of the largest are rounding
+FLOAT32_ROUNDING = 1e-6  # singular values below this fraction of the largest may be rounding of a product of factors
+HELD_OUT_WINDOW = 16  # number of following directions with which a direction is compared
 HELD_OUT_SNR = 2.0
-EDGE_FACTOR = 2.5  # a gap counts when it exceeds this many fitted slopes; Onatski has span 5, factor 2
+EDGE_FACTOR = 2.5  # a gap counts if it exceeds this many fitted slopes; Onatski uses span 5 and factor 2
 
 
 def numerical_ranks(squares: Tensor) -> Tensor:
-    """Numerical ranks (n,) of products of factors with these squared singular values (n, m), descending."""
+    """Return the numerical ranks (n,) of products of factors, from their squared singular values (n, m), descending."""
     return (squares > squares[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1)
 
 def gap_rank(eigenvalues: Tensor, limit: int) -> int:
-    """Number of directions that stand apart from the noise, from the gap in a scatter's spectrum; 0 where none does.
+    """Return the number of directions that a gap in a scatter's spectrum separates from the noise; 0 without a gap.
 
-    Onatski's edge distribution estimator (Review of Economics and Statistics 92, 2010): near its edge the spectrum of
-    noise falls like j^(2/3), for isotropic and for coloured noise alike. The slope of that fall is fitted below the
-    candidate rank, and the rank is the last place where consecutive eigenvalues differ by more than ``EDGE_FACTOR``
-    slopes; repeated until the candidate stays. Nothing is assumed about the noise level or its covariance.
+    The method is Onatski's edge distribution estimator (Review of Economics and Statistics 92, 2010). Near its edge,
+    the spectrum of noise falls like j^(2/3), for isotropic and for coloured noise alike. The slope of this fall is
+    fitted below the candidate rank, and the rank is the last position where consecutive eigenvalues differ by more than
+    ``EDGE_FACTOR`` slopes. This is repeated until the candidate stays. Nothing is assumed about the noise level or the
+    noise covariance.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def gap_rank(eigenvalues: Tensor, limit: int) -> int:
             return 0
         places = (np.arange(start, start + EDGE_SPAN) + 1.0) ** (2 / 3)
         places -= places.mean()
-        slope = abs(places @ values[start : start + EDGE_SPAN]) / (places @ places)  # of ordinary least squares
+        slope = abs(places @ values[start : start + EDGE_SPAN]) / (places @ places)  # slope of ordinary least squares
         apart = np.flatnonzero(gaps > EDGE_FACTOR * slope + ROUNDING * values[0])
         rank = int(apart[-1]) + 1 if len(apart) else 0
         if rank == candidate:
@@ -51,11 +52,12 @@ def gap_rank(eigenvalues: Tensor, limit: int) -> int:
     return rank
 
 def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
-    """Rank of the shared subspace: the gap of ``gap_rank``, else the largest ratio of consecutive eigenvalues.
+    """Return the rank of the shared subspace: the gap of `gap_rank`, else the largest ratio of consecutive eigenvalues.
 
-    The ratio, in the first quarter of the spectrum (Ahn and Horenstein, Econometrica 81, 2013), decides where no gap
-    stands out or the spectrum is too short to fit one: a low rank, as every direction too many lets a stranger pass
-    for a member. At least 1 unless all eigenvalues are zero or ``limit`` is.
+    The ratio is taken in the first quarter of the spectrum (Ahn and Horenstein, Econometrica 81, 2013). It decides if
+    no gap stands out or if the spectrum is too short to fit one. It prefers a low rank, because every superfluous
+    direction lets an unrelated client pass for a member. The result is at least 1 unless all eigenvalues or ``limit``
+    are zero.
     """
     limit = min(limit, len(eigenvalues))
     rank = gap_rank(eigenvalues, limit)
@@ -66,13 +68,14 @@ def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
     return int(np.argmax(values[:head] / np.maximum(values[1 : head + 1], ROUNDING * values[0]))) + 1
 
 def held_out_rank(energies: Tensor, limit: int) -> int:
-    """Number of leading directions in which clients vary as others predict, judged on clients held out; may be 0.
+    """Return the number of leading directions in which held-out clients vary as the other clients predict; may be 0.
 
-    ``energies`` (p,) is what a client has, in the mean, in each principal direction of the other clients, descending.
-    A direction that only looks large because it was fitted to its clients' noise holds no more of another one than its
-    neighbours. Directions count as long as they hold ``HELD_OUT_SNR`` times the median of the next ``HELD_OUT_WINDOW``: from there on,
-    the signal in a direction exceeds its noise, and a client does better to keep it than to average it out. Finds up
-    to ``HELD_OUT_WINDOW`` / 2 of them; more than that hide one another.
+    ``energies`` (p,) is the mean energy of a held-out client in each principal direction of the other clients,
+    descending. A direction may look large only because it was fitted to the noise of its clients; then it holds no more
+    of another client than the following directions do. Directions count as long as their energy exceeds
+    ``HELD_OUT_SNR`` times the median of the next ``HELD_OUT_WINDOW``. Beyond this point, the noise in a direction
+    exceeds its signal, and a client loses less by averaging the direction out than by keeping it. The method finds up
+    to ``HELD_OUT_WINDOW`` / 2 directions; a larger number of them raises the median and hides them.
     """
     values, rank = energies.cpu(), 0
     while rank < min(limit, len(values) - 1):
@@ -82,5 +85,5 @@ def held_out_rank(energies: Tensor, limit: int) -> int:
     return rank
 
 def resolved_rank(eigenvalues: Tensor) -> int:
-    """Number of eigenvalues of a scatter, descending, above rounding: its numerical rank."""
+    """Return the number of eigenvalues of a scatter, descending, above rounding: its numerical rank."""
     return int((eigenvalues > ROUNDING * eigenvalues[:1]).sum())

@@ -1,6 +1,6 @@
-"""Refined adapters from Gram matrices: shared subspace and common part of a set of clients, and what each client gets.
+"""Refined adapters from Gram matrices: shared subspace and common part of a set of clients, and refined updates.
 
-Everything is a combination of the clients' factors: a direction of the output side is B v with v (N,).
+Everything is a combination of the clients' factors: a direction of the output side is B v with coefficients v (N,).
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from torch import Generator, Tensor
 from clairlib.linalg.grams import StackedFactors
 from clairlib.linalg.low_rank import LowRank
 
-GUARD = 8  # directions iterated on beyond those wanted
-MOST_ROUNDS = 200  # few where a gap ends the subspace; where none does, a rank taken from noise converges slowly
-CONVERGED = {torch.float64: 1e-11, torch.float32: 1e-7}  # residual over the gap, which bounds the angle to the subspace
+GUARD = 8  # directions in the subspace iteration beyond those wanted
+# Few rounds are needed if a gap ends the subspace; without a gap, a rank taken from noise converges slowly.
+MOST_ROUNDS = 200
+# residual over the spectral gap; it bounds the angle to the subspace
+CONVERGED = {torch.float64: 1e-11, torch.float32: 1e-7}
 ROUNDING = 1e-13
-OFF_ROUNDS = 3  # directions of noise need not converge: more rounds take a thousandth off the truncation error
-PARTS = 4  # of the clients, whose refined adapters are computed at a time
+OFF_ROUNDS = 3  # directions of noise need not converge: more rounds lower the truncation error by about a thousandth
+PARTS = 4  # groups of clients whose refined adapters are computed one after the other
 
 
 @dataclass(frozen=True)
 class RefinedSubspace:
     """Shared subspace and off-subspace common part of a set of clients, as combinations of all clients' factors.
 
-    Orthonormal basis U = B ``basis`` (N, r). P_perp M = (B - U U' B) diag(``shares``) A, ``shares`` (N,) the weights of
-    the members' columns in their mean, times their scales.
+    The orthonormal basis is U = B ``basis``, with ``basis`` (N, r). The common part is P_perp M = (B - U U' B)
+    diag(``shares``) A, where ``shares`` (N,) are the weights of the members' columns in their mean, times their scales.
     """
 
     stacked: StackedFactors
@@ -35,11 +37,11 @@ class RefinedSubspace:
     shares: Tensor
 
     def lifted_basis(self) -> Tensor:
-        """U (p, r)."""
+        """Return U (p, r)."""
         return self.stacked.B @ self.basis.to(self.stacked.B.dtype)
 
     def common_part(self) -> LowRank:
-        """P_perp M, factored; its inner dimension is the sum of the members' ranks."""
+        """Return P_perp M in factored form; its inner dimension is the sum of the members' ranks."""
         used, s = self.shares != 0, self.stacked
         U = self.lifted_basis()
         B = s.B[:, used]
@@ -47,10 +49,11 @@ class RefinedSubspace:
 
 
 def shared_part(stacked: StackedFactors, members: Tensor, weights: Tensor, start: Tensor, rank: int) -> RefinedSubspace:
-    """The leading ``rank`` directions of sum_k w_k (Theta_k - M)(Theta_k - M)' over the members (K,) bool, and M.
+    """Return the leading directions of sum_k w_k (Theta_k - M)(Theta_k - M)' over the members (K,) bool, and M.
 
-    Subspace iteration with Rayleigh-Ritz steps from the combinations ``start`` (N, m), m >= rank, until the subspace
-    stays: the scatter is B Omega B' with Omega = blockdiag(w_k c_k^2 G_A[k, k]) - (s_i s_j / W) G_A[i, j], s = w c.
+    There are ``rank`` directions, or fewer if the members do not differ in so many. The method is subspace iteration
+    with Rayleigh-Ritz steps, from the combinations ``start`` (N, m), m >= rank, until the subspace stays. The scatter
+    is B Omega B' with Omega = blockdiag(w_k c_k^2 G_A[k, k]) - (s_i s_j / W) G_A[i, j], s = w c.
     """
     w = torch.where(members, weights, 0.0)
     W = w.sum()
@@ -59,13 +62,13 @@ def shared_part(stacked: StackedFactors, members: Tensor, weights: Tensor, start
     blocks = (w * stacked.scales.square())[:, None, None] * stacked.blocks(stacked.G_A)
 
     def scatter(inner: Tensor) -> Tensor:
-        """Of combinations V, from G_B V."""
+        """Return Omega G_B V for combinations V, given ``inner`` = G_B V."""
         own = stacked.times_blocks(blocks, inner)
         return own - by_column[:, None] * (stacked.G_A @ (shares[:, None] * inner))
 
     V, inner = orthonormal(start, stacked.G_B @ start)
     for _ in range(MOST_ROUNDS if rank else 0):
-        rank = min(rank, V.shape[1])  # less than asked for where the members do not differ in so many directions
+        rank = min(rank, V.shape[1])  # smaller than requested if the members do not differ in so many directions
         image = scatter(inner)
         seen = stacked.G_B @ image
         values, E = torch.linalg.eigh(inner.T @ image)
@@ -79,9 +82,9 @@ def shared_part(stacked: StackedFactors, members: Tensor, weights: Tensor, start
 
 
 def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Combinations W (N, m') of the columns of V with W' G W = I, and G W, from ``inner`` = G V.
+    """Return combinations W (N, m') of the columns of V with W' G W = I, and G W, from ``inner`` = G V.
 
-    Directions that hold rounding only are dropped.
+    Directions that hold rounding only are dropped, so m' may be smaller than the number of columns of V.
     """
     values, E = torch.linalg.eigh(V.T @ inner)
     kept = values > ROUNDING * values[-1:]
@@ -90,16 +93,16 @@ def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _angle(G: Tensor, residual: Tensor, values: Tensor, rank: int) -> float:
-    """Bound on the sine of the angle to the exact subspace: residual over the gap that ends it."""
+    """Return a bound on the sine of the angle to the exact subspace: residual over the gap that ends the subspace."""
     beyond = values[rank] if len(values) > rank else values.new_zeros(())
     size = (residual * (G @ residual)).sum().clamp(min=0.0).sqrt()
     return float(size / (values[rank - 1] - beyond).clamp(min=torch.finfo(G.dtype).tiny))
 
 
 def _near_off_part(shared: RefinedSubspace, count: int, generator: Generator) -> Tensor:
-    """Combinations (N, m), somewhat more than ``count``, near the leading left singular directions of P_perp M.
+    """Return combinations (N, m), m slightly above ``count``, near the leading left singular directions of P_perp M.
 
-    Randomised subspace iteration in the precision of the factors, off the subspace.
+    The method is randomised subspace iteration off the subspace, in the precision of the factors.
     """
     s, w = shared.stacked, shared.shares[:, None]
     N, low = len(s.G_B), s.B.dtype
@@ -115,11 +118,11 @@ def _near_off_part(shared: RefinedSubspace, count: int, generator: Generator) ->
 
 @dataclass(frozen=True)
 class Assembly:
-    """What all refined adapters of a module are put together from.
+    """The parts from which all refined adapters of a module are assembled.
 
     ``left`` (p, r + t): the shared subspace and the leading directions of the common part. ``outside`` (t, q): the
-    common part in those. ``gram`` (t, t) and ``cross`` (t, N): inner products of its rows with one another and with
-    A's rows. ``energy``: ||P_perp M||_F^2.
+    common part in these directions. ``gram`` (t, t) and ``cross`` (t, N): inner products of the rows of ``outside``
+    with one another and with the rows of A. ``energy``: ||P_perp M||_F^2.
     """
 
     shared: RefinedSubspace
@@ -148,11 +151,11 @@ def assemble(shared: RefinedSubspace, count: int, generator: Generator) -> Assem
 def refined_adapters(
     assembly: Assembly, clients: Sequence[int], ranks: Sequence[int], scales: Sequence[float]
 ) -> Iterator[tuple[LowRank, float]]:
-    """P Theta_k + P_perp M of ``clients`` at adapter ranks ``ranks``, each with the truncation's relative error.
+    """Yield P Theta_k + P_perp M of ``clients`` at adapter ranks ``ranks``, with the relative truncation errors.
 
-    Factors that balance at the ``scales`` given, of inner dimension exactly the rank, padded with zeros. Best in
-    Frobenius norm among the updates that use the directions of ``assembly``. So many clients at once that their factors
-    are few beside B and A.
+    The factors are balanced for the given ``scales``. Their inner dimension is exactly the rank, padded with zeros. The
+    result is the best in Frobenius norm among all updates that use the directions of ``assembly``. The clients are
+    processed in groups, so small that their factors are few compared with B and A.
     """
     step = max(1, len(assembly.shared.stacked.ranks) // PARTS)
     for i in range(0, len(clients), step):
@@ -169,7 +172,7 @@ def _refined(
     corner = inside @ s.by_client(assembly.cross)[chosen].mT
     upper = torch.cat([inside @ s.blocks(s.G_A)[chosen] @ inside.mT, corner], dim=2)
     lower = torch.cat([corner.mT, assembly.gram.expand(n, -1, -1)], dim=2)
-    gram = torch.cat([upper, lower], dim=1)  # of the rows of [U' Theta_k; Q' M]
+    gram = torch.cat([upper, lower], dim=1)  # Gram matrix of the rows of [U' Theta_k; Q' M]
     values, E = torch.linalg.eigh(gram)
     most, least = max(ranks), min(max(ranks), values.shape[1])
     values, E = values.flip(1)[:, :least].clamp(min=0.0), E.flip(2)[:, :, :least]

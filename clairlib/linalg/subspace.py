@@ -1,4 +1,4 @@
-"""Subspaces: bases, projections, angles between subspaces, and the edge of the noise spectrum."""
+"""Subspaces: projections, angles between subspaces, and singular values."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def project_out(basis: Tensor, matrix: Tensor) -> Tensor:
-    """P_perp X = X - U U' X for an orthonormal basis U (..., p, r) and X (..., p, q)."""
+    """Return P_perp X = X - U U' X for an orthonormal basis U (..., p, r) and X (..., p, q)."""
     return matrix - basis @ (basis.mT @ matrix)
 
 
 def sin_theta(first: Tensor, second: Tensor) -> float:
-    """Sine of the largest principal angle between two subspaces, ||P_perp(second) first||_2, in [0, 1].
+    """Return the sine of the largest principal angle between two subspaces, ||P_perp(second) first||_2, in [0, 1].
 
-    ``first`` (p, r) and ``second`` (p, r') are orthonormal bases; bases are unique up to rotation, so compare
-    subspaces with this, never entry by entry. 1 when the dimensions differ. Computed from the residual, not from
-    the arc cosine, so that it is accurate for small angles.
+    ``first`` (p, r) and ``second`` (p, r') are orthonormal bases. Bases are unique up to rotation, so compare subspaces
+    with this function, never entry by entry. The result is 1 if the dimensions differ. It is computed from the
+    residual, not from the arc cosine, so it is accurate for small angles.
     """
     if first.shape[1] != second.shape[1]:
         return 1.0
@@ -26,7 +26,7 @@ def sin_theta(first: Tensor, second: Tensor) -> float:
 
 
 def squared_singular_values(X: Tensor) -> Tensor:
-    """Squared singular values (n, min(p, q)) of matrices (n, p, q), descending."""
+    """Return the squared singular values (n, min(p, q)) of matrices (n, p, q), descending."""
     gram = X.mT @ X if X.shape[2] <= X.shape[1] else X @ X.mT
     return torch.linalg.eigvalsh(gram).flip(1).clamp(min=0.0)
 

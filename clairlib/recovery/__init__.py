@@ -1,1 +1,1 @@
-"""Floor 3: CLAIR itself. The class is `clairlib.CLAIR`; each file is named after one step of it."""
+"""Floor 3: CLAIR itself. The class is `clairlib.CLAIR`; each file holds one step of the method."""

@@ -1,4 +1,4 @@
-"""The convex program of `clairlib.recovery.convex`: its two-block ADMM iterates and the bounds that certify them.
+"""ADMM for the convex program of `clairlib.recovery.convex`: the two-block iterates and the bounds that certify them.
 
 Blocks are kept as (p, K, q), so that their concatenation [X_1 .. X_K], (p, K*q), is a view.
 """
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RELAXATION = 1.6  # over-relaxation of ADMM; saves about 13 % of the steps here
-BALANCE_EVERY, BALANCE_UNTIL = 5, 500  # then the penalty is frozen, so that ADMM provably converges
+RELAXATION = 1.6  # over-relaxation of ADMM; it saves about 13 % of the steps here
+# The penalty is balanced every 5 steps up to step 500. Then it stays constant, so that ADMM provably converges.
+BALANCE_EVERY, BALANCE_UNTIL = 5, 500
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Data (p, K, q), centred over clients when there is a common part, with spectral norm 1."""
+    """Data (p, K, q) of spectral norm 1, centred over clients if there is a common part M, and the weights lam, nu."""
 
     data: Tensor
     lam: float
@@ -27,13 +28,13 @@ class Problem:
     with_common: bool
 
     def centre(self, blocks: Tensor) -> Tensor:
-        """The best M for blocks M + L_k: their mean (see ``iterates``), zero without a common part."""
+        """Return the best M for blocks M + L_k: their mean (see `iterates`), or zero without a common part."""
         return blocks.mean(1, keepdim=True) if self.with_common else torch.zeros_like(blocks[:, :1])
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """One step of ADMM, in blocks (p, K, q), with what the bounds need."""
+    """One step of ADMM, in blocks (p, K, q), with the quantities from which the bounds are computed."""
 
     common_part: Tensor  # (p, 1, q)
     low_rank: Tensor
@@ -43,17 +44,18 @@ class Iterate:
 
 
 def iterates(problem: Problem) -> Iterator[Iterate]:
-    """Two-block ADMM, each block minimised in closed form; T = S + Z.
+    """Yield the iterates of two-block ADMM. Each block is minimised in closed form; T = S + Z.
 
-    Block 1, (M, L) with W = X - T + Y/beta: M = mean_k W_k and L = SVT_{1/beta}(W - M). For let C = I - 11'/K
-    (on clients) and (M, L) be any pair. (mean W, L C) is at least as good: L C has no larger nuclear norm, C
-    being a contraction; and ||W - M - L||_F^2 >= ||(W - M - L) C||_F^2 = ||W C - L C||_F^2. Among L = L C the
-    best is SVT(W C), which has zero block mean as W C has.
+    Block 1, (M, L) with W = X - T + Y/beta: the minimum is M = mean_k W_k and L = SVT_{1/beta}(W - M). Proof: let
+    C = I - 11'/K (on clients) and let (M, L) be any pair. The pair (mean W, L C) is at least as good: L C has no larger
+    nuclear norm, because C is a contraction, and ||W - M - L||_F^2 >= ||(W - M - L) C||_F^2 = ||W C - L C||_F^2.
+    Among all L with L = L C, SVT(W C) is the best, and it has zero block mean because W C has.
 
-    Block 2, (S, Z) with R = X - M - L + Y/beta: the best Z is beta nu / (1 + beta nu) (R - S), which leaves
-    lam sum ||S_k||_F + beta / (2 (1 + beta nu)) ||R - S||_F^2: block shrinkage at lam (1 + beta nu) / beta.
+    Block 2, (S, Z) with R = X - M - L + Y/beta: the best Z is beta nu / (1 + beta nu) (R - S). This leaves
+    lam sum ||S_k||_F + beta / (2 (1 + beta nu)) ||R - S||_F^2, whose minimum is block shrinkage of R at
+    lam (1 + beta nu) / beta.
 
-    Two blocks and a penalty that is finally constant: the iterates converge (Boyd et al. 2011, section 3.2).
+    With two blocks and a penalty that is constant in the end, the iterates converge (Boyd et al. 2011, section 3.2).
     """
     x, lam, nu = problem.data, problem.lam, problem.nu
     beta = 3.0  # in units of 1 / ||X||_2; balanced below
@@ -76,30 +78,30 @@ def iterates(problem: Problem) -> Iterator[Iterate]:
 
 
 def _balance(misfit: float, moved: float) -> float:
-    """Factor for the penalty that balances the relative residuals, primal and dual (Wohlberg 2017)."""
+    """Return the factor for the penalty that balances the relative primal and dual residuals (Wohlberg 2017)."""
     if not math.isfinite(moved) or 0.5 * moved <= misfit <= 2 * moved:
         return 1.0
     return min(4.0, max(0.25, math.sqrt(misfit / moved))) if moved > 0 else 4.0
 
 
 def block_norms(blocks: Tensor) -> Tensor:
-    """Frobenius norm of each block, (K,)."""
+    """Return the Frobenius norm of each block, (K,)."""
     return torch.linalg.vector_norm(blocks, dim=(0, 2))
 
 
 def shrink_blocks(blocks: Tensor, threshold: float) -> Tensor:
-    """Every block shortened by the threshold in Frobenius norm; those below it become exactly zero."""
+    """Shorten every block by ``threshold`` in Frobenius norm; a block whose norm is below it becomes exactly zero."""
     norms = block_norms(blocks)
     factor = torch.where(norms > threshold, 1 - threshold / norms, 0.0)
     return blocks * factor[:, None]
 
 
 def shrink_spectrum(blocks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Singular value thresholding of the concatenation, and the nuclear norm of the result.
+    """Apply singular value thresholding to the concatenation; return the result and its nuclear norm.
 
-    Through the eigenvectors of the smaller Gram matrix: 1.4 to 3 times faster than an SVD. Squaring costs a
-    kept singular value s >= threshold a relative error of about 1e-16 (s_max / s)^2 <= 1e-8, enough for
-    gaps of 1e-6, as long as threshold >= 1e-4 s_max; below that the SVD is taken.
+    The eigenvectors of the smaller Gram matrix are used, 1.4 to 3 times faster than an SVD. Squaring gives a kept
+    singular value s >= threshold a relative error of about 1e-16 (s_max / s)^2. If threshold >= 1e-4 s_max, this is at
+    most 1e-8, enough for duality gaps of 1e-6. For a smaller threshold the SVD is used.
     """
     wide = blocks.flatten(1)  # (p, K*q)
     tall = wide.shape[0] > wide.shape[1]
@@ -115,7 +117,10 @@ def shrink_spectrum(blocks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def dual_scale(problem: Problem, dual: Tensor) -> tuple[float, float]:
-    """Best t >= 0 such that t Y is admissible, for Y centred with spectral norm <= 1, and its dual value."""
+    """Return the best t >= 0 for which t Y is dual feasible, and the dual value at t Y.
+
+    Y must be centred, with spectral norm <= 1.
+    """
     linear, square = float((dual * problem.data).sum()), float(dual.square().sum())
     largest = float(block_norms(dual).max())
     t = min(1.0, problem.lam / largest) if largest > 0 else 1.0
@@ -126,21 +131,24 @@ def dual_scale(problem: Problem, dual: Tensor) -> tuple[float, float]:
 
 
 def objective(problem: Problem, nuclear: Tensor, contamination: Tensor, residual: Tensor) -> float:
-    """||L||_* + lam sum_k ||S_k||_F + ||Z||_F^2 / (2 nu), the nuclear norm being given."""
+    """Return ||L||_* + lam sum_k ||S_k||_F + ||Z||_F^2 / (2 nu) for a given nuclear norm ||L||_*."""
     norms = block_norms(contamination)
-    value = nuclear + torch.where(norms > 0, problem.lam * norms, 0.0).sum()  # lam = inf: inf * 0 is 0 here
+    value = nuclear + torch.where(norms > 0, problem.lam * norms, 0.0).sum()  # with lam = inf, inf * 0 counts as 0
     if problem.nu > 0:
         value = value + residual.square().sum() / (2 * problem.nu)
     return float(value)
 
 
 def relative_gap(primal: float, dual: float) -> float:
-    """(primal - dual) / primal; 0 when both are 0."""
+    """Return (primal - dual) / primal; 0 if both are 0."""
     return (primal - dual) / max(primal, 1e-300)
 
 
 def quick_gap(problem: Problem, iterate: Iterate) -> float:
-    """Relative gap of (M, L) with the best S, from norms that the iteration has at hand; no factorisation."""
+    """Return the relative duality gap of (M, L) with the best S for it.
+
+    Only norms that the iteration has computed are used, so no factorisation is needed.
+    """
     rest = problem.data - iterate.common_part - iterate.low_rank
     contamination = shrink_blocks(rest, problem.lam * problem.nu)
     primal = objective(problem, iterate.nuclear, contamination, rest - contamination)

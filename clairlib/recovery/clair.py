@@ -25,34 +25,40 @@ from clairlib.recovery.result import ClairResult, ModuleResult
 from clairlib.recovery.start_sets import robust_half
 from clairlib.recovery.verdict import ModuleScores, iterate_verdict, vote
 
-NOISE_WEIGHT = 3.0  # nu of the noisy convex program in Frobenius norms of a client's noise: keeps benign S_k at 0
-PILOT_MODULES = 8  # modules, at most, in which the first set is searched; all of them then judge it
-AGREED = 3  # modules that find the same set: then no more of the pilots are searched
-MAX_SEARCH_CLIENTS = 256  # among whom the first set is searched; the others are then judged by its frame
+# nu of the convex program over the norm of a client's estimation noise: it keeps S_k of benign clients at 0
+NOISE_WEIGHT = 3.0
+PILOT_MODULES = 8  # largest number of modules in which the first set is searched; all modules then judge this set
+AGREED = 3  # after so many modules with the same set, no further pilot module is searched
+MAX_SEARCH_CLIENTS = 256  # clients among which the first set is searched; its frame then judges the others
 
 
 class CLAIR:
-    """Collaborative low-rank alignment and identifiable recovery, with nothing known in advance.
+    """Collaborative low-rank alignment and identifiable recovery.
 
-    Benign clients follow Theta_k = M + U A_k + H_k: a shared subspace span(U) in which each differs, a common part
-    outside it, small heterogeneity H_k. Contaminated clients are arbitrary. The problem and the idea of a structured
-    low-rank plus block-sparse decomposition are from the paper's abstract (arXiv:2605.21217); the program's form,
-    equations and algorithms are this project's reconstruction.
+    The rank, the noise level and the number of contaminated clients need not be known.
+
+    Benign clients follow the model Theta_k = M + U A_k + H_k. U spans the shared subspace, in which each client has its
+    own part U A_k. M is common to the benign clients, and only its part outside span(U) is identifiable. The
+    heterogeneity H_k is small. Contaminated clients are arbitrary. The problem and the idea of a structured low-rank
+    plus block-sparse decomposition are from the paper's abstract (arXiv:2605.21217). The form of the program, the
+    equations and the algorithms are this project's reconstruction.
 
     Parameters
     ----------
     rank : int, optional
-        Dimension r of the shared subspace; estimated per module where None.
+        Dimension r of the shared subspace; estimated per module if None.
     solver : {"consensus", "convex"}
-        How the first set of benign clients is found. ``consensus`` grows candidate sets from few clients; ``convex``
-        solves the structured low-rank + block-sparse program and attaches its duality gap as certificate. The program
-        finds contamination that is larger than the noise of an update; ``consensus`` finds smaller ones too.
+        Method that finds the first set of benign clients. ``consensus`` grows candidate sets from a few clients each.
+        ``convex`` solves the structured low-rank + block-sparse program and attaches its duality gap as certificate.
+        The convex program finds contamination that is larger than the estimation noise of an update; ``consensus`` also
+        finds smaller contamination.
     side : {"output", "input"}
         Side of the weight matrix on which the subspace lies: rows p (LoRA B) or columns q (LoRA A).
     seed : int
-        Seed of the random sample of client tuples; the result is a function of data and seed alone.
+        Seed of the random sample of client tuples and of randomised linear algebra. The result depends on the data, the
+        parameters and this seed only.
     lam : float, optional
-        Weight of the contamination term of the convex program; chosen from its window where None.
+        Weight of the contamination term of the convex program; chosen from its window (`lambda_window`) if None.
     tolerance : float
         Relative duality gap at which the convex program stops.
     """
@@ -91,18 +97,24 @@ class CLAIR:
         Parameters
         ----------
         updates : Tensor or array (K, p, q), or sequence of LowRank, or dict of module name -> either
-            One update a client, of any floating dtype; ranks of LowRank may differ. K >= 3.
+            One update per client, K >= 3, of any floating dtype; the ranks of LowRank may differ.
         names : list of str, optional
-            Client names; ``client_0`` .. where None.
+            Client names; ``client_0``, ``client_1``, ... if None.
         weights : array (K,), optional
-            Positive; the noise variance of client k is proportional to 1 / weights[k] (its sample size, say). The
-            convex program takes every client alike; weights enter with the frames fitted to its benign clients.
+            Positive weights. The noise variance of client k is proportional to 1 / weights[k]; a usual weight is the
+            sample size. The convex program itself ignores the weights. The frames that are fitted to its benign clients
+            use them.
         expected_sq_error : array (K,), or dict of module name -> array, optional
-            Expected squared error ||E_k||_F^2 of each update where known, as from the standard errors of a regression:
-            refinement is then refused where benign clients differ by more than it pays for. ``noise`` is the old name,
-            which goes with version 0.3.
+            Expected squared error ||E_k||_F^2 of each update if it is known, e.g. from the standard errors of a
+            regression. Differences between benign clients beyond it count as heterogeneity, and refinement is refused
+            if averaging these differences out costs more than it gains. ``noise`` is the old name of this parameter; it
+            will be removed in version 0.3.
         progress : callable, optional
-            Called with each module's name when its subspace is found.
+            Called with the name of each module when its subspace has been found.
+
+        Returns
+        -------
+        ClairResult
 
         Raises
         ------
@@ -152,13 +164,14 @@ class CLAIR:
         expected_sq_error: Tensor | None = None,
         keep: bool = False,
     ) -> ModuleFit:
-        """A module's cores, ready to be asked for the frame of any set of clients.
+        """Compute a module's cores; the result fits a frame to any set of clients.
 
-        Cores that do not hold the updates exactly are for sets close to ``members``. With ``keep`` the clients' factors
-        stay with those.
+        Compressed cores do not hold the updates exactly and suit only sets close to ``members`` (K,) bool. With
+        ``keep``, the clients' stacked factors are stored beside compressed cores.
         """
         self._check_rank(module, len(weights))
-        updates, known = module.updates, {"expected_sq_error": expected_sq_error}
+        updates = module.updates
+        known: dict[str, Any] = {"expected_sq_error": expected_sq_error}
         try:
             if isinstance(updates, Tensor):
                 return ModuleFit(module.name, cores_of_dense(updates), weights, self.rank, **known)
@@ -173,7 +186,10 @@ class CLAIR:
         return ModuleFit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, **known)
 
     def search(self, modules: Sequence[Module], fits: Sequence[ModuleFit]) -> tuple[Tensor, dict[str, Certificate]]:
-        """First set of benign clients (K,) bool, from the fits of some modules; certificates of the convex program."""
+        """Return the first set of benign clients (K,) bool from the fits of some modules.
+
+        Also return the certificates of the convex program by module name, an empty dict for the consensus solver.
+        """
         frames: list[Frame] = []
         certificates = {}
         for module, fit in zip(modules, fits, strict=True):
@@ -186,12 +202,15 @@ class CLAIR:
         return first_set(fits, frames), certificates
 
     def agree(self, frames: Sequence[Frame]) -> bool:
-        """Have modules enough found the same set? The convex program is solved in all, for its certificates."""
+        """Return whether enough modules have found the same set to stop the search.
+
+        Always False for the convex program: it is solved in all modules, for the certificates.
+        """
         same = all(torch.equal(frame.members, frames[0].members) for frame in frames)
         return self.solver == "consensus" and len(frames) == AGREED and same
 
     def first_frame(self, module: Module, fit: ModuleFit) -> tuple[Frame, Certificate | None]:
-        """The frame that the clients of one module suggest by themselves."""
+        """Return the frame that one module suggests by itself, and the certificate of the convex program, if any."""
         if self.solver == "consensus":
             generator, K = derive(self.seed, "tuples", fit.name), len(fit.X)
             how: dict[str, Any] = {"rank": self.rank, "shared_block": fit.cores.shared_block, "generator": generator}
@@ -205,11 +224,11 @@ class CLAIR:
         return fit.frame(members), certificate
 
     def iterate_verdict(self, fits: Sequence[ModuleFit], benign: Tensor) -> tuple[Tensor, Calibration]:
-        """The set that stays when all these modules judge it."""
+        """Repeat the verdict of all these modules until the set stays; return the set and the calibration on it."""
         return iterate_verdict(benign, lambda members: [fit.reading(members) for fit in fits], self.wider_frame(fits))
 
     def wider_frame(self, fits: Sequence[ModuleFit]) -> Callable[[Tensor], list[ModuleScores]] | None:
-        """Readings of a set by wider frames, in `pilots`; None where the rank is given."""
+        """Return a function that scores the clients against wider frames in the `pilots`; None if the rank is given."""
         few = pilots(fits, "consensus")
         return None if self.rank is not None else (lambda members: [fit.wider_reading(members) for fit in few])
 
@@ -217,14 +236,17 @@ class CLAIR:
         if self.rank is None:
             return
         p, q = module.shape
-        largest = min(p, (K - 2) * q)  # the subspace must be found without any one of the clients
+        largest = min(p, (K - 2) * q)  # leave-one-out: the other clients must suffice to fit the subspace
         if isinstance(module.updates, list):
             largest = min(largest, sum(update.rank for update in module.updates))
         if self.rank > largest:
             raise ValueError(f"rank {self.rank} is larger than the updates of module {module.name!r} allow, {largest}")
 
     def _convex_members(self, module: Module) -> tuple[Tensor, Certificate]:
-        """Clients without contamination part in the convex program, in its noisy form where the updates are noisy."""
+        """Return the clients (K,) bool without a contamination part in the convex program, and the certificate.
+
+        The noisy form of the program (nu > 0) is used if the updates are noisy.
+        """
         updates = module.updates
         cores = cores_of_dense(updates) if isinstance(updates, Tensor) else cores_of_factors(updates)
         size = float(cores.core.abs().max()) or 1.0
@@ -232,7 +254,7 @@ class CLAIR:
         nu = NOISE_WEIGHT * _noise_norm(X, self.rank)
         solution = decompose(X, lam=self.lam, nu=nu, tolerance=self.tolerance)
         members = ~solution.contaminated
-        if int(members.sum()) < MINIMUM_CLIENTS:  # nothing agrees: start from whoever is least contaminated
+        if int(members.sum()) < MINIMUM_CLIENTS:  # no three clients agree: start from the least contaminated ones
             order = torch.linalg.matrix_norm(solution.contamination).argsort()
             members = torch.zeros_like(members)
             members[order[:MINIMUM_CLIENTS]] = True
@@ -241,14 +263,17 @@ class CLAIR:
 
 
 def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
-    """The modules that find the first set: ``PILOT_MODULES`` spread over all, or all for the convex program."""
+    """Return the modules in which the first set is searched.
+
+    They are ``PILOT_MODULES`` modules spread evenly over all, or all modules for the convex program.
+    """
     if solver == "convex" or len(fits) <= PILOT_MODULES:
         return list(fits)
     return [fits[i * (len(fits) - 1) // (PILOT_MODULES - 1)] for i in range(PILOT_MODULES)]
 
 
 def first_set(fits: Sequence[ModuleFit], frames: Sequence[Frame]) -> Tensor:
-    """The set (K,) bool that most modules have found, of the first of ``fits``."""
+    """Return the set (K,) bool that most of the searched modules, the first of ``fits``, have found."""
     searched = zip(fits, frames, strict=False)
     return vote(frames, [shared_structure(fit.X, fit.weights, frame) for fit, frame in searched])
 
@@ -256,7 +281,10 @@ def first_set(fits: Sequence[ModuleFit], frames: Sequence[Frame]) -> Tensor:
 def _module_result(
     module: Module, fit: ModuleFit, outcome: Outcome, refine_any: bool, certificate: Certificate | None
 ) -> ModuleResult:
-    """Refined where it is estimated to pay; nowhere if the clients ``refine_any`` next to nothing in every module."""
+    """Assemble a module's result; the updates are refined only if that is estimated to pay.
+
+    ``refine_any`` says whether the clients share a subspace in some module. If not, no module is refined.
+    """
     frame, is_refined = outcome.frame, outcome.is_refined(refine_any)
     if isinstance(fit.cores, Cores):
         basis, off = fit.lifted(frame)
@@ -282,7 +310,10 @@ def _module_result(
 
 
 def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
-    """P Theta_k + P_perp M for the clients to refine, their own update for the others, in the form of the input."""
+    """Return P Theta_k + P_perp M for the clients to ``refine`` and their own update for the others.
+
+    The result has the form of the input.
+    """
     if isinstance(module.updates, Tensor):
         X = module.updates.double()
         refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + off.dense(), X)
@@ -300,7 +331,10 @@ def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
 
 
 def _noise_norm(X: Tensor, rank: int | None) -> float:
-    """Frobenius norm of a benign client's noise: off-subspace residuals of the robust half; 0 below rounding."""
+    """Estimate the Frobenius norm of a benign client's estimation noise.
+
+    The estimate is the root mean energy of the leave-one-out residuals of the robust half; 0 if it is mere rounding.
+    """
     ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
     frame = fit_frame(X, ones, robust_half(X, ones, rank), rank)
     energy = float(leave_one_out(X, ones, frame)[frame.members].square().sum(dim=(1, 2)).mean())

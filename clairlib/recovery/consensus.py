@@ -1,7 +1,8 @@
-"""Consensus solver: the frame that the largest group of clients agrees on, with nothing known in advance.
+"""Consensus solver: find the frame on which the largest group of clients agrees, with nothing known in advance.
 
-Candidate sets grow from a few starts, one client group at a time, each judged on residuals left one out; the partition
-of the clients into frames and outliers with the shortest description decides between them. Beyond the paper.
+Candidate sets grow from a few start sets. In each round a set keeps the clients whose leave-one-out residuals fit it.
+The description length then decides between the candidates: it codes the clients as members of frames and as outliers,
+and the shortest code wins. This solver is not from the paper.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from clairlib.recovery.start_sets import (
     start_sets,
 )
 
-SHORTLIST_OF_REST = 20  # tuples among the clients that a set left out, of which one start is taken
-GROWTH = 1.5  # times as many clients a round, at most
-SPLIT_CHECK_FRACTION = 0.75  # part of the clients from which on a set is checked for a smaller group in it
-CUT_LOSS = 0.05  # of log-likelihood a client that two groups may lose against one: a quarter of what halves of one lose
-SPLITS = 10  # times in a row, at most, that a set is replaced by the closer part of the clients
+SHORTLIST_OF_REST = 20  # tuples among the clients outside a candidate set, from which one further start is taken
+GROWTH = 1.5  # largest factor by which a set grows in a round
+SPLIT_CHECK_FRACTION = 0.75  # a set with at least this fraction of the clients is checked for a smaller group in it
+# Log-likelihood per client that two groups may lose against one; the halves of one normal lose four times as much.
+CUT_LOSS = 0.05
+SPLITS = 10  # largest number of successive cuts of a set to its closer part
 
 
 def consensus(
@@ -41,7 +43,7 @@ def consensus(
     shared_block: SharedBlock | None = None,
     generator: Generator,
 ) -> Frame:
-    """The frame that describes most members in the shortest description of the clients.
+    """Return the frame with the most members in the shortest description of the clients.
 
     Parameters
     ----------
@@ -50,11 +52,12 @@ def consensus(
     weights : Tensor (K,)
         Noise variance of client k is proportional to 1 / weights[k].
     rank : int, optional
-        Rank of the shared subspace; estimated where None.
-    common : (rows, columns), optional
-        Those that all clients have in common, as in `frames`; all of them where None.
+        Rank of the shared subspace; estimated if None.
+    shared_block : (rows, columns), optional
+        Number of leading rows and columns that are coordinates of all clients, as in `clairlib.recovery.frame`; all
+        rows and columns if None.
     generator : Generator
-        Draws the tuples when there are more than ``starts.TUPLE_LIMIT``.
+        Draws the tuples if there are more than ``start_sets.TUPLE_LIMIT``.
     """
     shared_block = shared_block or (X.shape[1], X.shape[2])
     tuples = candidate_tuples(len(X), *shared_block, generator=generator)
@@ -72,14 +75,15 @@ def consensus(
     add(half)
     for start in spread_starts(start_sets(X, tuples, order, distances, everybody, shared_block=shared_block)):
         add(start)
-    for frame in list(candidates):  # whom a set left out may be a group of its own, and then describes itself
+    for frame in list(candidates):  # clients outside a set may be a group with a frame of its own
         rest = start_sets(X, tuples, order, distances, ~frame.members, SHORTLIST_OF_REST, shared_block)
         for start in rest[:1]:
             add(start)
     if not candidates:
         return fit_frame(X, weights, everybody, rank, shared_block)
     best = best_set(X, weights, candidates)
-    if best.size >= SPLIT_CHECK_FRACTION * len(X):  # all agree, or a group in much noise grew into its surroundings
+    # either all agree, or the set has grown beyond a group whose noise is large
+    if best.size >= SPLIT_CHECK_FRACTION * len(X):
         others = [part for part in split_off(judge, (everybody, half)) if not torch.equal(part.members, best.members)]
         best = best_set(X, weights, [best, *others]) if others else best
     if 2 * best.size < len(X):
@@ -90,11 +94,12 @@ def consensus(
 def larger_group(
     X: Tensor, weights: Tensor, rank: int | None, best: Frame, candidates: Sequence[Frame], generator: Generator
 ) -> Frame:
-    """The frame of a larger group among the other clients that share a subspace, or ``best`` where there is none.
+    """Return the frame of a larger group that shares a subspace among the other clients, or ``best`` if there is none.
 
-    The shortest description goes by how well a group agrees. A few contaminated clients that send the same update, or
-    updates without noise, agree better than any honest ones; then the larger group decides. It is sought among the
-    ``candidates`` first, then anew. A group counts with all whom the verdict would not tell from its members.
+    The description length depends on how well a group agrees. A few contaminated clients that send the same update, or
+    updates without estimation noise, agree better than honest clients ever do. In that case the larger group decides.
+    It is searched among the ``candidates`` first, then by a new run of the solver on the other clients. A group
+    includes all clients that the verdict does not tell apart from its members.
     """
     others = ~best.members
     K = int(others.sum())
@@ -120,21 +125,21 @@ def larger_group(
 
 
 def like_members(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    """Whom the verdict calls benign when the frame's members are (K,) bool."""
+    """Return the clients (K,) bool that the verdict calls benign if the frame's members are benign."""
     x, variance = log_scores(X, weights, frame)
     inside = inside_energy(X, weights, frame).clamp(min=floor_energy(X)).log()
     return benign_set(x, frame.members, calibrate(x, frame.members, variance).p_values, variance, inside)
 
 
 class FrameCache:
-    """Frame of a set of clients, and how every client stands to it: ``log_scores`` with their variance.
+    """Frames of sets of clients, with the log scores (K,) of all clients and the variance of a score, see `log_scores`.
 
-    Remembers every set it was asked about: growing from different starts runs through the same sets again and again.
+    Every set is remembered, because growing from different starts passes through the same sets again and again.
     """
 
     def __init__(self, X: Tensor, weights: Tensor, rank: int | None, shared_block: SharedBlock | None = None) -> None:
         self.X, self.weights, self.rank, self.shared_block = X, weights, rank, shared_block
-        # fewer clients span a given rank with nothing left over when one is left out
+        # With fewer members, r directions fit the members exactly when one of them is left out.
         self.least = 3 if rank is None else max(3, ceil(rank / X.shape[2]) + 2)
         self._known: dict[bytes, tuple[Frame, Tensor, float]] = {}
 
@@ -147,10 +152,11 @@ class FrameCache:
 
 
 def split_off(judge: FrameCache, starts: Sequence[Tensor]) -> list[Frame]:
-    """Frames of the sets that cutting the scores in two leaves of the ``starts`` (K,) bool.
+    """Cut each of the ``starts`` (K,) bool repeatedly by the scores; return the frames of the sets that remain.
 
-    The description decides whether a cut was right, by the directions that the others have of their own. Of few columns
-    it sees little more than energies, and would cut clients of unequal noise in two: there the scores must show it.
+    The description length decides whether a cut was right, because clients on the other side of the cut have directions
+    of their own. With few columns it compares little more than energies, and would separate clients of unequal noise.
+    In that case a frame is kept only if the scores form two groups.
     """
     frames = []
     for start in starts:
@@ -161,10 +167,10 @@ def split_off(judge: FrameCache, starts: Sequence[Tensor]) -> list[Frame]:
 
 
 def split_repeatedly(judge: FrameCache, members: Tensor) -> Tensor:
-    """The set (K,) bool reached by taking the closer part of the clients, and of those as close to it, again and again.
+    """Replace the set (K,) bool by the part of all clients closest to its frame, again and again, until it stays.
 
-    Growing takes in whoever cannot be told from a member, one by one, which loses a small group in noise; cutting all
-    scores in two where they differ most does not.
+    Growing a set adds every client that cannot be told apart from a member, one by one, and so loses a small group if
+    its noise is large. Cutting all scores in two at their largest difference does not.
     """
     for _ in range(SPLITS):
         part = closer_part(judge(members)[1])
@@ -175,12 +181,12 @@ def split_repeatedly(judge: FrameCache, members: Tensor) -> Tensor:
 
 
 def are_two_groups(x: Tensor, members: Tensor, variance: float) -> bool:
-    """Are the scores (K,) of the members and of the others two groups, rather than the two halves of one?
+    """Return whether the scores (K,) of the members and of the others are two groups rather than two halves of one.
 
-    Whether two normals, each client in its own, have nearly the likelihood of one normal for all: the classification
-    likelihood (Biernacki, Celeux and Govaert 2000), in which halves of one normal lose log 2 - log(1 - 2 / pi)^(-1/2) =
-    .19 a client, and two equal groups lose less than ``CUT_LOSS`` from 3.3 standard deviations apart. No variance is
-    below ``variance``.
+    The test compares two normals, each client in its own, with one normal for all, by the classification likelihood
+    (Biernacki, Celeux and Govaert 2000). In it, the halves of one normal lose log 2 - log(1 - 2 / pi)^(-1/2) = .19 per
+    client, and two equal groups lose less than ``CUT_LOSS`` if they are at least 3.3 standard deviations apart. Fitted
+    variances are at least ``variance``.
     """
     K, n = len(x), int(members.sum())
     if n == K:
@@ -190,16 +196,19 @@ def are_two_groups(x: Tensor, members: Tensor, variance: float) -> bool:
 
 
 def _log_likelihood(x: Tensor, least: float) -> float:
-    """Of values (n,) under the normal that fits them best, its variance at least ``least``; less constants."""
+    """Return the log-likelihood of values (n,), up to constants, under the best normal.
+
+    The variance of the normal is at least ``least``.
+    """
     n, squares = len(x), float((x - x.mean()).square().sum())
     variance = max(squares / n, least)
     return -0.5 * (n * log(variance) + squares / variance)
 
 
 def closer_part(x: Tensor) -> Tensor:
-    """The lower (K,) bool of two groups of scores: the cut with the largest variance between them (Otsu 1979).
+    """Return the group (K,) bool of lower scores, by the cut with the largest between-group variance (Otsu 1979).
 
-    Everybody where all scores are the same.
+    All clients are returned if all scores are equal.
     """
     ordered, order = x.sort()
     if ordered[0] == ordered[-1]:
@@ -214,10 +223,11 @@ def closer_part(x: Tensor) -> Tensor:
 
 
 def grow_twice(judge: FrameCache, start: Tensor) -> list[Frame]:
-    """Sets grown from a start: one that stops early, and one that goes on from there.
+    """Grow a set from a start at a strict level, then go on from the result at a lenient level; return both frames.
 
-    The first leaves out whoever is unusual at level ``FAMILY_ERROR`` by itself, so that a small benign set does not
-    slide into its surroundings; the second only whoever is unusual among all K, so that nobody is lost by chance.
+    The first leaves out each client whose p-value is below ``FAMILY_ERROR``, so that a small benign set does not take
+    in clients around it. The second divides this level by K, so that benign clients are rarely left out by chance. The
+    list is shorter if a set dies out or if the first holds all clients.
     """
     frames = []
     for level in (FAMILY_ERROR, FAMILY_ERROR / len(start)):
@@ -232,10 +242,11 @@ def grow_twice(judge: FrameCache, start: Tensor) -> list[Frame]:
 
 
 def grow(judge: FrameCache, members: Tensor, level: float) -> Frame | None:
-    """Grow a set of clients by at most half a round, refitting, until the same set returns.
+    """Grow a set of clients, at most by the factor ``GROWTH`` per round, and refit it until a set returns.
 
-    A round scores every client against the frame left one out and keeps the closest that fit, that is whose p-value
-    against the members exceeds ``level``. None when fewer than three clients fit together.
+    In each round all clients are scored by their leave-one-out residuals from the frame of the set. A client fits if
+    its p-value against the members exceeds ``level``, and the closest clients that fit form the next set. None if fewer
+    than three clients fit together.
     """
     seen: list[Tensor] = []
     while int(members.sum()) >= 3:

@@ -1,14 +1,15 @@
-"""The convex program: common part + low-rank part + contamination of few clients, with a certificate.
+"""The convex program: common part + low-rank part + contamination of a few clients, with a certificate.
 
     minimise  || [L_1 .. L_K] ||_* + lam sum_k ||S_k||_F + 1/(2 nu) sum_k ||Z_k||_F^2
     subject to  X_k = M + L_k + S_k + Z_k                                  (nu = 0: Z = 0)
 
-It is this project's reconstruction from the abstract of arXiv:2605.21217, not an equation of the paper. Dual:
+The program is this project's reconstruction from the abstract of arXiv:2605.21217, not an equation of the paper. Its
+dual is:
 
     maximise  sum_k <Y_k, X_k> - nu/2 sum_k ||Y_k||_F^2
-    subject to  ||[Y_1 .. Y_K]||_2 <= 1,  ||Y_k||_F <= lam,  sum_k Y_k = 0,
+    subject to  ||[Y_1 .. Y_K]||_2 <= 1,  ||Y_k||_F <= lam,  sum_k Y_k = 0.
 
-It bounds the optimum from below, so a feasible pair proves how far it is from optimal. The iteration and the
+The dual bounds the optimum from below, so a feasible pair proves how far it is from optimal. The iteration and the
 bounds are in `clairlib.recovery.admm`; as there, private functions hold blocks as (p, K, q).
 """
 
@@ -32,18 +33,19 @@ from clairlib.recovery.admm import (
     shrink_blocks,
 )
 
-NEGLIGIBLE = 1e-4  # relative size under which a singular value or a client's contamination counts as zero
+NEGLIGIBLE = 1e-4  # relative size below which a singular value or a client's contamination counts as zero
 
 ROUNDING = 1e-14  # updates that differ by less than this, relative to their size, are identical
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How far a decomposition can be from the optimum: dual <= optimum <= primal.
+    """Bounds on the optimum of the convex program: dual <= optimum <= primal.
 
-    Both bounds are values at its tensors. ``relative_gap`` = (primal - dual) / primal, 0 when the objective
-    is 0; ``converged`` says whether it is within the tolerance asked for. A contaminated client far larger
-    than the others inflates the objective that the gap is relative to; ask for a smaller tolerance then.
+    Both bounds are objective values at the tensors of the decomposition. ``relative_gap`` is (primal - dual) / primal,
+    0 if the objective is 0. ``converged`` says whether the gap is within the requested tolerance. The gap is relative
+    to the objective, and a contaminated client far larger than the others inflates the objective. In that case request
+    a smaller tolerance.
     """
 
     primal: float
@@ -55,11 +57,10 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """X_k = M + L_k + S_k (+ residual when nu > 0), float64 on the device of the input.
+    """X_k = M + L_k + S_k (+ residual if nu > 0), float64 on the device of the input.
 
-    ``common_part`` M (p, q); ``low_rank`` L, ``contamination`` S and the dual variable ``dual`` Y, each (K, p, q).
-    L has zero mean over clients; P M may be moved between M and L, so M alone is identified only off the
-    subspace.
+    ``common_part`` M (p, q); ``low_rank`` L, ``contamination`` S and the dual variable ``dual`` Y, each (K, p, q). L
+    has zero mean over clients. P M could be moved between M and L, so M alone is identified only off the subspace.
     """
 
     common_part: Tensor
@@ -72,7 +73,7 @@ class Decomposition:
 
     @property
     def contaminated(self) -> Tensor:
-        """(K,) bool: clients with S_k != 0. Block shrinkage makes the others exactly zero."""
+        """(K,) bool: clients with S_k != 0. Block shrinkage makes S_k of the other clients exactly zero."""
         return (self.contamination != 0).flatten(1).any(1)
 
 
@@ -94,37 +95,36 @@ def decompose(
     tolerance: float = 1e-6,
     max_iterations: int = 5000,
 ) -> Decomposition:
-    """Split client updates into a common, a low-rank and a block-sparse part by the convex program.
+    """Split client updates into a common part, a low-rank part and a block-sparse part by the convex program.
 
     Parameters
     ----------
     updates : Tensor (K, p, q)
-        One update a client, finite, any floating dtype and device; solved in float64 on that device.
+        One update per client, finite, of any floating dtype and device; solved in float64 on that device.
     lam : float, optional
-        Weight of the contamination, dimensionless, 0 < lam <= inf. lam = inf is averaging and PCA (S = 0).
-        For lam <= 1/sqrt(K) the nuclear constraint of the dual never binds, ||Y||_2^2 <= sum_k ||Y_k||_F^2 <=
-        K lam^2 <= 1, so L = 0 is optimal and M is the geometric median of matrices (Huberised for nu > 0).
-        None: started at 1/sqrt(log K) and moved to the geometric mean of the window that
-        `lambda_window` reads off the solution, at most three times. With p = q = 20, r = 3, K
-        = 30, that finds it at 60 % unstructured contamination, not at 80 %, nor with 40 % colluding: give lam
-        there.
+        Weight of the contamination, dimensionless, 0 < lam <= inf. lam = inf is averaging and PCA (S = 0). For lam <=
+        1/sqrt(K) the constraint ||Y||_2 <= 1 of the dual never binds, because ||Y||_2^2 <= sum_k ||Y_k||_F^2 <= K lam^2
+        <= 1. Then L = 0 is optimal and M is the geometric median of matrices (Huberised for nu > 0). If None, lam
+        starts at 1/sqrt(log K) and moves, at most three times, to the geometric mean of the window that `lambda_window`
+        reads off the solution. For p = q = 20, r = 3, K = 30 this finds the window at 60 % unstructured contamination,
+        but not at 80 %, and not with 40 % colluding clients. Give lam in such cases.
     nu : float
-        Weight of the residual, in units of the updates: nu = 0 asks for an exact split. Singular values of L
-        are shrunk by nu and blocks of S by lam nu, so noise of standard deviation sigma an entry stays out of
-        both when nu >= sigma (sqrt(p) + sqrt(K q)) and lam nu is well above sigma sqrt(p q).
+        Weight of the residual, in units of the updates; nu = 0 asks for an exact split. Singular values of L are shrunk
+        by nu and blocks of S by lam nu. Estimation noise of standard deviation sigma per entry therefore stays out of L
+        and S if nu >= sigma (sqrt(p) + sqrt(K q)) and lam nu is well above sigma sqrt(p q).
     with_common : bool
-        False leaves M out (and sum_k Y_k = 0 of the dual): Outlier Pursuit in blocks (Xu, Caramanis, Sanghavi
-        2012).
+        False leaves out M, and sum_k Y_k = 0 in the dual: Outlier Pursuit in blocks (Xu, Caramanis, Sanghavi 2012).
     tolerance : float
         Relative duality gap at which to stop.
     max_iterations : int
-        After these the best point so far is returned with ``certificate.converged`` False.
+        Largest number of iterations. When it is reached, the best point so far is returned, with
+        ``certificate.converged`` False unless its gap is within ``tolerance``.
 
     Returns
     -------
     Decomposition
-        Scaling all updates (and nu) scales it, permuting clients permutes it, rotating either side rotates
-        it. The optimum need not be unique; only its objective is certified.
+        Scaling all updates (and nu) scales it, permuting clients permutes it, rotating either side rotates it. The
+        optimum need not be unique; only its objective is certified.
 
     Raises
     ------
@@ -170,11 +170,11 @@ def _first_weight(clients: int) -> float:
 
 
 def _centre_in_window(problem: Problem, max_iterations: int) -> Problem:
-    """Move lam to the geometric mean of the window seen in a loose solution, at most three times.
+    """Move lam to the geometric mean of the window of a loose solution, at most three times.
 
-    1 stands for an infinite high end (nobody contaminated): the least that the end can be with a single
-    contaminated client, so that a lone one would still be seen. With nobody benign, or L = 0, lam is below
-    the window: it moves half way (geometrically) to 1.
+    An infinite upper end (no client is contaminated) is replaced by 1. This is the smallest upper end that a single
+    contaminated client can have, so a single contaminated client would still be found. If no client is benign, or L =
+    0, lam is below the window and moves half way (geometrically) to 1.
     """
     for _ in range(3):
         for iterate in itertools.islice(iterates(problem), max_iterations):
@@ -195,7 +195,7 @@ def _centre_in_window(problem: Problem, max_iterations: int) -> Problem:
 
 
 def _solve(problem: Problem, tolerance: float, max_iterations: int) -> _Solution:
-    """Iterate until the exact certificate holds; the quick one, which is free, says when to look."""
+    """Iterate until the exact certificate is within the tolerance; the cheap gap says when to compute it."""
     best = _without_contamination(problem)
     if best.certificate.relative_gap <= tolerance:
         return _stamp(best, 0, tolerance)
@@ -221,7 +221,7 @@ def _stamp(solution: _Solution, iterations: int, tolerance: float) -> _Solution:
 def _certify(
     problem: Problem, common_part: Tensor, low_rank: Tensor, contamination: Tensor, dual: Tensor
 ) -> _Solution:
-    """Bounds recomputed from the tensors by singular values, with the dual made exactly admissible."""
+    """Recompute the bounds from the tensors by singular values; the dual variable is scaled to be exactly feasible."""
     spectral = float(torch.linalg.matrix_norm(dual.flatten(1), ord=2))
     dual = dual / max(1.0, spectral)
     t, lower = dual_scale(problem, dual)
@@ -233,7 +233,7 @@ def _certify(
 
 
 def _given_contamination(problem: Problem, contamination: Tensor, dual: Tensor | None) -> _Solution:
-    """The best (M, L) for a given S; feasible, and S keeps its exact zeros."""
+    """Return the best (M, L) for a given S. The result is feasible, and S keeps its exact zeros."""
     rest = problem.data - contamination
     common_part = problem.centre(rest)
     rest = rest - common_part
@@ -241,7 +241,7 @@ def _given_contamination(problem: Problem, contamination: Tensor, dual: Tensor |
         return _certify(problem, common_part, rest, contamination, dual)
     U, values, Vh = torch.linalg.svd(rest.flatten(1), full_matrices=False)
     low_rank = (U * (values - problem.nu).clamp(min=0)) @ Vh if problem.nu > 0 else rest
-    if dual is None:  # the multiplier of the program with this S fixed
+    if dual is None:  # use the multiplier of the program with this S fixed
         values = torch.where(values > 1e-12 * values[0], values, 0.0)
         weights = (values / problem.nu).clamp(max=1) if problem.nu > 0 else (values > 0).double()
         dual = ((U * weights) @ Vh).reshape(rest.shape)
@@ -249,34 +249,34 @@ def _given_contamination(problem: Problem, contamination: Tensor, dual: Tensor |
 
 
 def _without_contamination(problem: Problem) -> _Solution:
-    """S = 0: averaging and PCA. Optimal when its multiplier has ||Y_k||_F <= lam for everybody."""
+    """Return the solution with S = 0: averaging and PCA. It is optimal if its multiplier has all ||Y_k||_F <= lam."""
     return _given_contamination(problem, torch.zeros_like(problem.data), None)
 
 
 def _given_low_rank(problem: Problem, iterate: Iterate) -> _Solution:
-    """The best S for a given (M, L)."""
+    """Return the solution with the best S for a given (M, L)."""
     rest = problem.data - iterate.common_part - iterate.low_rank
     contamination = shrink_blocks(rest, problem.lam * problem.nu)
     return _certify(problem, iterate.common_part, iterate.low_rank, contamination, iterate.dual)
 
 
 def lambda_window(low_rank: Tensor, contamination: Tensor, *, rank: int | None = None) -> tuple[float, float]:
-    """Interval of the weight lam in which the convex program can return this decomposition.
+    """Return the interval of lam in which the convex program can return this decomposition.
 
-    low = max_{k in S} ||V_k||_F,   high = 1 / || [C_k / ||C_k||_F]_{k not in S} ||_2,
+        low = max_{k in S} ||V_k||_F,   high = 1 / || [C_k / ||C_k||_F]_{k not in S} ||_2,
 
     where [L_1 .. L_K] = U diag(s) [V_1 .. V_K]' is the thin SVD (V_k is q x r), C_k is the contamination of
-    client k and S the clients whose contamination is negligible (below 1e-4 of the largest).
+    client k and S is the set of clients whose contamination is negligible (at most 1e-4 of the largest).
 
-    Derivation. Optimality of (M, L, C) asks for a multiplier Y with Y in the subdifferential of ||L||_*,
+    Derivation. If (M, L, C) is optimal, there is a multiplier Y with Y in the subdifferential of ||L||_*,
     Y_k = lam C_k / ||C_k||_F off S, ||Y_k||_F <= lam on S and sum_k Y_k = 0.
-    The first gives U'Y_k = V_k', so lam >= ||Y_k||_F >= ||V_k||_F for every k: the low end.
-    It also gives ||Y||_2 <= 1, hence lam || [C_k / ||C_k||_F]_{k not in S} ||_2 <= 1: the high end.
+    The first condition gives U'Y_k = V_k', so lam >= ||Y_k||_F >= ||V_k||_F for every k in S: the low end.
+    The first condition also gives ||Y||_2 <= 1, so lam || [C_k / ||C_k||_F]_{k not in S} ||_2 <= 1: the high end.
 
     Parameters
     ----------
     low_rank : Tensor (K, p, q)
-        Blocks L_k, in the gauge of the optimum: mean zero over clients, the mean being part of M.
+        Blocks L_k, in the gauge of the optimum: mean zero over clients, because the mean is part of M.
     contamination : Tensor (K, p, q)
         Blocks C_k; zero for benign clients.
     rank : int, optional
@@ -285,14 +285,13 @@ def lambda_window(low_rank: Tensor, contamination: Tensor, *, rank: int | None =
     Returns
     -------
     (low, high) : tuple of float
-        Dimensionless. low is 0 when L = 0 or nobody is benign; high is inf when nobody is contaminated.
+        Dimensionless. low is 0 if L = 0 or no client is benign; high is inf if no client is contaminated.
 
     Notes
     -----
-    Both ends are necessary, not sufficient: sum_k Y_k = 0 is not used, and contamination that leans to one
-    side (sum_k C_k / ||C_k||_F far from zero) pulls M aside, which costs L an extra direction. The window is
-    this project's own derivation for its reconstruction of the program; it is not taken from the paper
-    (arXiv:2605.21217).
+    Both ends are necessary, not sufficient. The derivation does not use sum_k Y_k = 0. Contamination that leans to one
+    side (sum_k C_k / ||C_k||_F far from zero) pulls M aside, which costs L an extra direction. The window is this
+    project's own derivation for its reconstruction of the program; it is not taken from the paper (arXiv:2605.21217).
     """
     count, p, q = low_rank.shape
     sizes = torch.linalg.vector_norm(contamination, dim=(1, 2))  # (K,)

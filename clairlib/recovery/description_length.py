@@ -1,6 +1,6 @@
-"""Description length: which candidate frame is the one of the benign clients.
+"""Description length: decide which candidate frame is that of the benign clients.
 
-The clients are described as members of frames and as outliers; the partition with the shortest description decides.
+Each client is coded either as a member of a frame or as an outlier; the partition with the shortest code decides.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from clairlib.recovery.effective_dimensions import EffectiveDimensions
 from clairlib.recovery.frame import Frame, centred, floor_energy, rank_limit
 from clairlib.recovery.leave_one_out import leave_one_out
 
-OWN_RANK = 16  # directions of its own that an outlier is described with at most
-OUTLIER_NOISE_RATIO = 1.5  # times the noise energy of a benign client: whoever is further off is coded as an outlier
+OWN_RANK = 16  # largest number of directions of its own with which an outlier is described
+# own energy per degree of freedom, over the noise, above which only the own part counts
+OUTLIER_NOISE_RATIO = 1.5
 
 
 def best_set(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
-    """The candidate of the shortest description, each candidate's set being tried at the others' ranks too."""
+    """Return the candidate whose set has the shortest description; each set is tried at the other sets' ranks too."""
     best = shortest_description(X, weights, at_every_rank(X, weights, candidates))
     return next(frame for frame in candidates if torch.equal(frame.members, best.members))
 
 
 def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[Frame]:
-    """The candidates, and their sets with the ranks of the others: sets are compared, not the ranks found for them."""
+    """Return the candidates, and their sets with the ranks of the others.
+
+    So the sets are compared, not the ranks estimated for them.
+    """
     p, q = candidates[0].shared_block[0], X.shape[2]
     frames = list(candidates)
     for frame in candidates:
@@ -41,14 +45,16 @@ def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[F
 
 
 def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
-    """The frame that describes most members in the cheapest description of the clients as frames and outliers.
+    """Return the frame with the most members in the shortest description of the clients as members and outliers.
 
-    The length of a partition, in twice natural units, is the sum over clients of the cheapest way to describe each,
-    plus log p for every parameter of the frames in use, plus the price of claiming contamination at all.
+    The length of a partition is in twice natural units. It is the sum over clients of each client's cheapest
+    description, plus log p for every parameter of the frames in use, plus a fixed price if any client is described as
+    contaminated.
     """
     K = len(X)
     costs, overheads = description_lengths(X, weights, candidates)
-    price = stats.norm.isf(FAMILY_ERROR / K) ** 2  # claiming an outlier must beat the luckiest of K benign clients
+    # An outlier must save more than the most extreme of K benign clients would by chance.
+    price = stats.norm.isf(FAMILY_ERROR / K) ** 2
     best: tuple[float, list[int]] | None = None
     for first in range(len(candidates)):
         chosen, cost, length = [first], costs[first], float(costs[first].sum() + overheads[first])
@@ -67,20 +73,21 @@ def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) ->
         if best is None or length < best[0]:
             best = (length, chosen)
     assert best is not None
-    cheapest = costs[best[1]].argmin(dim=0)  # where each client is described, in the order of best[1]
+    cheapest = costs[best[1]].argmin(dim=0)  # the frame, in the order of best[1], that describes each client
     described = [int((candidates[c].members & (cheapest == i)).sum()) for i, c in enumerate(best[1])]
     return candidates[best[1][described.index(max(described))]]
 
 
 def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> tuple[Tensor, Tensor]:
-    """Cost (F, K) of describing each client through each frame, and of describing each frame (F,).
+    """Return the cost (F, K) of each client's description through each frame, and the cost (F,) of each frame.
 
-    In units of the noise of one degree of freedom, taken left one out from the frame with the least noise, and with its
-    effective dimensions (rows, columns): a member costs the energy of its residual and log p for each of its
-    coefficients. An outlier has g directions of its own, at rows + columns - g parameters each, and a variance of its
-    own for the rest (`own_variance`); on top of the frame's subspace and its coefficients, or without it; whichever is
-    least. Bounded influence, so that outliers do not choose the frame, and no frame is cheaper for holding
-    directions that only one client uses. A frame costs log p for each parameter of its subspace and its common part.
+    The unit is the noise energy of one degree of freedom, estimated from leave-one-out residuals. The estimate is that
+    of the frame with the least noise; its effective dimensions (rows, columns) are used for all frames. A member costs
+    the energy of its residual, and log p for each of its coefficients. An outlier has g directions of its own, at rows
+    + columns - g parameters each, and a variance of its own for the rest (`own_variance`). It is described on top of
+    the frame's subspace, with coefficients, or without the subspace, whichever is cheaper. The influence of an outlier
+    is bounded, so outliers do not choose the frame, and a frame is not cheaper for holding directions that only one
+    client uses. A frame costs log p for each parameter of its subspace and its common part.
     """
     K, p, q = X.shape
     noise = [left_out_noise(X, weights, f) for f in candidates]
@@ -91,13 +98,15 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
     rows, price = p_eff + base.rank, log(p)
 
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
-    without_subspace: dict[bytes, Tensor] = {}  # an outlier's description: the same at every rank of a set
+    # cost of an outlier without the subspace; it is the same at every rank of a set
+    without_subspace: dict[bytes, Tensor] = {}
     for i, frame in enumerate(candidates):
         coefficients, D = price * frame.rank * q_eff, _differences(X, weights, frame)
         R = project_out(frame.basis, D)
         total = weights[frame.members].sum()
-        own = total / (total + weights)  # part of an outsider's energy that is its own
-        off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the reference may leave next to no room
+        # part of a non-member's energy that is its own rather than the error of the mean
+        own = total / (total + weights)
+        off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the base may leave almost no rows
         in_frame = _own_description(R / unit**0.5, off, q_eff, own, price) + coefficients
         key = frame.members.cpu().numpy().tobytes()
         if key not in without_subspace:
@@ -110,7 +119,10 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
 
 
 def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price: float) -> Tensor:
-    """Cheapest description (K,) of residuals in units of the noise: g directions of their own, then a variance."""
+    """Return the cost (K,) of describing residuals, in units of the noise, by g directions of their own and a variance.
+
+    g is the cheapest number of directions for each client.
+    """
     tails = tail_energies(R, int(min(rows, columns, OWN_RANK)))  # (K, g + 1)
     g = torch.arange(tails.shape[1], device=R.device)
     free = (rows - g) * (columns - g)  # degrees of freedom left to noise
@@ -127,10 +139,12 @@ def _residuals(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 
 
 def with_neglected(R: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    """Residuals (K, p, q) from a frame with the energy of the mean's noise in coordinates that other clients own.
+    """Add to residuals (K, p, q) from a frame the energy that the compressed cores neglect.
 
-    The cores neglect it, a share w_k / W of a client's own noise: a frame of few members, in which it is large, would
-    look the quieter for it. It is counted on the client's own coordinates, as if the others' noise were its own.
+    In the own coordinates of a member j, the members' mean has a fraction w_j / W of the noise of j. The cores neglect
+    this part in the residuals of all other clients. Without it, a frame with few members, whose fractions are large,
+    would seem to have less noise. The energy is added in each client's own coordinates, as if the noise of the others
+    were its own.
     """
     rows, columns = frame.shared_block
     if frame.shared_block == R.shape[1:]:
@@ -144,10 +158,11 @@ def with_neglected(R: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 
 
 def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:
-    """Off-subspace noise energy of a member: its residual left one out, less what the subspace without it lost.
+    """Return the off-subspace noise energy of a member, from its leave-one-out residuals.
 
-    In-sample residuals would be far too small where a few clients are fitted with many directions, the largest of
-    their noise.
+    The energy is divided by 1 + r / (q (s - 1)), because a subspace fitted without the member leaves that much more
+    outside. In-sample residuals would be far too small if a few clients are fitted with many directions, because these
+    are the largest directions of their noise.
     """
     R = with_neglected(leave_one_out(X, weights, frame), weights, frame)
     energy = R[frame.members].square().sum(dim=(1, 2)).mean()
@@ -155,21 +170,29 @@ def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:
 
 
 def free_clients(frame: Frame, q: int) -> float:
-    """Members less what the fit used up of their off-subspace noise: one for the mean, r / q for the subspace."""
+    """Return the number of members less the part of their off-subspace noise that the fit used up.
+
+    The mean uses up one member, the subspace r / q.
+    """
     return max(frame.size - 1 - frame.rank / q, 0.5)
 
 
 def own_variance(x: Tensor, own: Tensor) -> Tensor:
-    """Cost per degree of freedom of an outsider with a variance of its own, ``own`` part of x its own.
+    """Return the cost per degree of freedom of a non-member with a variance of its own.
 
-    1 + log x; x where that is less than one, as no variance is below the noise of the others. Far off, the error of
-    the members' mean is not the outlier's; close by, it is what being outside costs.
+    ``x`` is its energy per degree of freedom in units of the noise, and ``own`` the part of x that is its own. If x own
+    exceeds ``OUTLIER_NOISE_RATIO``, it replaces x: far from the frame, the error of the members' mean is not part of
+    the outlier's variance. Closer to the frame, that error is the price of being outside. The cost is 1 + log x, or x
+    if x < 1, because no variance is below the noise of the members.
     """
     x = torch.where(x * own > OUTLIER_NOISE_RATIO, x * own, x)
     return torch.where(x > 1, 1 + x.clamp(min=1).log(), x)
 
 
 def tail_energies(R: Tensor, largest: int) -> Tensor:
-    """Energy of each residual (K, p, q) beyond its g top singular directions, (K, largest + 1), g = 0 .. largest."""
+    """Return the energy (K, largest + 1) of each residual (K, p, q) beyond its top g singular directions.
+
+    g runs over 0 .. largest.
+    """
     squares = squared_singular_values(R)
     return torch.nn.functional.pad(squares.flip(1).cumsum(dim=1).flip(1), (0, 1))[:, : largest + 1]

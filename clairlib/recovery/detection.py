@@ -1,8 +1,9 @@
-"""Who is contaminated: calibration of log scores on a set of benign clients, and the two decisions.
+"""Detection of contaminated clients: calibration of log scores on a set of benign clients, and two decisions.
 
-(i) Is anybody contaminated, one by one or as a group? At a nominal family-wise error of ``FAMILY_ERROR`` when nobody
-is; measured, not proved.
-(ii) If so, who? The cut that errs least: where a two-component model of the log scores gives posterior one half.
+Decision (i): is any client contaminated, either one by one or as a group? The nominal family-wise error if no client is
+contaminated is ``FAMILY_ERROR``; it is measured, not proved.
+Decision (ii): which clients are contaminated? The cut with the least error is used: the point where a two-component
+model of the log scores gives posterior one half.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from scipy import special, stats
 from torch import Tensor
 
 FAMILY_ERROR = 0.01
-STRANGER_ERROR = 0.001  # with Simes' half of FAMILY_ERROR still within it
-PRIOR_CLIENTS = 6.0  # weight, in clients, of the noise law's own spread against the spread seen between members
+STRANGER_ERROR = 0.001  # level of the test for a group; together with Simes' half it stays within FAMILY_ERROR
+PRIOR_CLIENTS = 6.0  # weight, in clients, of the variance under pure noise against the variance between members
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where every client stands against the benign members.
+    """Position of every client relative to the benign members.
 
-    ``z`` (K,) distance from the members' mean log score in standard deviations, and ``p_values`` (K,), the chance of
-    a benign client's score at least as high. A member is compared with the others only.
+    ``z`` (K,) is the distance from the members' mean log score in standard deviations. ``p_values`` (K,) is the chance
+    that a benign client's score is at least as high. A member is compared with the other members only.
     """
 
     z: Tensor
@@ -34,36 +35,37 @@ class Calibration:
 def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibration:
     """Compare every log score with those of the members, by a moderated t statistic.
 
-    The members' variance is shrunk towards ``variance``, that of pure noise, as if seen in ``PRIOR_CLIENTS`` more
-    clients (Smyth 2004), which keeps power when members are few; a member is left out of its own comparison.
+    The members' variance is shrunk towards ``variance``, the variance under pure noise, with the weight of
+    ``PRIOR_CLIENTS`` further clients (Smyth 2004). This keeps power if there are few members. A member is left out of
+    its own comparison.
     """
     x, n = log_scores.double(), int(members.sum())
     mean = x[members].mean()
     deviation = x - mean
     squares = deviation[members].square().sum()
-    left = torch.where(members, n - 1, n)  # members each client is compared with
+    left = torch.where(members, n - 1, n)  # number of members with which each client is compared
     shift = torch.where(members, n / max(n - 1, 1), torch.ones_like(x))
     rest = torch.where(members, squares - deviation.square() * n / max(n - 1, 1), squares).clamp(min=0.0)
     freedom = PRIOR_CLIENTS + left - 1
     spread = ((PRIOR_CLIENTS * variance + rest) / freedom).sqrt()
     z = deviation * shift / (spread * (1 + 1 / left).sqrt())
-    p_values = special.stdtr(freedom.cpu().numpy(), -z.cpu().numpy())  # that of Student's t beyond z
+    p_values = special.stdtr(freedom.cpu().numpy(), -z.cpu().numpy())  # upper tail of Student's t beyond z
     return Calibration(z, torch.as_tensor(p_values, device=x.device))
 
 
 def any_contaminated(p_values: Tensor) -> bool:
-    """Decision (i): does Simes' test reject that all clients are benign?
+    """Decision (i): return whether Simes' test rejects that all clients are benign.
 
-    min_i K p_(i) / i over the sorted p-values (Simes 1986): as strict as Bonferroni on one extreme client, with power
-    where many stand out a little. Its level is a theorem for independent p-values; those of clients compared with one
-    another are slightly dependent, so here it is nominal. Half of ``FAMILY_ERROR`` is spent here, the other half is
-    left to the search that chose the members.
+    The statistic is min_i K p_(i) / i over the sorted p-values (Simes 1986). The test is as strict as Bonferroni for
+    one extreme client and has power if many clients stand out a little. Its level is a theorem for independent
+    p-values. The p-values of clients that are compared with one another are slightly dependent, so the level is nominal
+    here. Half of ``FAMILY_ERROR`` is spent here; the other half is left to the search that chose the members.
     """
     return simes_cut(p_values) >= 0
 
 
 def simes_cut(p_values: Tensor) -> float:
-    """The largest p-value p_(i) with K p_(i) / i <= ``FAMILY_ERROR`` / 2, -1 where there is none."""
+    """Return the largest p-value p_(i) with K p_(i) / i <= ``FAMILY_ERROR`` / 2, or -1 if there is none."""
     ordered = p_values.sort().values
     places = torch.arange(1, len(ordered) + 1, dtype=ordered.dtype, device=ordered.device)
     rejected = ordered[len(ordered) * ordered / places <= FAMILY_ERROR / 2]
@@ -71,10 +73,11 @@ def simes_cut(p_values: Tensor) -> float:
 
 
 def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: float, inside: Tensor) -> Tensor:
-    """Both decisions: the benign clients (K,) bool; everybody when nobody stands out.
+    """Make both decisions: return the benign clients (K,) bool, which are all clients if none stands out.
 
-    ``p_values`` are those calibrated on ``members``; decision (ii) starts from the members they do not reject, and from
-    all of them where it needs the group to be told apart by what is ``inside`` the subspace.
+    ``p_values`` are calibrated on ``members``. ``inside`` (K,) are log energies inside the subspace. If Simes' test
+    rejects, decision (ii) starts from the members that it does not reject. Otherwise decision (ii) starts from all
+    members, and counts only if its suspects lack energy inside the subspace.
     """
     if any_contaminated(p_values):
         return least_error_set(log_scores, members & (p_values > simes_cut(p_values)), variance)
@@ -83,12 +86,14 @@ def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: 
 
 
 def lacks_subspace_energy(inside: Tensor, suspects: Tensor) -> bool:
-    """Decision (i) for a group: do the suspects have less energy inside the subspace (K,) than the others?
+    """Decision (i) for a group: return whether the suspects have less energy in the subspace than the other clients.
 
-    A one-sided Mann-Whitney test at ``STRANGER_ERROR``. Whoever does not use the subspace has next to nothing in it.
-    If all clients were benign, their parts inside it, each its own, would be exchangeable. Suspects are chosen by what
-    lies outside, but for the size of their update, in which both parts count, so the level is nominal, not exact. Never
-    decides who: a client that lacks a part inside, or has a large one, is not flagged for that.
+    ``inside`` (K,) are the log energies in the subspace. The test is a one-sided Mann-Whitney test at level
+    ``STRANGER_ERROR``. A client that does not use the subspace has almost no energy in it. If all clients were benign,
+    their individual parts inside the subspace would be exchangeable. Suspects are chosen by their energy outside the
+    subspace, corrected for the size of the update, which includes both parts. Therefore the level is nominal, not
+    exact. This test never decides which clients are contaminated: a client is not flagged because its part inside is
+    missing or large.
     """
     if not bool(suspects.any()) or bool(suspects.all()):
         return False
@@ -97,14 +102,15 @@ def lacks_subspace_energy(inside: Tensor, suspects: Tensor) -> bool:
 
 
 def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds: int = 30) -> Tensor:
-    """Decision (ii): the benign clients (K,) bool under a two-component model of the log scores.
+    """Decision (ii): return the benign clients (K,) bool under a two-component model of the log scores.
 
-    Starts from ``members`` and gives every client to the likelier component until nobody moves. Each component is
-    normal with unknown centre and variance, seen through the *other* clients: a Student t. The benign variance is
-    shrunk towards ``variance`` with the weight of ``PRIOR_CLIENTS`` clients, the contaminated one towards the square of
-    a quarter of the distance between the centres, which puts the midpoint two deviations off, with the weight of one
-    client. A client below the benign centre is benign; a lone suspect stays contaminated, as nothing is known of its
-    component.
+    The iteration starts from ``members`` and assigns every client to the likelier component until no client moves, at
+    most ``rounds`` times. Each component is normal with unknown centre and variance, estimated from the *other*
+    clients, so a client's predictive distribution is a Student t. The benign variance is shrunk towards ``variance``
+    with the weight of ``PRIOR_CLIENTS`` clients. The contaminated variance is shrunk, with the weight of one client,
+    towards the square of a quarter of the distance between the centres, which puts the midpoint two standard deviations
+    away. A client below the benign centre is benign. A single suspect stays contaminated, because nothing is known of
+    its component.
     """
     x = log_scores.double().cpu().numpy()
     benign = members.cpu().numpy().copy()
@@ -117,7 +123,7 @@ def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds
 
 
 def _likelier_benign(x: np.ndarray, benign: np.ndarray, variance: float) -> np.ndarray:
-    """Is each client (K,) likelier benign than contaminated, judged by components fitted to the others?"""
+    """Return whether each client (K,) is likelier benign than contaminated, by components fitted to the others."""
     n, low, low_squares = _without_each(x, benign)
     m, high, high_squares = _without_each(x, ~benign)
     tight = (PRIOR_CLIENTS * variance + low_squares) / (PRIOR_CLIENTS + n - 1)
@@ -126,14 +132,14 @@ def _likelier_benign(x: np.ndarray, benign: np.ndarray, variance: float) -> np.n
     as_contaminated = stats.t.logpdf(x, m.clip(min=1), high, np.sqrt(wide * (1 + 1 / m.clip(min=1))))
     with np.errstate(divide="ignore"):
         likelier = as_benign + np.log(n) > as_contaminated + np.log(m)
-    undecided = (n == 0) | (m == 0) | (high <= low)  # nothing to tell the components apart by
+    undecided = (n == 0) | (m == 0) | (high <= low)  # the components cannot be told apart
     return np.where(undecided, benign, (x <= low) | likelier)
 
 
 def _without_each(x: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Size, mean and sum of squared deviations (K,) of a group of scores without each client in turn."""
+    """Return size, mean and sum of squared deviations (K,) of a group of scores without each client in turn."""
     n = group.sum() - group
     mean = x[group].mean() if group.any() else 0.0
-    shift = np.where(group, (x - mean) / n.clip(min=1), 0.0)  # what leaving a member out takes from the mean
+    shift = np.where(group, (x - mean) / n.clip(min=1), 0.0)  # decrease of the mean when the member is left out
     squares = ((x[group] - mean) ** 2).sum() - shift * (x - mean) * (n + 1)
     return n, mean - shift, squares.clip(min=0.0)

@@ -1,4 +1,4 @@
-"""Effective dimensions and degrees of freedom of the noise in residuals."""
+"""Effective dimensions and degrees of freedom of the estimation noise in residuals."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ SharedBlock = tuple[int, int]  # rows, columns
 
 @dataclass(frozen=True)
 class EffectiveDimensions:
-    """How the noise in residuals ``R`` (n, p, q) spreads over rows and columns.
+    """Distribution of the noise in residuals ``R`` (n, p, q) over rows and columns.
 
-    The first ``shared_block`` rows and columns are coordinates of all n clients, the rest each client's own; all are common
-    where None. A covariance C has (tr C)^2 / tr C^2 effective dimensions. Seen through N samples, tr C^2 is too large
-    by (tr C)^2 / N, for which both numbers are corrected.
+    The first ``shared_block`` rows and columns are coordinates of all n clients; the rest are each client's own. None
+    means that all rows and columns are coordinates of all clients. A covariance C has (tr C)^2 / tr C^2 effective
+    dimensions. If C is estimated from N samples, tr C^2 is too large by (tr C)^2 / N; both effective dimensions are
+    corrected for this.
     """
 
     R: Tensor
@@ -25,7 +26,7 @@ class EffectiveDimensions:
 
     @cached_property
     def dimensions(self) -> SharedBlock:
-        """Rows and columns of all clients together: what is common, and each client's own."""
+        """Number of rows and columns of all clients together: those in the shared block, and each client's own."""
         rows, columns = self._shared_block
         size = self.R.abs()
         own_rows, own_columns = size[:, rows:].amax(dim=2) > 0, size[:, :, columns:].amax(dim=1) > 0
@@ -33,14 +34,14 @@ class EffectiveDimensions:
 
     @cached_property
     def concentrations(self) -> tuple[float, float]:
-        """tr C^2 / (tr C)^2 of the covariance of the rows, and of that of the columns, over all clients."""
+        """tr C^2 / (tr C)^2 of the row covariance and of the column covariance, over all clients."""
         return _concentration(self.R, self._shared_block[0]), _concentration(self.R.mT, self._shared_block[1])
 
     def effective_dimensions(self, clients: float | None = None) -> tuple[float, float]:
-        """Effective rows and columns of all clients together.
+        """Return the effective rows and columns of all clients together.
 
-        The rows are seen through n times the effective columns, the columns through n times the effective rows.
-        ``clients`` takes the place of n where a fit to these clients has used some up.
+        The row covariance is estimated from n times (effective columns) samples, the column covariance from n times
+        (effective rows) samples. ``clients`` replaces n if a fit to these clients has used up some of them.
         """
         (p, q), (across_rows, across_columns) = self.dimensions, self.concentrations
         n = float(len(self.R) if clients is None else clients)
@@ -51,11 +52,12 @@ class EffectiveDimensions:
         return rows, columns
 
     def degrees_of_freedom(self, squares: Tensor) -> float:
-        """Satterthwaite's degrees of freedom of one client's residual energy: effective rows times effective columns.
+        """Return Satterthwaite's degrees of freedom of one client's residual energy: effective rows times columns.
 
-        One side is taken over all clients together, the other within each client, whichever way gives fewer: the noise
-        of a low-rank adapter is confined to few directions, other ones than its neighbours'. (p - r) q for isotropic
-        noise. ``squares`` (n, min(p, q)) are the squared singular values of the residuals.
+        One side is estimated over all clients together and the other within each client; the smaller of the two
+        products is returned. The reason is that the noise of a low-rank adapter is confined to few directions, which
+        differ between clients. For isotropic noise the result is (p - r) q. ``squares`` (n, min(p, q)) are the squared
+        singular values of the residuals.
         """
         trace = squares.sum(dim=1).clamp(min=torch.finfo(squares.dtype).tiny)
         within = float((squares.square().sum(dim=1) / trace.square()).mean())
@@ -72,7 +74,10 @@ class EffectiveDimensions:
 
 
 def _freedom(n: int, p: int, q: int, across: float, within: float) -> float:
-    """Effective rows over all n clients times effective columns within a client, from tr C^2 / (tr C)^2 of both."""
+    """Return effective rows over all n clients times effective columns within a client.
+
+    ``across`` and ``within`` are tr C^2 / (tr C)^2 of the two covariances.
+    """
     rows, columns = float(p), float(q)
     for _ in range(20):
         columns = min(q, 1 / max(within - 1 / rows, 1 / q))
@@ -81,11 +86,11 @@ def _freedom(n: int, p: int, q: int, across: float, within: float) -> float:
 
 
 def _concentration(R: Tensor, rows: int) -> float:
-    """tr C^2 / (tr C)^2 of the row covariance C of residuals (n, p, q), of which ``rows`` rows are in common."""
+    """Return tr C^2 / (tr C)^2 of the row covariance C of residuals (n, p, q), whose first ``rows`` rows are shared."""
     shared, own = R[:, :rows], R[:, rows:]
     C = torch.einsum("kpq,krq->pr", shared, shared)
     square, trace = C.square().sum(), C.trace()
-    if own.shape[1]:  # a block for every client
+    if own.shape[1]:  # own rows: one further diagonal block of C per client
         square = square + 2 * (shared @ own.mT).square().sum() + (own @ own.mT).square().sum()
         trace = trace + own.square().sum()
     return float(square / trace.square().clamp(min=torch.finfo(R.dtype).tiny))

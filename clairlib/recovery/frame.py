@@ -1,9 +1,14 @@
-"""Frames: a subspace with an off-subspace common part, fitted to a set of clients, and residuals left one out.
+"""Frames: fit an affine subspace to a set of clients.
 
-The output side is the row side (p). Clients come as a float64 stack X (K, p, q) with weights w (K,): the noise
-variance of client k is proportional to 1 / w_k. The first rows and columns are coordinates that all clients have in
-``shared_block``; the rest, where there are any, are each client's own, orthogonal to those of all others: what is there has
-no part in the subspace, and in the mean of the members only through the client itself.
+A frame is a pair (P, C): the projector P onto an r-dimensional subspace of the output side, and the common part C off
+this subspace (P C = 0). It stands for the affine subspace {C + U F}, where U (p, r) is a basis of the subspace and F
+(r, q) is free. Throughout this package "frame" has this meaning.
+
+The output side is the row side (p). Clients come as a float64 stack X (K, p, q) with weights w (K,): the noise variance
+of client k is proportional to 1 / w_k. The first rows and columns, counted by ``shared_block``, are coordinates of all
+clients. The remaining ones, if any, are each client's own: client k's own coordinates are orthogonal to those of every
+other client, although they are stored at the same positions. The entries there have no part in the subspace, and they
+enter the mean of the members only through the client itself.
 """
 
 from __future__ import annotations
@@ -17,17 +22,17 @@ from clairlib.linalg.downdating import held_out_energies
 from clairlib.linalg.rank import EDGE_SPAN, estimate_rank, gap_rank, held_out_rank, resolved_rank
 from clairlib.recovery.effective_dimensions import SharedBlock
 
-ROUNDING_ENERGY = 1e-20  # energies below this part of the mean client's are rounding, not signal
+ROUNDING_ENERGY = 1e-20  # energies below this fraction of a client's mean energy are rounding, not signal
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An r-frame (P, C) fitted to ``members``.
+    """A frame (P, C) of dimension r, fitted to ``members`` (K,) bool.
 
-    ``basis`` U (p, r) with P = U U' (unique up to rotation of its columns), ``mean`` the weighted mean M (p, q) of the
-    members (C = P_perp M), ``eigenvalues`` (p,) of their weighted centred scatter, descending, and its eigenvectors
-    (p, p), of which the basis is the first r. ``shared_block`` (rows, columns) that all clients share: mean, eigenvalues and
-    eigenvectors are of these, and zero elsewhere.
+    ``basis`` U (p, r) with P = U U', unique up to rotation of its columns. ``mean`` M (p, q), the weighted mean of the
+    members; C = P_perp M. ``eigenvalues`` (p,) of the members' weighted centred scatter, descending, and its
+    ``eigenvectors`` (p, p); the basis is the first r of them. ``shared_block`` (rows, columns), the number of leading
+    coordinates of all clients: mean, eigenvalues and eigenvectors live there, and are zero elsewhere.
     """
 
     members: Tensor
@@ -49,16 +54,17 @@ class Frame:
 
 
 def rank_limit(members: int, p: int, q: int) -> int:
-    """Largest rank that ``members`` clients can support when each is left out in turn, and at most p - 1."""
+    """Return the largest rank that ``members`` clients support when each is left out in turn; at most p - 1."""
     return max(0, min(p - 1, (members - 2) * q, (members - 1) * q // 2 + 1))
 
 
 def fit_frame(
     X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None, shared_block: SharedBlock | None = None
 ) -> Frame:
-    """Frame of a set of clients: weighted mean, and the leading eigenvectors of the centred scatter.
+    """Fit a frame to a set of clients: their weighted mean, and the leading eigenvectors of their centred scatter.
 
-    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank; ``shared_block=None`` is all of p and q.
+    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank. ``shared_block=None`` means all of p and
+    q.
     """
     rows, columns = shared_block = shared_block or (X.shape[1], X.shape[2])
     w = weights[members]
@@ -75,7 +81,10 @@ def fit_frame(
 
 
 def _less_mean(X: Tensor, shares: Tensor, mean: Tensor, shared_block: SharedBlock) -> Tensor:
-    """X_k - M of clients that have these ``shares`` (K,) in the mean: all of what it has in their own coordinates."""
+    """Return X_k - M for clients with fractions ``shares`` (K,) of the total weight of M.
+
+    In a client's own coordinates M consists of this client's entries only, times its fraction.
+    """
     D = X - mean
     rows, columns = shared_block
     if shared_block != X.shape[1:]:
@@ -86,16 +95,17 @@ def _less_mean(X: Tensor, shares: Tensor, mean: Tensor, shared_block: SharedBloc
 
 
 def centred(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    """X_k - M (K, p, q); a client that is no member has no share in M."""
+    """Return X_k - M (K, p, q). A client that is not a member has no weight in M."""
     W = weights[frame.members].sum()
     return _less_mean(X, torch.where(frame.members, weights / W, 0.0), frame.mean, frame.shared_block)
 
 
 def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
-    """The frame with the directions that its members should keep of their own.
+    """Return the frame with all directions that refinement should keep as the members' own.
 
-    Those of the gap that ends the spectrum. Where there is none, those that hold more signal than noise in clients held
-    out: the verdict is better off with few directions, a client with all that pay.
+    If a gap ends the spectrum, these are the directions of the frame. If not, they are the directions that hold more
+    signal than noise in held-out clients. The two choices differ because the verdict is better with few directions,
+    while a refined client is better with every direction that pays.
     """
     if gap_rank(frame.eigenvalues[: resolved_rank(frame.eigenvalues)], frame.rank) == frame.rank:
         return frame
@@ -110,18 +120,22 @@ def _gram(D: Tensor) -> Tensor:
 
 
 def member_loads(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    """E_k (n, p, q) of the members, in the scatter's eigenvectors: it loses E_k E_k' when the frame does without k."""
+    """Return E_k (n, p, q) of the members, in the coordinates of the scatter's eigenvectors.
+
+    Without client k the scatter decreases by E_k E_k'.
+    """
     w = weights[frame.members]
-    loss = (w * w.sum() / (w.sum() - w)).sqrt()  # of w_k W / (W - w_k) D_k D_k'
+    loss = (w * w.sum() / (w.sum() - w)).sqrt()  # the scatter decreases by w_k W / (W - w_k) D_k D_k'
     return frame.eigenvectors.T @ centred(X, weights, frame)[frame.members] * loss[:, None, None]
 
 
 def _rank(D: Tensor, values: Tensor, own: bool) -> int:
-    """Rank of centred blocks D (n, p, q), scatter eigenvalues ``values``; ``own``: do clients have other rows as well?
+    """Estimate the rank of centred blocks D (n, p, q), whose scatter has the eigenvalues ``values``.
 
-    Where every client lies in what the others span, there is no noise, and all of it is shared. The noise of low-rank
-    adapters is confined as well, to as many directions as their ranks add up to, but each brings its own, and so does
-    a client that shares nothing; then the gap is sought among the directions that are there.
+    ``own`` says whether the clients have rows of their own outside the shared block. If not, and if every client lies
+    in the span of the others, there is no noise and every direction is shared. The noise of low-rank adapters also lies
+    in few directions, as many as the ranks of the adapters add up to, but each client brings its own ones. So does a
+    client that shares nothing. In these cases the gap is searched among the directions that are present.
     """
     n, p, q = D.shape
     resolved, limit = resolved_rank(values), rank_limit(n, p, q)
@@ -129,13 +143,13 @@ def _rank(D: Tensor, values: Tensor, own: bool) -> int:
         others = [_gram(rest - rest.mean(dim=0)) for rest in (torch.cat([D[:k], D[k + 1 :]]) for k in range(n))]
         if all(resolved_rank(values) == resolved for values in torch.linalg.eigvalsh(torch.stack(others)).flip(1)):
             return resolved
-    if own:  # the last directions in common are there for the common part, or for the few clients that have them
+    if own:  # the last shared rows serve the common part, or belong to a few clients only
         resolved, limit = min(resolved, p // 2 + EDGE_SPAN), min(limit, p // 2)
     return estimate_rank(values[:resolved], limit)
 
 
 def floor_energy(X: Tensor) -> float:
-    """Energy below which a residual counts as exactly zero: rounding of the mean client's energy."""
+    """Return the energy below which a residual counts as exactly zero: the rounding of a client's mean energy."""
     energy = float(torch.linalg.vector_norm(X)) ** 2 / len(X)
     return max(ROUNDING_ENERGY * energy, torch.finfo(torch.float64).tiny)
 

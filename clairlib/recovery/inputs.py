@@ -1,4 +1,4 @@
-"""The public door: client updates in any accepted form, checked once, and results given back in the same form."""
+"""Input checks: read client updates in every accepted form once, and give results back in the same form."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from clairlib.core.limits import MINIMUM_CLIENTS
 from clairlib.linalg.low_rank import LowRank
 
-SINGLE = "update"  # name of the module when updates are not given by module
-MAX_WEIGHT_RATIO = 1e9  # beyond, a sum over clients in float64 no longer sees the smallest weight
+SINGLE = "update"  # name of the module if updates are not given by module
+MAX_WEIGHT_RATIO = 1e9  # at larger ratios, a sum over clients in float64 no longer resolves the smallest weight
 
 
 @dataclass(frozen=True)
 class Module:
-    """The clients' updates of one weight matrix, output or input side first as asked for.
+    """The clients' updates of one weight matrix, with the side whose subspace is sought as rows.
 
-    ``updates`` is a stack (K, p, q) or a list of LowRank; ``transposed`` says that rows and columns were swapped.
+    ``updates`` is a stack (K, p, q) or a list of LowRank. ``transposed`` says that rows and columns were swapped,
+    ``numpy`` that results are returned as numpy arrays.
     """
 
     name: str
@@ -32,22 +33,22 @@ class Module:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(p, q), p the side whose subspace is sought."""
+        """(p, q), where p is the side whose subspace is sought."""
         first = self.updates[0]
         return (int(first.shape[0]), int(first.shape[1]))
 
     @property
     def reference(self) -> Tensor:
-        """A tensor with the dtype and device in which results are given back."""
+        """A tensor with the dtype and the device in which results are returned."""
         return self.updates if isinstance(self.updates, Tensor) else self.updates[0].B
 
     def out(self, tensor: Tensor) -> Any:
-        """A result tensor in the input's dtype, numpy where the input was."""
+        """Return a result tensor in the dtype of the input, as a numpy array if the input was one."""
         tensor = tensor.to(self.reference.dtype)
         return tensor.cpu().numpy() if self.numpy else tensor
 
     def out_update(self, update: LowRank) -> Any:
-        """A p x q result: factored where the input was, dense where it was dense; in the input's orientation."""
+        """Return a p x q result in the orientation of the input: factored if the input was factored, else dense."""
         update = transpose(update) if self.transposed else update
         if isinstance(self.updates, Tensor):
             return self.out(update.dense())
@@ -60,11 +61,16 @@ def transpose(update: LowRank) -> LowRank:
 
 
 def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list[Module], list[str], bool]:
-    """Check updates and bring them into modules.
+    """Check updates and convert them to modules.
 
     Returns
     -------
-    list of Module, client names, and whether the input was a dict of modules.
+    list of Module
+        The modules, in the order of the input.
+    list of str
+        Client names.
+    bool
+        Whether the input was a dict of modules.
 
     Raises
     ------
@@ -86,12 +92,12 @@ def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list
     for module, count in counts.items():
         if count != K:
             first = next(iter(counts))
-            raise ValueError(f"modules must have one update a client; {module!r} has {count}, {first!r} has {K}")
+            raise ValueError(f"every module must have one update per client; {module!r} has {count}, {first!r} has {K}")
     if K < MINIMUM_CLIENTS:
-        raise ValueError(f"need at least {MINIMUM_CLIENTS} clients to tell who agrees with whom; got {K}")
+        raise ValueError(f"need at least {MINIMUM_CLIENTS} clients to tell which of them differ; got {K}")
     clients = [f"client_{k}" for k in range(K)] if names is None else [str(name) for name in names]
     if len(clients) != K:
-        raise ValueError(f"names must have one entry a client; got {len(clients)} names for {K} clients")
+        raise ValueError(f"names must have one entry per client; got {len(clients)} names for {K} clients")
     if len(set(clients)) != K:
         twice = next(name for name in clients if clients.count(name) > 1)
         raise ValueError(f"client names must differ; {twice!r} is given twice")
@@ -104,7 +110,7 @@ def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list
 
 
 def where(module: str) -> str:
-    """How a message names the module: not at all where there is only one."""
+    """Return the words by which a message names the module; empty if there is only one module without a name."""
     return "" if module == SINGLE else f" in module {module!r}"
 
 
@@ -131,7 +137,7 @@ def _read_module(name: str, group: Any, clients: list[str], transposed: bool) ->
 
 
 def _check_tensor(tensor: Any, what: str) -> None:
-    """A dense floating-point tensor with entries."""
+    """Check that ``tensor`` is a dense floating-point tensor with entries."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} must be a tensor; got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_meta:
@@ -164,7 +170,7 @@ def _read_factors(group: Sequence[Any], clients: list[str], transposed: bool, wh
 
 
 def read_weights(weights: Any, clients: list[str]) -> Tensor:
-    """Weights (K,), positive, with mean 1; all 1 where None is given."""
+    """Return positive weights (K,) with mean 1; all are 1 if None is given."""
     if weights is None:
         return torch.ones(len(clients), dtype=torch.float64)
     w = torch.as_tensor(weights, dtype=torch.float64).detach()
@@ -180,12 +186,12 @@ def read_weights(weights: Any, clients: list[str]) -> Tensor:
 
 
 def read_expected_errors(errors: Any, modules: list[str], clients: list[str]) -> dict[str, Tensor]:
-    """Expected squared errors (K,) by module; empty where none are given."""
+    """Return the expected squared errors (K,) by module; empty if none are given."""
     if errors is None:
         return {}
     by_module = errors if isinstance(errors, Mapping) else {module: errors for module in modules}
     if unknown := set(by_module) - set(modules):
-        raise ValueError(f"expected_sq_error names module {min(map(str, unknown))!r}, of which there are no updates")
+        raise ValueError(f"expected_sq_error has module {min(map(str, unknown))!r}, which has no updates")
     if not isinstance(errors, Mapping) and len(modules) > 1:
         raise ValueError("expected_sq_error of several modules must be a dict of module name -> array (K,)")
     read = {}

@@ -1,6 +1,7 @@
-"""Residuals of every client from a subspace and mean that it had no part in, and what scores are made of.
+"""Leave-one-out residuals of every client, and the scores and explained variance computed from them.
 
-Clients come as a float64 stack X (K, p, q) with weights w (K,), as in `clairlib.recovery.frame`.
+A member's residual is taken from a subspace and a mean that are fitted without this member. Clients come as a float64
+stack X (K, p, q) with weights w (K,), as in `clairlib.recovery.frame`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from clairlib.linalg.subspace import project_out, squared_singular_values
 from clairlib.recovery.effective_dimensions import EffectiveDimensions
 from clairlib.recovery.frame import Frame, centred, floor_energy, member_loads
 
-NO_EXPLAINED_VARIANCE = 1e-3  # stands for no structure at all among clients that differ
-MIN_EXPLAINED_VARIANCE = 0.1  # strangers and very noisy clients stay below; above, the subspace predicts
-SIZE_EXPONENT_PRIOR_STD = 0.5  # of the power of its size with which an update's residual energy grows
-SCORED_DIRECTIONS_PER_RANK = 2  # a contaminated client differs by r directions of its own and by its common part
+NO_EXPLAINED_VARIANCE = 1e-3  # smallest explained variance that is returned for clients that differ
+MIN_EXPLAINED_VARIANCE = 0.1  # unrelated clients and very noisy clients stay below; above, the subspace predicts
+# Prior standard deviation of the exponent with which an update's residual energy grows with the update's energy.
+SIZE_EXPONENT_PRIOR_STD = 0.5
+# A contaminated client differs by r directions of its own and by its common part, so 2 r directions are scored.
+SCORED_DIRECTIONS_PER_RANK = 2
 
 
 def leave_one_out(X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None = None) -> Tensor:
-    """Off-subspace residuals (K, p, q) of every client from a frame that it had no part in, on one scale.
+    """Return the leave-one-out residuals off the subspace (K, p, q) of every client, all on one scale.
 
-    A member is compared with the frame refitted without it, an outsider with the frame itself:
-    R_k = P_perp (X_k - M) / sqrt(1 / w_k + 1 / W), W the total weight behind M, so that under benign noise of
-    variance sigma^2 / w_k every entry has variance sigma^2, apart from the error of P. In-sample residuals would be
-    too small for members and make every outsider look foreign. ``bases`` are the `left_out_bases`, where known.
+    A member is compared with the frame refitted without it, a non-member with the frame itself: R_k = P_perp (X_k - M)
+    / sqrt(1 / w_k + 1 / W), where W is the total weight behind M. Under benign noise of variance sigma^2 / w_k every
+    entry then has variance sigma^2, apart from the error of P. In-sample residuals would be too small for members and
+    would make every non-member look foreign. ``bases`` are the `left_out_bases`, if they are known.
     """
     inside, W, w = frame.members, weights[frame.members].sum(), weights
     D = centred(X, weights, frame)
@@ -43,12 +46,12 @@ def leave_one_out(X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None
     return R
 
 def left_out_bases(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    """Bases (n, p, r) of the subspaces fitted without each of the members."""
+    """Return the bases (n, p, r) of the subspaces fitted without each of the n members."""
     bases = downdated_bases(frame.eigenvalues.clamp(min=0.0), member_loads(X, weights, frame), frame.rank)
     return frame.eigenvectors @ bases
 
 def inside_energy(X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None = None) -> Tensor:
-    """Energy (K,) of every update in the subspace; for a member, in the one fitted without it."""
+    """Return the energy (K,) of every update inside the subspace; a member's subspace is fitted without it."""
     energy = torch.empty_like(X[:, 0, 0])
     outside = ~frame.members
     energy[outside] = (frame.basis.T @ X[outside]).square().sum(dim=(1, 2))
@@ -57,9 +60,10 @@ def inside_energy(X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None
     return energy
 
 def filtered_energy(R: Tensor, rank: int) -> Tensor:
-    """Energy of each residual (K, p, q) in its top ``SCORED_DIRECTIONS_PER_RANK * rank`` singular directions, at least one.
+    """Return the energy of each residual (K, p, q) in its top singular directions.
 
-    A matched filter: contamination is low-rank, estimation noise fills every direction.
+    There are ``SCORED_DIRECTIONS_PER_RANK * rank`` of them, at least one. The sum is a matched filter: contamination
+    has low rank, while estimation noise fills every direction.
     """
     return _top_energy(squared_singular_values(R), rank)
 
@@ -68,31 +72,33 @@ def _top_energy(squares: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Residuals left one out ``R`` (K, p, q) of all clients from the ``frame``, and what is asked of them."""
+    """Leave-one-out residuals ``R`` (K, p, q) of all clients from the ``frame``, and quantities derived from them."""
 
     R: Tensor
     frame: Frame
 
     @classmethod
     def of(cls, X: Tensor, weights: Tensor, frame: Frame, bases: Tensor | None = None) -> LeaveOneOut:
-        """As `leave_one_out`."""
+        """Compute the residuals; arguments as for `leave_one_out`."""
         return cls(leave_one_out(X, weights, frame, bases), frame)
 
     @cached_property
     def squares(self) -> Tensor:
-        """Squared singular values (K, min(p, q)), descending."""
+        """Squared singular values (K, min(p, q)) of the residuals, descending."""
         return squared_singular_values(self.R)
 
     @cached_property
     def benign(self) -> EffectiveDimensions:
-        """How the members' residuals spread."""
+        """Distribution of the members' residuals over rows and columns."""
         return EffectiveDimensions(self.R[self.frame.members], self.frame.shared_block)
 
 def log_scores(X: Tensor, weights: Tensor, frame: Frame, left_out: LeaveOneOut | None = None) -> tuple[Tensor, float]:
-    """Log of every client's filtered leave-one-out energy (K,), and the variance its log has under pure noise.
+    """Return the log scores (K,), and the variance of a log score under pure noise.
 
-    The variance is 2 / dof with the degrees of freedom of the members' residuals. It is a scale for small sets, not
-    the law of the score. ``left_out`` are the residuals, where known.
+    A log score is the log of a client's filtered leave-one-out energy, corrected for the size of its update
+    (`without_size`). The variance is 2 / dof, where dof are the degrees of freedom of the members' residuals. It serves
+    as a prior scale for small sets and is not the distribution of the score. ``left_out`` are the residuals, if they
+    are known.
     """
     left_out = left_out or LeaveOneOut.of(X, weights, frame)
     energy = _top_energy(left_out.squares, frame.rank).clamp(min=floor_energy(X))
@@ -101,26 +107,29 @@ def log_scores(X: Tensor, weights: Tensor, frame: Frame, left_out: LeaveOneOut |
     return without_size(energy.log(), sizes, frame.members, variance), variance
 
 def without_size(x: Tensor, sizes: Tensor, members: Tensor, variance: float) -> Tensor:
-    """Log scores (K,) without what the log energies ``sizes`` (K,) of the updates explain of them.
+    """Return the log scores (K,) less the part that the log energies ``sizes`` (K,) of the updates explain.
 
-    The subspace is tilted by estimation and leaves out more of a larger update; and noise of a trained adapter grows
-    with it. The slope is that of the members' scores on their sizes, in [0, 1], by ridge regression with prior standard
-    deviation ``SIZE_EXPONENT_PRIOR_STD`` around 0. An outsider's size counts no further than those of the members go: nobody hides a
-    foreign part behind a large one.
+    There are two reasons for this correction. The estimated subspace is tilted and leaves out more of a larger update,
+    and the noise of a trained adapter grows with the size of the update. The slope is that of the members' scores on
+    their sizes, in [0, 1], by ridge regression with prior standard deviation ``SIZE_EXPONENT_PRIOR_STD`` around 0. A
+    client's size is clamped to the range of the members' sizes, so no client can hide a foreign part behind a large
+    part in the subspace.
     """
     own = sizes[members]
     deviation = sizes.clamp(own.min(), own.max()) - own.mean()
-    product = torch.where(members, (x - x[members].mean()) * deviation, 0.0)  # a member's slope is that of the others
+    # a member's slope is fitted to the other members
+    product = torch.where(members, (x - x[members].mean()) * deviation, 0.0)
     square = torch.where(members, deviation.square(), 0.0)
     slope = (product.sum() - product) / (square.sum() - square + variance / SIZE_EXPONENT_PRIOR_STD**2)
     return x - slope.clamp(0.0, 1.0) * deviation
 
 def shared_structure(X: Tensor, weights: Tensor, frame: Frame, left_out: LeaveOneOut | None = None) -> Tensor:
-    """How much of the members' variation the subspace predicts for a client it has not seen, beyond chance; in [0, 1].
+    """Return the explained variance of the members beyond chance, in [0, 1], by leave-one-out prediction.
 
-    1 - (energy of P_perp D left one out) / (energy of D left one out) less r / (p_eff + r), the part that any r
-    directions of the noise take. 0 where the members do not differ; elsewhere at least ``NO_EXPLAINED_VARIANCE``, so that
-    modules without structure still count when there are no others. ``left_out`` are the residuals, where known.
+    1 - (leave-one-out energy of P_perp D) / (leave-one-out energy of D) - r / (p_eff + r). The last term is the part
+    that any r directions explain of pure noise. The result is 0 if the members do not differ. Otherwise it is at least
+    ``NO_EXPLAINED_VARIANCE``, so that modules without structure still count if there are no others. ``left_out`` are
+    the residuals, if they are known.
     """
     benign = (left_out or LeaveOneOut.of(X, weights, frame)).benign
     w, W = weights[frame.members], weights[frame.members].sum()

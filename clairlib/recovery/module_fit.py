@@ -1,4 +1,4 @@
-"""A module during the fit: its cores, the frame of a set of clients, how everybody stands to it, and what is kept."""
+"""One module during the fit: its cores, the frame and the scores of a set of clients, and the outcome for this set."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from clairlib.recovery.verdict import ModuleScores, wider_frame
 
 
 class ModuleFit:
-    """A module during the fit: its cores over ``size``, their largest entry, so that no square overflows or vanishes.
+    """One module during the fit. Its cores are divided by ``size``, their largest entry, so that squares stay in range.
 
-    Remembers the frame of the set it was last asked about, and its reading. ``stacked`` are the clients' factors, where
-    they are kept; ``expected_sq_error`` (K,) the expected squared errors of their updates, where they are known. Compressed cores
-    are ``compressed_for`` a set of clients (K,) bool, or everybody.
+    The frame of the last requested set and its scores are remembered. ``stacked`` are the clients' factors, if they are
+    kept. ``expected_sq_error`` (K,) are the expected squared errors of the clients' updates, if they are known.
+    Compressed cores are ``compressed_for`` a set of clients (K,) bool, or for all clients if None.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class ModuleFit:
         self._reading: tuple[ModuleScores, LeaveOneOut] | None = None
 
     def suits(self, members: Tensor) -> bool:
-        """Are the cores those to judge by when these clients (K,) bool are taken for benign?"""
+        """Return whether the cores are the right ones if these clients (K,) bool are taken to be benign."""
         if isinstance(self.cores, Cores):
             return True
         return self.compressed_for is not None and torch.equal(self.compressed_for, members)
 
     def frame(self, members: Tensor) -> Frame:
-        """Frame of a set of clients (K,) bool."""
+        """Return the frame of a set of clients (K,) bool."""
         if self._frame is None or not torch.equal(self._frame.members, members):
             self._frame = fit_frame(self.X, self.weights, members, self.rank, self.cores.shared_block)
             self._reading = None
         return self._frame
 
     def reading(self, members: Tensor) -> ModuleScores:
-        """How the clients stand to it."""
+        """Return the scores of all clients against the frame of a set of clients (K,) bool."""
         return self._read(members)[0]
 
     def _read(self, members: Tensor) -> tuple[ModuleScores, LeaveOneOut]:
@@ -69,11 +69,11 @@ class ModuleFit:
         return self._reading
 
     def wider_reading(self, members: Tensor) -> ModuleScores:
-        """How they stand to the frame of the same set with more directions."""
+        """Return the scores of all clients against the `wider_frame` of the same set of clients (K,) bool."""
         return ModuleScores.of(self.X, self.weights, wider_frame(self.X, self.weights, self.frame(members)))[0]
 
     def outcome(self, members: Tensor) -> Outcome:
-        """What is kept of the module when these clients are benign."""
+        """Return the outcome of the module if these clients (K,) bool are benign."""
         frame, (reading, left_out) = self.frame(members), self._read(members)
         z = calibrate(reading.scores, members, reading.variance).z
         kept = keep_directions(self.X, self.weights, frame) if self.rank is None else frame
@@ -86,13 +86,16 @@ class ModuleFit:
         return Outcome(kept, z, gain, float(reading.structure), spectrum)
 
     def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:
-        """Basis U (p, r) and common part P_perp M of a frame, from cores that hold them exactly."""
+        """Return basis U (p, r) and common part P_perp M of a frame, from cores that hold the updates exactly."""
         assert isinstance(self.cores, Cores)
         off = self.cores.lift(self.size * project_out(frame.basis, frame.mean))
         return self.cores.lift_rows(frame.basis), off
 
     def shared(self, frame: Frame, stacked: StackedFactors) -> RefinedSubspace:
-        """The same from the clients' factors, where the cores hold the frame's leading directions only."""
+        """Return subspace and common part of a frame from the clients' factors.
+
+        This is for compressed cores, which hold only the leading directions of the frame.
+        """
         assert isinstance(self.cores, Compressed)
         start = frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
         return shared_part(stacked, frame.members, self.weights, self.cores.left @ start, frame.rank)
@@ -100,8 +103,11 @@ class ModuleFit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is kept of a module: ``frame`` with the directions to keep, z ``scores`` (K,) of the module alone, ``gain``
-    in units of the cores, ``structure`` shared by the members, ``spectrum`` of their centred stack.
+    """Outcome of a module for a set of benign clients.
+
+    ``frame`` with the directions to keep; z ``scores`` (K,) of this module alone; ``gain`` in units of the cores;
+    ``structure``, the members' explained variance (`shared_structure`); ``spectrum``, the singular values of the
+    members' centred stack.
     """
 
     frame: Frame
@@ -111,8 +117,10 @@ class Outcome:
     spectrum: Tensor
 
     def is_refined(self, refine_any: bool) -> bool:
-        """Does refinement pay, given that the clients ``refine_any`` a subspace in some module?
+        """Return whether refinement is estimated to pay.
 
-        Where they do not, differences are as likely each client's own as noise, and the estimate takes them for noise.
+        ``refine_any`` says whether the clients share a subspace in some module. If not, a difference between clients is
+        as likely to be each client's own as to be noise, but the estimated gain takes it for noise. Then nothing is
+        refined.
         """
         return refine_any and self.gain.relative > 0

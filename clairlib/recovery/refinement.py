@@ -16,11 +16,12 @@ from clairlib.recovery.leave_one_out import LeaveOneOut
 
 @dataclass(frozen=True)
 class Gain:
-    """Estimated error of local and refined updates, mean squared Frobenius norm over the benign clients.
+    """Estimated errors of local and refined updates: mean squared Frobenius norms over the benign clients.
 
-    ``local`` = noise outside and inside the subspace; ``off_subspace`` what remains of the outside noise after
-    averaging, ``heterogeneity`` what averaging wipes out of benign differences, ``subspace_cost`` the signal lost
-    because the subspace is itself estimated, less the benign differences that its tilt keeps: it may be negative.
+    ``local`` is the estimation noise outside and inside the subspace, ``inside`` the part inside it. ``off_subspace``
+    is the outside noise that remains after averaging. ``heterogeneity`` is the energy of benign differences that
+    averaging removes. ``subspace_cost`` is the signal lost because the subspace is estimated, less the benign
+    differences that the tilt of the estimated subspace keeps; it may be negative.
     """
 
     local: float
@@ -30,18 +31,18 @@ class Gain:
     subspace_cost: float
 
     def scaled(self, factor: float) -> Gain:
-        """The same gain for updates whose squared size is ``factor`` times as large."""
+        """Return the gain for updates whose squared size is ``factor`` times as large."""
         return Gain(*(factor * value for value in astuple(self)))
 
     @property
     def relative(self) -> float:
-        """1 - refined error / local error: the share of the local squared error that refinement removes."""
+        """1 - refined error / local error: the fraction of the local squared error that refinement removes."""
         refined = self.inside + self.off_subspace + self.heterogeneity + self.subspace_cost
         return 1.0 - refined / self.local if self.local > 0 else 0.0
 
 
 def refined_core(X: Tensor, frame: Frame) -> Tensor:
-    """P X_k + P_perp M for every client (K, p, q)."""
+    """Return P X_k + P_perp M for every client (K, p, q)."""
     return X - project_out(frame.basis, X - frame.mean)
 
 
@@ -53,19 +54,21 @@ def estimate_gain(
     left_out: LeaveOneOut | None = None,
     ranks: Tensor | None = None,
 ) -> Gain:
-    """Estimated gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
+    """Estimate the gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
 
-    With s members, off-subspace noise N per member, effective dimensions p_e, q_e and structured heterogeneity h^2:
-    local error N (1 + r / p_e), refined error N r / p_e + N / s + h^2 (1 - 1/s) + r (N - h^2) / (q_e s), the last being
-    the first-order cost of the estimated subspace: the tilted subspace keeps a part of the heterogeneity.
+    With s members, off-subspace noise N per member, effective dimensions p_e, q_e and structured heterogeneity h^2, the
+    local error is N (1 + r / p_e) and the refined error is N r / p_e + N / s + h^2 (1 - 1/s) + r (N - h^2) / (q_e s).
+    The last term is the first-order cost of the estimated subspace; h^2 enters because the tilted subspace keeps a part
+    of the heterogeneity.
 
-    The energy V of residuals left one out is (N + h^2) (1 + r / (q_e (s - 1))): the subspace fitted without a member
-    loses that much of it. h^2 is what stands above the noise in the members' own spectra (gap of the mean squared
-    singular values), less the noise in it; 0 for adapters of rank below 8. Not guaranteed: differences between benign
-    clients that look like noise, spread over all directions, cannot be told from noise by any method that sees one
-    update a client. With ``known``, the expected ||E_k||_F^2 of a client of weight 1, they can: what residuals have
-    beyond its part outside the subspace, p_e / (p_e + r), counts as heterogeneity. ``left_out`` are the residuals of
-    all clients and ``ranks`` (K,) the numerical ranks of their updates, where known.
+    The energy V of leave-one-out residuals is (N + h^2) (1 + r / (q_e (s - 1))), because a subspace fitted without the
+    member leaves that much more of its energy outside. h^2 is estimated from the singular values that stand above the
+    noise in the members' own spectra (gap of the mean squared singular values), less the noise in them; it is 0 for
+    adapters of rank below 8. Not guaranteed: differences between benign clients that look like noise, spread over all
+    directions, cannot be told from estimation noise by any method that sees one update per client. If ``known`` is
+    given, the expected ||E_k||_F^2 of a client of weight 1, they can: residual energy beyond the part p_e / (p_e + r)
+    of ``known`` that lies outside the subspace counts as heterogeneity. ``left_out`` are the residuals of all clients
+    and ``ranks`` (K,) the numerical ranks of their updates, if they are known.
     """
     left_out = left_out or LeaveOneOut.of(X, weights, frame)
     s, r, R = frame.size, frame.rank, left_out.benign.R
@@ -88,10 +91,10 @@ def estimate_gain(
 
 
 def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, columns: float) -> float:
-    """h^2 of the structure that the subspace, fitted with everybody in it, leaves outside: what averaging wipes out.
+    """Return h^2 of the structure outside a subspace that is fitted to all members: the part that averaging removes.
 
-    Where the subspace has grown to hold each client's own differences, they stand out in the residuals left one out,
-    and yet refinement keeps them.
+    A subspace may have grown to hold each client's own differences. Such differences stand out in the leave-one-out
+    residuals, but refinement keeps them.
     """
     s = frame.size
     residuals = project_out(frame.basis, centred(X, weights, frame)[frame.members])  # H_k enters times 1 - 1/s
@@ -101,11 +104,11 @@ def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, 
 
 
 def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Squared singular values (s, g) of the residuals that stand apart from the noise, and the residuals without them.
+    """Return the squared singular values (s, g) of the residuals above the noise, and the residuals without them.
 
-    g is one number for all clients, from the gap of their mean spectrum: one client's own is too rough to show it. Only
-    as many directions as the median update has ``rank`` are looked at: an adapter of rank rho confines its noise to rho
-    directions, and where those are few nothing can be told.
+    g is the same number for all clients, from the gap of their mean spectrum; the spectrum of one client is too rough
+    to show a gap. At most ``rank`` directions are examined, the rank of the median update: an adapter of rank rho
+    confines its noise to rho directions, and with few of them no gap can be found.
     """
     g = gap_rank(squares.mean(dim=0)[:rank], rank // 2)
     if not g:
@@ -115,10 +118,11 @@ def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -> float:
-    """Energy of the signal behind singular values that noise has raised, mean over clients.
+    """Return the energy of the signal behind singular values that noise has raised, as a mean over clients.
 
-    y^2 = (x^2 + a) (x^2 + b) / x^2 for a signal x in noise of a = sigma^2 rows, b = sigma^2 columns (Benaych-Georges
-    and Nadakuditi 2012), solved for x^2; sigma^2 is what remains of V over rows x columns, repeated until it stays.
+    y^2 = (x^2 + a) (x^2 + b) / x^2 for a signal x in noise with a = sigma^2 rows, b = sigma^2 columns (Benaych-Georges
+    and Nadakuditi 2012), solved for x^2. sigma^2 is the rest of V divided by rows x columns; this is iterated until it
+    stays.
     """
     noise, energy = V, 0.0
     for _ in range(100):

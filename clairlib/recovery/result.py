@@ -1,4 +1,4 @@
-"""What CLAIR returns: a verdict for every client, and for every module its subspace and the refined updates."""
+"""Results of CLAIR: a verdict for every client, and the subspace and the refined updates of every module."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from clairlib.recovery.refinement import Gain
 
 @dataclass(frozen=True)
 class ModuleSummary:
-    """What is known of one weight matrix.
+    """Results of one weight matrix, without the updates themselves.
 
-    ``shape`` (p, q); ``rank`` r; ``scores`` (K,) as in ClairResult, this module alone; ``gain`` the estimated share of
-    the local squared error that refinement removes, ``gain_terms`` its parts; ``is_refined`` False where refinement was
-    refused, because the gain is not positive or no module shares a subspace: clients then have their own updates;
-    ``shared_structure``, in [0, 1], how much of the benign clients' variation the subspace predicts for a client that
-    it has not seen, beyond chance; ``spectrum`` the singular values of the benign clients' centred stack, in which the
-    rank shows as a drop; ``certificate`` of the convex program, None for the consensus solver.
+    ``shape`` is (p, q) and ``rank`` is r. ``scores`` (K,) are as in ClairResult, but of this module alone. ``gain`` is
+    the estimated fraction of the local squared error that refinement removes, ``gain_terms`` its parts. ``is_refined``
+    is False if refinement was refused, either because the gain is not positive or because no module has a shared
+    subspace; clients then keep their own updates. ``shared_structure``, in [0, 1], is the explained variance of the
+    benign clients by leave-one-out prediction, beyond chance. ``spectrum`` holds the singular values of the benign
+    clients' centred stack; the rank shows as a drop in it. ``certificate`` is that of the convex program, None for the
+    consensus solver.
     """
 
     name: str
@@ -40,11 +41,11 @@ class ModuleSummary:
 
 @dataclass(frozen=True)
 class ModuleResult(ModuleSummary):
-    """One weight matrix, and what refinement makes of it.
+    """Results of one weight matrix, with its subspace and the refined updates.
 
-    ``basis`` U (p, r), or (q, r) for side "input", unique up to rotation: compare subspaces with
-    ``subspace.sin_theta``; ``common_part`` P_perp M (p, q); ``refined`` in the form of the input, a contaminated client's
-    own update in its place.
+    ``basis`` U (p, r), or (q, r) for side "input", is unique up to rotation, so compare subspaces with
+    ``subspace.sin_theta``. ``common_part`` is P_perp M (p, q). ``refined`` has the form of the input; a contaminated
+    client has its own update there.
     """
 
     basis: Any
@@ -54,15 +55,15 @@ class ModuleResult(ModuleSummary):
 
 @dataclass(frozen=True)
 class ClairResult:
-    """Verdict over all modules, and the modules.
+    """Verdict over all modules, and the results of each module.
 
-    ``benign`` (K,) bool; ``scores`` (K,) how far each client stands above the benign ones, in standard deviations of
-    their log off-subspace energy, left one out; ``p_values`` (K,) chance that a benign client scores as high.
-    The family-wise error of the verdict, 1 % when nobody is contaminated, supposes that clients' noise variances are
-    proportional to 1 / weights: a client with noisier data and no weight to say so looks contaminated.
-    ``rank``, ``basis``, ``common_part``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of the
-    module, or dicts by module where the updates were given by module. ``modules`` holds a `ModuleResult` each, or a
-    `ModuleSummary` where the refined updates are on disk.
+    ``benign`` (K,) bool. ``scores`` (K,) say how far each client stands above the benign ones, in standard deviations
+    of their log leave-one-out energy off the subspace. ``p_values`` (K,) are the chance that a benign client scores as
+    high. The family-wise error of the verdict is 1 % if no client is contaminated. This assumes that the clients' noise
+    variances are proportional to 1 / weights: a client with noisier data and no weight that says so looks contaminated.
+    ``rank``, ``basis``, ``common_part``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of
+    the module, or dicts by module if the updates were given by module. ``modules`` maps each module name to a
+    `ModuleResult`, or to a `ModuleSummary` if the refined updates are on disk.
     """
 
     names: list[str]
@@ -92,7 +93,7 @@ class ClairResult:
 
     @property
     def common(self) -> Any:
-        """Old name of ``common_part``; goes with version 0.3."""
+        """Old name of ``common_part``; it will be removed in version 0.3."""
         return self.common_part
 
     @property
@@ -102,15 +103,15 @@ class ClairResult:
 
     @property
     def gain(self) -> Any:
-        """Estimated share of the local squared error that refinement removes."""
+        """Estimated fraction of the local squared error that refinement removes."""
         return self._of_modules(lambda m: m.gain)
 
     @property
     def shared_structure(self) -> Any:
-        """Share of the benign clients' variation that the subspace predicts for a client it has not seen, in [0, 1].
+        """Explained variance of the benign clients by leave-one-out prediction, beyond chance, in [0, 1].
 
-        Beyond chance. Look at it first: near 0 the adapters share no subspace that could be seen. Below
-        ``MIN_EXPLAINED_VARIANCE`` in every module nothing is refined.
+        Look at this value first: if it is near 0, no shared subspace is visible in the adapters. If it is below
+        ``MIN_EXPLAINED_VARIANCE`` in every module, nothing is refined.
         """
         return self._of_modules(lambda m: m.shared_structure)
 
@@ -126,11 +127,11 @@ class ClairResult:
 
     @property
     def has_shared_subspace(self) -> bool:
-        """Does any module's subspace predict at least ``MIN_EXPLAINED_VARIANCE`` of an unseen benign client's variation?"""
+        """Whether the explained variance reaches ``MIN_EXPLAINED_VARIANCE`` in any module."""
         return max(module.shared_structure for module in self.modules.values()) >= MIN_EXPLAINED_VARIANCE
 
     def summary(self) -> str:
-        """Verdict and modules as plain text."""
+        """Return the verdict and the modules as plain text."""
         bad = self.contaminated
         lines = [f"{len(bad)} of {len(self.names)} clients contaminated" + (f": {', '.join(bad)}" if bad else "")]
         if not self.has_shared_subspace:

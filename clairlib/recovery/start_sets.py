@@ -1,6 +1,6 @@
 """Start sets: small groups of clients that agree unusually well, from which the consensus solver grows.
 
-Beyond the paper.
+This search is not from the paper.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from clairlib.linalg.subspace import project_out
 from clairlib.recovery.effective_dimensions import SharedBlock
 from clairlib.recovery.frame import centred, fit_frame, floor_energy
 
-# At most this many tuples of clients are scored. All pairs up to K = 24; beyond, a random sample: with half the clients
-# benign a quarter of the pairs is, and even at 90 % contamination 300 pairs hold three benign ones on average.
+# Largest number of tuples of clients that are scored. Up to K = 24 all pairs are scored, beyond that a random sample.
+# If half of the clients are benign, a quarter of the pairs are benign; even at 90 % contamination, 300 pairs contain
+# three benign ones on average.
 TUPLE_LIMIT = 300
 STARTS = 6  # start sets from which a set is grown: the first three, then disjoint ones
-START_RANK = 4  # a tuple must be able to span a frame of this rank: with fewer columns than that it takes more than two
-LEAST_SPREAD = 1e-12  # energies below this part of the mean client's do not tell tuples apart
-CHUNK_ENTRIES = 2**23  # entries of the largest temporary while tuples are scored
+# A tuple must be able to span a frame of this rank; with fewer columns than this it has more than two clients.
+START_RANK = 4
+LEAST_SPREAD = 1e-12  # energies below this fraction of a client's mean energy do not tell tuples apart
+CHUNK_ENTRIES = 2**23  # entries of the largest temporary tensor while tuples are scored
 
 
 def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
-    """Tuples of clients (T, t): all of them, or ``TUPLE_LIMIT`` distinct random ones.
+    """Return tuples of clients (T, t): all of them, or at most ``TUPLE_LIMIT`` distinct random ones.
 
-    t = 2 where a pair can span a frame of rank ``START_RANK``, else ceil(START_RANK / q) + 1, at most K - 1.
+    t = 2 if a pair can span a frame of rank ``START_RANK``, else ceil(START_RANK / q) + 1, at most K - 1.
     """
     t = max(2, min(ceil(min(START_RANK, p) / q) + 1, K - 1))
     if comb(K, t) <= TUPLE_LIMIT:
@@ -39,9 +41,10 @@ def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
 def score_tuples(X: Tensor, tuples: Tensor, shared_block: SharedBlock | None = None) -> tuple[list[int], Tensor]:
     """Order the tuples by how closely the other clients gather around their frames.
 
-    The frame of a tuple is over-specified on purpose: all directions of its members' differences, up to p / 4. Its
-    score is the sum over the other clients of the log off-frame energy, a bounded-influence loss: many clients far
-    away cost little, a few very close ones pay. What lies in a client's own coordinates is off every frame.
+    The frame of a tuple is over-specified on purpose: it has all directions of the differences between the tuple's
+    clients, up to p / 4. Its score is the sum over the other clients of the log off-frame energy. This loss has bounded
+    influence: many distant clients cost little, and a few very close ones gain much. Entries in a client's own
+    coordinates are off every frame.
 
     Returns
     -------
@@ -83,12 +86,13 @@ def start_sets(
     shortlist: int = TUPLE_LIMIT,
     shared_block: SharedBlock | None = None,
 ) -> list[Tensor]:
-    """Start sets (K,) bool among the allowed clients, most concentrated first.
+    """Return start sets (K,) bool among the allowed clients, most concentrated first.
 
-    The best ``shortlist`` tuples, each with the two clients closest to its frame; ordered by the determinant of the
-    set's centred scatter, as in the minimum covariance determinant (Rousseeuw 1984): one client too many adds
-    directions of its own, and what the score of a pair misses, the spectrum of four clients shows. A pair with one
-    client of each of two groups holds both subspaces and scores best of all; its set has twice the directions.
+    Each set consists of one of the best ``shortlist`` tuples and the two clients closest to its frame. The sets are
+    ordered by the determinant of their centred scatter, as in the minimum covariance determinant (Rousseeuw 1984). A
+    wrong client in a set adds directions of its own, so the spectrum of four clients shows errors that the score of a
+    pair misses: the frame of a pair with one client of each of two groups holds both subspaces and scores best of all,
+    but the set of such a pair has twice as many directions.
     """
     size = tuples.shape[1] + 2
     if int(allowed.sum()) < size:
@@ -104,9 +108,10 @@ def start_sets(
 
 
 def log_determinants(X: Tensor, sets: Tensor, shared_block: SharedBlock | None = None) -> Tensor:
-    """Log determinant (T,) of the centred scatter of each set of clients (T, n), up to a common constant.
+    """Return the log determinant (T,) of the centred scatter of each set of clients (T, n), up to a constant.
 
-    A floor of rounding size on the diagonal stands in for the directions that n clients cannot span.
+    The constant is the same for all sets. A floor of the size of rounding on the diagonal stands for the directions
+    that n clients cannot span.
     """
     p, q = X.shape[1:]
     floor = LEAST_SPREAD * float(X.square().sum(dim=(1, 2)).mean()) + torch.finfo(X.dtype).tiny
@@ -122,7 +127,7 @@ def log_determinants(X: Tensor, sets: Tensor, shared_block: SharedBlock | None =
 
 
 def _apart(X: Tensor, shared_block: SharedBlock | None) -> Tensor:
-    """Sets of n clients (T, n, p, q) in coordinates of the set: own rows and columns beside those of the others."""
+    """Return sets of n clients (T, n, p, q) in joint coordinates; the clients' own rows and columns do not overlap."""
     T, n, p, q = X.shape
     if shared_block is None or (p, q) == shared_block:
         return X
@@ -137,7 +142,7 @@ def _apart(X: Tensor, shared_block: SharedBlock | None) -> Tensor:
 
 
 def spread_starts(sets: list[Tensor]) -> list[Tensor]:
-    """The first three sets, then those without a client in common with any before, ``STARTS`` in all."""
+    """Return the first three sets, then sets without a client of an earlier one; ``STARTS`` in all at most."""
     starts = sets[:3]
     for members in sets:
         if not any(bool((members & start).any()) for start in starts):
@@ -156,10 +161,10 @@ def _closest(distances: Tensor, count: int) -> Tensor:
 def robust_half(
     X: Tensor, weights: Tensor, rank: int | None, shared_block: SharedBlock | None = None, rounds: int = 15
 ) -> Tensor:
-    """The half of the clients closest to a frame fitted to all of them with weights 1 / distance.
+    """Return the half of the clients (K,) bool closest to a frame fitted to all of them with weights 1 / distance.
 
-    Iteratively reweighted, as in FMS (Lerman and Maunu 2018), on matrices: a start that averages over every client
-    where single pairs are too noisy.
+    The frame is fitted by iteratively reweighted least squares, as in FMS (Lerman and Maunu 2018), on matrices. The
+    half is a start that averages over every client, for data in which single pairs are too noisy.
     """
     K, shared_block = len(X), shared_block or (X.shape[1], X.shape[2])
     width = rank if rank is not None else max(1, min(max(shared_block[1], START_RANK), shared_block[0] // 4))

@@ -1,4 +1,4 @@
-"""One verdict over all modules: how the clients stand to the frame of a set in each, pooled, and the set that stays."""
+"""One verdict over all modules: scores per module, pooled, and iterated until the set of benign clients stays."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from clairlib.recovery.leave_one_out import LeaveOneOut, inside_energy, left_out
 
 @dataclass(frozen=True)
 class ModuleScores:
-    """How the clients stand to the frame of a set in one module.
+    """Scores of all clients against the frame of a set of clients in one module.
 
-    ``scores`` (K,) log scores and the ``variance`` they have under pure noise; ``inside`` (K,) log energies in the
-    subspace; ``structure``, the members' shared structure, which is the module's weight in the verdict.
+    ``scores`` (K,) are log scores, ``variance`` is the variance of a log score under pure noise, and ``inside`` (K,)
+    are log energies inside the subspace. ``structure`` is the members' explained variance (`shared_structure`), which
+    is the module's weight in the verdict.
     """
 
     scores: Tensor
@@ -30,7 +31,7 @@ class ModuleScores:
 
     @classmethod
     def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> tuple[ModuleScores, LeaveOneOut]:
-        """Of the updates X (K, p, q) and a frame of some of them; with the residuals left one out."""
+        """Score the updates X (K, p, q) against a frame of some of them; return the leave-one-out residuals as well."""
         bases = left_out_bases(X, weights, frame)
         left_out = LeaveOneOut.of(X, weights, frame, bases)
         scores, variance = log_scores(X, weights, frame, left_out)
@@ -38,18 +39,18 @@ class ModuleScores:
         return cls(scores, variance, inside, shared_structure(X, weights, frame, left_out)), left_out
 
     def cpu(self) -> ModuleScores:
-        """The same in main memory."""
+        """Return these scores in main memory."""
         return ModuleScores(self.scores.cpu(), self.variance, self.inside.cpu(), self.structure.cpu())
 
 
 def pool(readings: Sequence[ModuleScores]) -> tuple[Tensor, float, Tensor]:
-    """Pooled log score of every client (K,), its variance, and the pooled log energy inside the subspaces (K,).
+    """Return every client's pooled log score (K,), its variance, and the pooled log energy inside the subspaces (K,).
 
-    Averages over modules, weighted by shared structure over noise variance: with one module, that module's. The
-    variance takes the modules' noise as independent.
+    These are averages over modules, weighted by explained variance over noise variance; a single module has weight 1.
+    The variance assumes that the noise of different modules is independent.
     """
     structure = torch.stack([reading.structure for reading in readings])
-    if not bool(structure.any()):  # the clients differ in no module: all count alike
+    if not bool(structure.any()):  # the clients differ in no module: equal weights
         structure = torch.ones_like(structure)
     variances = structure.new_tensor([reading.variance for reading in readings])
     shares = structure / variances
@@ -60,14 +61,17 @@ def pool(readings: Sequence[ModuleScores]) -> tuple[Tensor, float, Tensor]:
 
 
 def judge(readings: Sequence[ModuleScores], members: Tensor) -> tuple[Tensor, Calibration]:
-    """The benign clients (K,) bool by readings from the frames of ``members``, and everybody's pooled calibration."""
+    """Return the benign clients (K,) bool and the pooled calibration, by scores against the frames of ``members``."""
     x, variance, inside = pool(readings)
     pooled = calibrate(x, members, variance)
     return benign_set(x, members, pooled.p_values, variance, inside), pooled
 
 
 def vote(frames: Sequence[Frame], structure: Sequence[Tensor]) -> Tensor:
-    """The first set (K,) bool: members in most modules, weighted by shared structure."""
+    """Return the first set (K,) bool: the clients that are members in most modules, weighted by explained variance.
+
+    If fewer than ``MINIMUM_CLIENTS`` are, return the members in the module with the largest weight.
+    """
     if len(frames) == 1:
         return frames[0].members
     weights = torch.stack(list(structure))
@@ -83,10 +87,11 @@ def iterate_verdict(
     read: Callable[[Tensor], Sequence[ModuleScores]],
     read_wider: Callable[[Tensor], Sequence[ModuleScores]] | None,
 ) -> tuple[Tensor, Calibration]:
-    """The set that stays when it is judged by its own frames, from ``benign`` (K,) bool, and the calibration on it.
+    """Repeat the verdict, starting from ``benign`` (K,) bool, until the set stays; return the set and its calibration.
 
-    ``read`` gives the readings of a set by its frames, ``read_wider`` by frames of more directions (`wider_frame`) in modules
-    enough to tell: who is benign by either is benign. None where the rank is given.
+    ``read`` scores all clients against the frames of a set. ``read_wider`` scores them against frames with more
+    directions (`wider_frame`), in enough modules to decide; it is None if the rank is given. A client that is benign by
+    either of the two is benign.
     """
     tried: list[Tensor] = []
     while True:
@@ -100,13 +105,14 @@ def iterate_verdict(
 
 
 def wider_frame(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
-    """The frame with one more direction, or the rank estimated from all clients, as far as its members support it.
+    """Return the frame with one more direction, or with the rank estimated from all clients if that is larger.
 
-    A few clients may show fewer directions than they share, and whoever uses the others looks foreign to them. A
-    direction too many is one of the noise, and takes next to nothing from the score of a contaminated client.
+    The rank is limited to what the members support. A few clients may show fewer directions than they share, and a
+    client that uses the missing directions then looks foreign. One direction too many is a direction of noise and
+    hardly lowers the score of a contaminated client.
     """
     everybody = fit_frame(X, weights, torch.ones_like(frame.members), shared_block=frame.shared_block)
     limit = rank_limit(frame.size, frame.shared_block[0], X.shape[2])
-    seen = min(limit, resolved_rank(frame.eigenvalues))  # beyond, arbitrary directions
+    seen = min(limit, resolved_rank(frame.eigenvalues))  # directions beyond are arbitrary
     rank = min(max(frame.rank + 1, everybody.rank), max(frame.rank, seen))
     return fit_frame(X, weights, frame.members, rank, frame.shared_block)

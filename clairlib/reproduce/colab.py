@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
+from clairlib.core.files import write_atomically
 from clairlib.reproduce.sources import COLAB_TAG
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
 ADDRESS = "https://colab.research.google.com/github/{repository}/blob/{tag}/notebooks/{name}.ipynb"
+UNPUBLISHED = "NOT_PUBLISHED_YET"  # owner of a repository without an address
 CELL = """\
+import os
 import sys
 
 if "google.colab" in sys.modules:  # elsewhere this cell does nothing
-    !git clone -q --depth 1 --branch {tag} https://github.com/{repository} clair
+    !git clone -q --depth 1 --branch {tag} {address} clair
     %pip install -q --no-deps ./clair
-    %cd -q clair/notebooks"""
+    %cd -q clair/notebooks
+    sys.path.insert(0, os.getcwd())  # worker processes look there too"""
+CELL_UNPUBLISHED = """\
+import sys
+
+if "google.colab" in sys.modules:  # elsewhere this cell does nothing
+    sys.exit("This repository has no public address yet. With one: make colab REPOSITORY=owner/name")"""
 
 
-def stamp(folder: Path | str) -> list[str]:
-    """Write badge and first cell into every notebook of the folder; names of those that changed."""
+def stamp(folder: Path | str, repository: str | None = None) -> list[str]:
+    """Write badge and first cell into every notebook of the folder.
+
+    The address is that of colab.toml; a new ``repository``, "owner/name" on GitHub or anything else that git clones, is
+    written there first.
+
+    Returns
+    -------
+    list of str
+        Names of the notebooks that changed.
+    """
     folder = Path(folder)
+    if repository:
+        _write_repository(folder / "colab.toml", repository)
     place = tomllib.loads((folder / "colab.toml").read_text())
     changed = []
     for path in sorted(folder.glob("*.ipynb")):
@@ -37,12 +58,25 @@ def stamp(folder: Path | str) -> list[str]:
     return changed
 
 
+def _write_repository(path: Path, repository: str) -> None:
+    text = re.sub(r"^repository = .*$", lambda _: f'repository = "{repository}"', path.read_text(), flags=re.MULTILINE)
+    with write_atomically(path) as partial:
+        partial.write_text(text)
+
+
+def _cell(repository: str, tag: str) -> str:
+    if repository.startswith(UNPUBLISHED):
+        return CELL_UNPUBLISHED
+    on_github = repository.count("/") == 1 and not repository.startswith("/")
+    return CELL.format(address=f"https://github.com/{repository}" if on_github else repository, tag=tag)
+
+
 def _stamp(notebook: NotebookNode, name: str, repository: str, tag: str) -> None:
     title, *text = notebook.cells[0].source.split("\n")
     rest = "\n".join(line for line in text if not line.startswith(BADGE.partition("{")[0])).lstrip("\n")
     badge = BADGE.format(address=ADDRESS.format(repository=repository, tag=tag, name=name))
     notebook.cells[0].source = f"{title}\n\n{badge}\n\n{rest}"
-    source = CELL.format(repository=repository, tag=tag)
+    source = _cell(repository, tag)
     found = [cell for cell in notebook.cells if COLAB_TAG in cell.metadata.get("tags", [])]
     if found:
         found[0].source = source

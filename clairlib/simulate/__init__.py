@@ -1,4 +1,4 @@
-"""Floor 3: clients and adapters whose truth is known, and what contaminated ones may send."""
+"""Floor 3: planted clients and adapters with a known truth, and attacks on them."""
 
 from clairlib.simulate.adapters import Plan, synthesise
 from clairlib.simulate.attacks import ATTACKS, attack

@@ -1,4 +1,7 @@
-"""Planted adapters of a real model's shape, written as PEFT folders: to try, to time and to test ``clair align``."""
+"""Planted LoRA adapters with the shapes of a real model, written as PEFT folders.
+
+They serve to try, to time and to test ``clair align``.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,19 @@ from clairlib.linalg.low_rank import LowRank
 from clairlib.simulate.attacks import SCALED_BY, random_frame
 
 CLIENTS, TRUTH = "clients", "truth.json"
-KINDS = ("unstructured", "coalition", "sign_flip", "scaled", "stealth", "free_rider")  # of attacks.ATTACKS, as adapters
+KINDS = ("unstructured", "coalition", "sign_flip", "scaled", "stealth", "free_rider")  # a part of attacks.ATTACKS
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 BYTE_SPREAD = (256**2 - 1) / 12  # variance of a uniform byte
-HEADER = 2**16  # bytes kept free for each adapter's configuration and header
+HEADER = 2**16  # bytes of disk reserved for each adapter's configuration and header
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder: ``hidden`` and ``intermediate`` size, ``key_value`` outputs of k_proj and v_proj, layers."""
+    """Dimensions of a decoder.
+
+    ``hidden`` and ``intermediate`` are layer widths, ``key_value`` is the output width of k_proj and v_proj, and
+    ``layers`` is the number of layers.
+    """
 
     hidden: int
     key_value: int
@@ -37,7 +44,7 @@ class Architecture:
     layers: int
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Projection -> (p, q), outputs and inputs."""
+        """Return the weight shape (p, q), outputs and inputs, of every projection by its name."""
         hidden, small, wide = self.hidden, self.key_value, self.intermediate
         square = {"q_proj": (hidden, hidden), "k_proj": (small, hidden), "v_proj": (small, hidden)}
         mlp = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
@@ -53,10 +60,13 @@ PROJECTIONS = tuple(MODELS["llama-2-7b"].shapes())
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planted. Sizes are Frobenius norms in units of a row of A_k, whose expected squared norm is one.
+    """Parameters of the planted adapters.
 
-    ``clients`` K, ``contaminated`` of them of ``kind``; ``rank`` rho of the adapters, ``shared_rank`` r; ``noise``
-    ||E_k||, ``distance`` of a stealth step, which with ``in_common`` all contaminated clients make in one direction.
+    Sizes are Frobenius norms in units of a row of A_k, whose expected squared norm is one. ``clients`` is K;
+    ``contaminated`` of them send the attack ``kind``. ``rank`` is the adapter rank rho and ``shared_rank`` the
+    dimension r of the shared subspace. ``noise`` is the size of the estimation noise E_k. ``distance`` is the size of a
+    stealth step. With ``in_common`` all contaminated clients make the stealth step in the same direction, otherwise
+    each in its own.
     """
 
     clients: int = 16
@@ -71,19 +81,22 @@ class Plan:
     seed: int = 0
 
     def names(self) -> list[str]:
-        """Clients' names, of one length."""
+        """Return the clients' names, all of the same length."""
         digits = max(3, len(str(self.clients - 1)))
         return [f"client_{k:0{digits}}" for k in range(self.clients)]
 
     def bad(self) -> set[str]:
-        """Names of the contaminated clients, at random places."""
+        """Draw the names of the contaminated clients from the seed."""
         order = torch.randperm(self.clients, generator=derive(self.seed, "places")).tolist()
         return {self.names()[k] for k in order[: self.contaminated]}
 
 
 @dataclass(frozen=True)
 class PlantedModule:
-    """What clients of one frame have in common in a module: ``basis`` U (p, r), ``common_part`` M, rank one, norm one."""
+    """Parts of one module's updates that are the same for all clients of a frame.
+
+    ``basis`` U (p, r) spans their subspace. ``common_part`` M (p, q) has rank one and Frobenius norm one.
+    """
 
     basis: Tensor
     common_part: LowRank
@@ -99,43 +112,51 @@ def synthesise(
     layers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write ``output``/clients, a PEFT folder for each planted client, and ``output``/truth.json.
+    """Write planted PEFT adapters to ``output``/clients and their ground truth to ``output``/truth.json.
 
-    A benign client is Theta_k = M + U A_k + E_k, in factors B = [C, U, 0] + N_k and A = [d; A_k; W_k] of rank rho
-    exactly (r + 1 without noise). M = C d has rank one and is the same in all, U (p, r) is shared, the coefficients A_k
-    (r, q) are its own, and so are the rho - r - 1 rows W_k, which hold noise alone; the noise is E_k = N_k A, of as
-    many rank-one terms as the rank allows, with a squared norm of noise^2 / rho each. U and M differ by module. A
-    random rotation between the factors spreads everything over all columns, as training would.
+    A benign client has the update Theta_k = M + U A_k + E_k in every module. The common part M = C d has rank one and
+    is the same for all benign clients. They also share U (p, r). The coefficients A_k (r, q) are the client's own. The
+    adapter's factors are B = [C, U, 0] + N_k and A = [d; A_k; W_k]. Their rank is exactly rho, or r + 1 without noise.
+    The rho - r - 1 rows W_k are the client's own and carry estimation noise only. The estimation noise is E_k = N_k A,
+    which has rho rank-one terms of expected squared norm noise^2 / rho each. U and M differ between modules. A random
+    rotation between the factors mixes their columns, as training would.
 
-    A contaminated client has, at the same rank, ``unstructured``: a U and an M of its own; ``coalition``: those of the
-    coalition; ``stealth``: its honest update and a step u d of norm ``distance``, u off the subspace, its own or that
-    of all; ``sign_flip``, ``scaled``: its honest update times -1, times 10; ``free_rider``: B = 0, as before training.
+    A contaminated client sends an adapter of the same rank, which depends on the plan's ``kind``:
 
-    Values of a client in a module depend on the seed and these two names alone. One adapter is in memory at a time.
-    bfloat16 rounds each factor by about 0.1 %, the planted subspace with it.
+    * ``unstructured``: a U and an M of its own;
+    * ``coalition``: a U and an M that all contaminated clients share;
+    * ``stealth``: its honest update plus a step u d of norm ``distance``, with the unit column u orthogonal to the
+      subspace;
+    * ``sign_flip``: its honest update times -1;
+    * ``scaled``: its honest update times 10;
+    * ``free_rider``: B = 0, as before training.
+
+    The random values of a client in a module depend only on the seed and on these two names. One adapter is in memory
+    at a time. bfloat16 rounds each factor, and with it the planted subspace, by about 0.1 %.
 
     Parameters
     ----------
     model : str, optional
-        A key of ``MODELS``; or give
+        Key of ``MODELS``. Give either ``model`` or ``shape``.
     shape : (p, q), optional
         Shape of every module.
     modules : sequence of str, optional
-        Of ``PROJECTIONS``; all of a model, o_proj of a shape.
+        Names from ``PROJECTIONS``. Default: all projections with ``model``, o_proj alone with ``shape``.
     layers : int, optional
-        Layers that have adapters, from the first; all of a model, one of a shape.
+        Number of layers with adapters, counted from the first. Default: all layers with ``model``, one with ``shape``.
     progress : callable, optional
-        Called with (clients written, clients).
+        Called with (clients written, number of clients).
 
     Returns
     -------
     dict
-        What truth.json says: the plan, module shapes, names of benign and contaminated clients, bytes.
+        Contents of truth.json: the plan, the module shapes, the names of the benign and of the contaminated clients,
+        and the size in bytes.
 
     Raises
     ------
     AdapterError
-        One line: the plan cannot be, the output exists, or the disk is too small.
+        The plan or the shapes are invalid, the output exists, or the disk is too small. The message is one line.
     """
     output = Path(os.path.abspath(output))
     _check_plan(plan)
@@ -165,12 +186,13 @@ def synthesise(
 def module_shapes(
     model: str | None, shape: tuple[int, int] | None, modules: Sequence[str] | None, layers: int | None
 ) -> dict[str, tuple[int, int]]:
-    """Module name -> (p, q), layer by layer.
+    """Return the shape (p, q) of every module by its full name, layer by layer.
 
     Raises
     ------
     AdapterError
-        Neither or both of model and shape, an unknown name, too many layers.
+        Neither or both of ``model`` and ``shape`` are given, a name is unknown, or the number of layers is not
+        possible.
     """
     if (model is None) == (shape is None):
         raise AdapterError(f"give a model, one of {', '.join(MODELS)}, or a shape p, q")
@@ -193,7 +215,10 @@ def module_shapes(
 
 
 def shared_part(plan: Plan, module: str, shape: tuple[int, int], *, of: str = "benign") -> PlantedModule:
-    """U and M of one module, as planted before rounding; of the benign clients, of a coalition, or of one client."""
+    """Return U and M of one module as planted, before rounding.
+
+    ``of`` says whose they are: "benign", "coalition", or the name of one client.
+    """
     generator = derive(plan.seed, "shared", module, of)
     (p, q), precision = shape, _precision(plan)
     frame = random_frame(p, plan.shared_rank + 1, generator=generator).to(precision)
@@ -204,7 +229,7 @@ def shared_part(plan: Plan, module: str, shape: tuple[int, int], *, of: str = "b
 def _updates(
     plan: Plan, name: str, bad: bool, shapes: dict[str, tuple[int, int]], shared: dict[str, PlantedModule]
 ) -> Iterator[tuple[str, LowRank]]:
-    """A client's update of every module, in the dtype of the file."""
+    """Yield (module, update) of one client for every module, in the dtype of the file."""
     for module, sides in shapes.items():
         generator = derive(plan.seed, "client", module, name)
         own = shared[module]
@@ -221,7 +246,10 @@ def _updates(
 
 
 def _factors(plan: Plan, shared: PlantedModule, generator: Generator) -> tuple[Tensor, Tensor]:
-    """B (p, rho) and A (rho, q) of an honest client: M first, then U A_k, then what is noise alone."""
+    """Return the factors B (p, rho) and A (rho, q) of an honest client.
+
+    The first column of B and row of A hold M, the next r hold U A_k, and the last ones carry estimation noise only.
+    """
     p, q = shared.common_part.shape
     rows = _directions(plan.rank - 1, q, generator, shared.basis.dtype)
     B = plan.noise / plan.rank**0.5 * _directions(plan.rank, p, generator, shared.basis.dtype).T  # (p, rho)
@@ -231,9 +259,10 @@ def _factors(plan: Plan, shared: PlantedModule, generator: Generator) -> tuple[T
 
 
 def _directions(count: int, length: int, generator: Generator, dtype: torch.dtype) -> Tensor:
-    """Random rows (count, length) of unit expected squared norm.
+    """Draw random rows (count, length) of unit expected squared norm.
 
-    Uniform bytes, at a third of the time of normal numbers: a sum of many entries does not show the difference.
+    The entries are uniform bytes, which take a third of the time of normal numbers. A sum of many entries does not show
+    the difference.
     """
     words = torch.empty(-(-count * length // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     entries = words.view(torch.int8)[: count * length].view(count, length).to(dtype)
@@ -241,7 +270,7 @@ def _directions(count: int, length: int, generator: Generator, dtype: torch.dtyp
 
 
 def _off(basis: Tensor, generator: Generator) -> Tensor:
-    """Random unit column (p, 1) off the subspace."""
+    """Draw a random unit column (p, 1) orthogonal to the subspace."""
     column = torch.randn(len(basis), 1, generator=generator, dtype=basis.dtype)
     column = column - basis @ (basis.T @ column)
     return column / torch.linalg.vector_norm(column)
@@ -265,10 +294,10 @@ def _check_plan(plan: Plan) -> None:
     if plan.dtype not in DTYPES:
         raise AdapterError(f"dtype must be one of {', '.join(DTYPES)}; got {plan.dtype!r}")
     if not 1 <= plan.shared_rank < plan.rank:
-        most = f"1 to {plan.rank - 1} in adapters of rank {plan.rank}, of which the common part has one"
+        most = f"1 to {plan.rank - 1} in adapters of rank {plan.rank}, as their common part takes one rank"
         raise AdapterError(f"shared rank must be {most}; got {plan.shared_rank}")
     if not (0 <= plan.noise < float("inf") and 0 < plan.distance < float("inf")):
-        raise AdapterError(f"noise and distance must be finite, got {plan.noise:g} and {plan.distance:g}")
+        raise AdapterError(f"noise (>= 0) and distance (> 0) must be finite; got {plan.noise:g} and {plan.distance:g}")
 
 
 def _check_room(output: Path, size: int) -> None:

@@ -1,6 +1,6 @@
-"""What contaminated clients send: every kind of contamination of updates, from what the honest clients send.
+"""Attacks: what contaminated clients send, computed from the updates of the honest clients.
 
-The attackers know all honest updates. Kinds that act on training data instead are in `studies.text_copying.dialects`.
+The attackers know all honest updates. Attacks on the training data are in `studies.text_copying.dialects`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from clairlib.linalg.low_rank import LowRank, truncate
 from clairlib.linalg.subspace import project_out
 
 SCALED_BY = 10.0
-IPM_FACTOR = 0.5  # tau of Xie, Koyejo, Gupta's experiments that evade the median and Krum
+IPM_FACTOR = 0.5  # tau with which Xie, Koyejo and Gupta evade the median and Krum
 
 
 @dataclass(frozen=True)
 class Model:
-    """The honest clients' model, to which drawn contamination is matched: rank r, and ||M||_F in units of a row of A_k.
+    """Size of the honest clients' updates, which random attacks match.
 
-    A benign update has expected squared norm r + ``common_norm``^2 in these units.
+    ``rank`` is r and ``common_norm`` is ||M||_F in units of a row of A_k. In these units a benign update has the
+    expected squared norm r + ``common_norm``^2.
     """
 
     rank: int
@@ -35,36 +36,36 @@ Attack = Callable[[Tensor, Tensor, Model, Generator], Tensor]
 
 
 def random_frame(p: int, r: int, *, generator: Generator) -> Tensor:
-    """Orthonormal basis (p, r) of a uniformly distributed subspace."""
+    """Draw an orthonormal basis (p, r) of a uniformly distributed subspace."""
     Q, R = torch.linalg.qr(torch.randn(p, r, generator=generator, dtype=torch.float64))
     return Q * R.diagonal().sign()
 
 
 def coefficients(count: int, r: int, q: int, *, generator: Generator) -> Tensor:
-    """Client-specific coefficients (count, r, q): each of the r rows has unit expected squared norm."""
+    """Draw client-specific coefficients (count, r, q), whose rows have unit expected squared norm."""
     return torch.randn(count, r, q, generator=generator, dtype=torch.float64) / q**0.5
 
 
 def random_common_part(p: int, q: int, size: float, *, generator: Generator) -> Tensor:
-    """Dense Gaussian matrix (p, q) of Frobenius norm ``size``."""
+    """Draw a dense Gaussian matrix (p, q) and scale it to Frobenius norm ``size``."""
     M = torch.randn(p, q, generator=generator, dtype=torch.float64)
     return M * (size / torch.linalg.matrix_norm(M))
 
 
 def _unstructured(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """Each contaminated client has an r-frame of its own: a random subspace and a random common part."""
+    """Give each contaminated client an r-frame of its own: a random subspace and a random common part."""
     return torch.cat([_coalition(honest, k[None], model, generator) for k in _indices(contaminated)])
 
 
 def _dense(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """Full-rank Gaussian updates of the same expected squared Frobenius norm as benign ones, r + ||M||_F^2."""
+    """Draw full-rank Gaussian updates with the expected squared Frobenius norm of benign ones, r + ||M||_F^2."""
     count, p, q = honest[contaminated].shape
     scale = ((model.rank + model.common_norm**2) / (p * q)) ** 0.5
     return torch.randn(count, p, q, generator=generator, dtype=torch.float64) * scale
 
 
 def _coalition(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """Contaminated clients share one r-frame of their own: a subspace and a common part."""
+    """Give all contaminated clients the same r-frame: one random subspace and one random common part."""
     count, p, q = honest[contaminated].shape
     frame = random_frame(p, model.rank, generator=generator)
     M = random_common_part(p, q, model.common_norm, generator=generator)
@@ -72,26 +73,30 @@ def _coalition(honest: Tensor, contaminated: Tensor, model: Model, generator: Ge
 
 
 def _sign_flip(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """The negative of the client's own honest update."""
+    """Return the negative of the client's own honest update."""
     return -honest[contaminated]
 
 
 def _scaled(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """The client's own honest update, ``SCALED_BY`` times as large."""
+    """Return the client's own honest update times ``SCALED_BY``."""
     return SCALED_BY * honest[contaminated]
 
 
 def _alie(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """A little is enough (Baruch, Baruch, Goldberg 2019): every entry the benign mean + ``alie_deviations`` std."""
+    """A little is enough (Baruch, Baruch, Goldberg 2019): benign mean + ``alie_deviations`` benign standard deviations.
+
+    Mean and standard deviation are those of each entry. All contaminated clients send the same update.
+    """
     benign = _benign(honest, contaminated)
     z = alie_deviations(len(honest), len(honest) - len(benign))
     return _everybody(benign.mean(dim=0) + z * benign.std(dim=0), honest, contaminated)
 
 
 def alie_deviations(clients: int, contaminated: int) -> float:
-    """Baruch's z_max = quantile((n - m - s) / (n - m)) of the standard normal, with s = floor(n / 2 + 1) - m.
+    """Return Baruch's z_max, the standard normal quantile of (n - m - s) / (n - m) with s = floor(n / 2 + 1) - m.
 
-    s is the number of benign clients that m attackers need for a majority. Where they have it already, s = 1.
+    n is ``clients`` and m is ``contaminated``. s is the number of benign clients that m attackers need for a majority;
+    s = 1 where the attackers have a majority already.
     """
     benign, needed = clients - contaminated, max(1, floor(clients / 2 + 1) - contaminated)
     return NormalDist().inv_cdf((benign - needed) / benign)
@@ -104,9 +109,10 @@ def _ipm(honest: Tensor, contaminated: Tensor, model: Model, generator: Generato
 
 
 def _stealth(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """Own honest update and a step of unit norm off the benign subspace, one rank-one step for all: it adds up.
+    """Return the client's own honest update plus a rank-one step of unit norm, orthogonal to the benign subspace.
 
-    The subspace is the leading one, of dimension r, of the benign differences from their mean.
+    The step is the same for all contaminated clients, so it does not average out. The benign subspace is spanned by the
+    r leading left singular vectors of the benign updates minus their mean.
     """
     benign = _benign(honest, contaminated)
     wide = (benign - benign.mean(dim=0)).permute(1, 0, 2).flatten(1)  # (p, s*q)
@@ -118,7 +124,10 @@ def _stealth(honest: Tensor, contaminated: Tensor, model: Model, generator: Gene
 
 
 def _free_rider(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """Nothing was trained: a zero update. One that sends noise instead is ``dense``."""
+    """Return zero updates, as of clients that did not train.
+
+    A client that sends random noise instead is ``dense``.
+    """
     return torch.zeros_like(honest[contaminated])
 
 
@@ -133,9 +142,10 @@ ATTACKS: dict[str, Attack] = {
     "stealth": _stealth,
     "free_rider": _free_rider,
 }
-"""Kind -> what the contaminated clients send (n, p, q), given what all would send if honest (K, p, q).
+"""Attack name -> function that returns the updates (n, p, q) of the contaminated clients.
 
-The second argument is a mask (K,) or the contaminated clients' indices in the order in which they draw.
+The first argument holds the updates (K, p, q) that all clients would send if honest. The second is a mask (K,) of the
+contaminated clients, or their indices in the order in which the attack draws for them.
 """
 
 
@@ -144,7 +154,7 @@ def _indices(contaminated: Tensor) -> Tensor:
 
 
 def _benign(honest: Tensor, contaminated: Tensor) -> Tensor:
-    """Honest clients' updates, which need a standard deviation."""
+    """Return the honest clients' updates; raise ValueError if there are fewer than two, too few for a deviation."""
     mask = torch.ones(len(honest), dtype=torch.bool)
     mask[contaminated] = False
     if int(mask.sum()) < 2:
@@ -153,7 +163,7 @@ def _benign(honest: Tensor, contaminated: Tensor) -> Tensor:
 
 
 def _everybody(update: Tensor, honest: Tensor, contaminated: Tensor) -> Tensor:
-    """One update (p, q) sent by all contaminated clients."""
+    """Repeat one update (p, q) for all contaminated clients."""
     return update.expand_as(honest[contaminated]).clone()
 
 
@@ -165,30 +175,32 @@ def attack(
     rank: int,
     generator: Generator,
 ) -> Tensor | list[LowRank]:
-    """Trained clients' updates with those of the contaminated clients replaced.
+    """Replace the updates of the contaminated clients by an attack.
 
-    Drawn contamination and steps have the size of the honest updates: the attack is made in units in which the honest
-    clients' mean squared norm is r + 1. An attacker among adapters sends an adapter as well, of its own rank: the best
-    approximation of its attack, which for kinds of higher rank (``dense``, ``alie``, ``ipm``, ``stealth``) is smaller.
+    Random attacks and steps have the size of the honest updates: the attack is computed in units in which the mean
+    squared norm of the honest clients is r + 1. If the updates are adapters, an attacker sends an adapter of its own
+    rank, the best approximation of its attack. For attacks of higher rank (``dense``, ``alie``, ``ipm``, ``stealth``)
+    the approximation is smaller than the attack.
 
     Parameters
     ----------
     kind : str
         A key of ``ATTACKS``.
     updates : Tensor (K, p, q), or a sequence of LowRank
-        What all clients send if honest. Adapters are multiplied out here, K p q numbers.
+        Updates that all clients send if honest. Adapters are multiplied out here, to K p q numbers.
     contaminated : Tensor (K,), bool
     rank : int
-        Dimension of drawn subspaces, and of the benign subspace that ``stealth`` leaves.
+        Dimension of random subspaces, and of the benign subspace that ``stealth`` leaves.
 
     Returns
     -------
-    Tensor (K, p, q) or list of LowRank, as ``updates``; honest clients' updates unchanged.
+    Tensor (K, p, q) or list of LowRank
+        Of the same kind as ``updates``. The updates of honest clients are unchanged.
 
     Raises
     ------
     ValueError
-        For an unknown kind, a mask of another length, or fewer than two honest clients.
+        The kind is unknown, the mask is not bool or has another length, or fewer than two clients are honest.
     """
     check_kind(kind)
     if contaminated.shape != (len(updates),) or contaminated.dtype != torch.bool:
@@ -215,13 +227,13 @@ def _product(update: LowRank) -> Tensor:
 
 
 def as_adapter(update: Tensor, *, like: LowRank) -> LowRank:
-    """Best approximation of a dense update (p, q) by an adapter of the rank and dtype of ``like``, scale 1."""
+    """Return the best approximation of a dense update (p, q) with the rank and dtype of ``like``, scale 1."""
     identity = torch.eye(update.shape[1], dtype=torch.float64)
     cut, _ = truncate(LowRank(update.double(), identity), like.rank)
     return LowRank(cut.B.to(like.B.dtype), cut.A.to(like.A.dtype))
 
 
 def check_kind(kind: str) -> None:
-    """Refuse an unknown kind of contamination."""
+    """Raise ValueError if the attack is unknown."""
     if kind not in ATTACKS:
         raise ValueError(f"contamination must be one of {', '.join(ATTACKS)}; got {kind!r}")

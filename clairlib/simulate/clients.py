@@ -1,4 +1,4 @@
-"""Planted clients: updates that follow the shared-subspace model, contaminated ones among them, and the truth."""
+"""Planted clients of the shared-subspace model, some of them contaminated, with their ground truth."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from clairlib.simulate.attacks import ATTACKS, Model, check_kind, coefficients, 
 
 @dataclass(frozen=True)
 class Planted:
-    """Planted clients and what they were made of.
+    """Planted clients and their ground truth.
 
-    ``updates`` (K, p, q) = ``targets`` + noise; ``benign`` (K,) bool; ``basis`` U (p, r); ``common_part`` M (p, q);
-    ``noise_std`` the standard deviation of each entry's noise.
+    ``updates`` (K, p, q) are ``targets`` plus estimation noise. ``benign`` is (K,) bool. ``basis`` U (p, r) spans the
+    shared subspace, and ``common_part`` is M (p, q). ``noise_std`` is the standard deviation of the estimation noise of
+    an entry for a client of weight 1.
     """
 
     updates: Tensor
@@ -33,7 +34,10 @@ class Planted:
 
 
 def _heterogeneity(basis: Tensor, K: int, q: int, size: float, rank: int | None, generator: Generator) -> Tensor:
-    """H_k (K, p, q), off the subspace, each of Frobenius norm ``size`` and of full rank or the one given."""
+    """Draw the client differences H_k (K, p, q) off the subspace, each of Frobenius norm ``size``.
+
+    ``rank`` is the rank of every H_k; None means full rank.
+    """
     p = len(basis)
     H = torch.randn(K, p, q, generator=generator, dtype=torch.float64)
     if rank is not None:
@@ -43,7 +47,7 @@ def _heterogeneity(basis: Tensor, K: int, q: int, size: float, rank: int | None,
 
 
 def _colouring(p: int, correlation: float) -> Tensor:
-    """Cholesky factor (p, p) of the covariance correlation^|i - j|."""
+    """Return the Cholesky factor (p, p) of the covariance correlation^|i - j|."""
     steps = torch.arange(p, dtype=torch.float64)
     return torch.linalg.cholesky(correlation ** (steps[:, None] - steps).abs())
 
@@ -65,33 +69,34 @@ def planted(
     weights: Tensor | None = None,
     generator: Generator,
 ) -> Planted:
-    """K clients that follow the shared-subspace model, a share of them contaminated.
+    """Draw K clients that follow the shared-subspace model, and contaminate a fraction of them.
 
-    Benign: Theta_k = M + U A_k + H_k. Each row of A_k has unit expected squared norm, ||M||_F = ``common_norm`` and
-    ||P_perp H_k||_F = ``heterogeneity``; noise is Gaussian with standard deviation ``noise_std`` per entry.
-    The contaminated clients, round(share * K) of them, stand at random places.
+    A benign client has the target Theta_k = M + U A_k + H_k. Each row of A_k has unit expected squared norm, ||M||_F is
+    ``common_norm``, and ||P_perp H_k||_F is ``heterogeneity``. The estimation noise is Gaussian with standard deviation
+    ``noise_std`` per entry. round(share * K) clients at random places are contaminated.
 
     Parameters
     ----------
     contamination : str
         A key of `clairlib.simulate.attacks.ATTACKS`.
     share : float
-        Contaminated share of the clients, in [0, 1).
+        Contaminated fraction of the clients, in [0, 1).
     K, p, q, r : int
-        Clients, rows (output side), columns, rank of the shared subspace.
+        Number of clients, rows (output side), columns, and dimension of the shared subspace.
     heterogeneity_rank : int, optional
-        Rank of every H_k; full where None.
+        Rank of every H_k; None means full rank.
     strength : float
-        Part of the way that a contaminated client goes from its honest update to the contaminated one.
+        Position of a contaminated client between its honest update (0) and the attack (1).
     row_correlation : float
-        Coloured noise: entries of a column have correlation ``row_correlation ** |i - j|``, in (-1, 1).
+        Correlation of the estimation noise: two entries i, j of a column have ``row_correlation ** |i - j|``, in (-1,
+        1).
     weights : Tensor (K,), optional
-        Client k's noise has standard deviation ``noise_std / sqrt(weights[k])``.
+        The estimation noise of client k has the standard deviation ``noise_std / sqrt(weights[k])``.
 
     Raises
     ------
     ValueError
-        For an unknown kind, r > p, or a share, heterogeneity_rank or row_correlation out of range.
+        The kind is unknown, r > p, or ``share``, ``heterogeneity_rank`` or ``row_correlation`` is out of range.
     """
     check_kind(contamination)
     if not 0 <= share < 1:

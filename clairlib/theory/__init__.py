@@ -1,1 +1,4 @@
-"""Floor 4: closed forms, one file a statement, each named as its notebook. All are this project's own derivations."""
+"""Floor 4: closed forms, one file per statement, each named like its notebook.
+
+All are this project's own derivations.
+"""

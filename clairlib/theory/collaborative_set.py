@@ -1,6 +1,6 @@
-"""Statement 3: at which distance off the subspace a detector that is told P, M and sigma finds the exact set.
+"""Statement 3: the distance off the subspace at which a detector told P, M and sigma finds the exact set.
 
-This project's own derivation (notebook 04), not the paper's (arXiv:2605.21217).
+This is this project's own derivation (notebook 04), not the paper's (arXiv:2605.21217).
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from clairlib.linalg.subspace import project_out
 from clairlib.recovery.detection import FAMILY_ERROR
 from clairlib.recovery.leave_one_out import filtered_energy
 
-NULL_DRAWS = 200_000  # behind the null quantile of the filtered energy, which has no closed form
+NULL_DRAWS = 200_000  # draws for the null quantile of the filtered energy, which has no closed form
 
 
 def energy_separation(rows: int, columns: int, clients: int, error: float = FAMILY_ERROR) -> float:
-    """Off-subspace distance over sigma from which the energy finds the exact set with chance 1 - error (Statement 3).
+    """Return the off-subspace distance over sigma at which the energy finds the exact set with probability 1 - error.
 
-    sqrt(2 x) + 2 sqrt(x + sqrt(n x)) with n = rows * columns degrees of freedom and x = log(clients / error).
+    This is Statement 3: sqrt(2 x) + 2 sqrt(x + sqrt(n x)) with n = rows * columns degrees of freedom and x =
+    log(clients / error). Every contaminated client must be at least this far off.
     """
     n, x = rows * columns, log(clients / error)
     return sqrt(2 * x) + 2 * sqrt(x + sqrt(n * x))
 
 def filtered_separation(rows: int, columns: int, directions: int, clients: int, error: float = FAMILY_ERROR) -> float:
-    """The same for the energy in the top g directions of a residual, against ||Delta||_(g) / sigma.
+    """Return the distance ||Delta||_(g) / sigma at which the filtered energy finds the exact set with probability 1 - error.
 
-    With a >= b the sides of the residual, x = log(clients / error) and c = min(sqrt(g) (sqrt(a) + sqrt(b)), sqrt(a b)),
-    which bounds the mean norm of the noise: the smaller of c + 2 sqrt(2 x) and
+    The filtered energy of a residual is the part in its g = ``directions`` leading singular directions. Let a >= b be
+    the sides of the residual, x = log(clients / error), and c = min(sqrt(g) (sqrt(a) + sqrt(b)), sqrt(a b)), which
+    bounds the mean norm of the noise. The distance is the smaller of c + 2 sqrt(2 x) and
     sqrt(2 x) + sqrt(c^2 - a g + 2 c sqrt(2 x) + 2 sqrt(a g x) + 4 x).
     """
     a, b = max(rows, columns), min(rows, columns)
@@ -43,10 +45,11 @@ def filtered_separation(rows: int, columns: int, directions: int, clients: int, 
 
 @lru_cache
 def filtered_null(rows: int, columns: int, rank: int) -> np.ndarray:
-    """Ascending sample of the filtered energy of pure unit noise (rows, columns).
+    """Return an ascending sample of the filtered energy of standard normal noise (rows, columns).
 
-    A Gaussian matrix has the singular values of Bartlett's triangle: the roots of chi^2 on the diagonal, the i-th with
-    a - i degrees of freedom, i = 0 .., and standard normal entries above it.
+    A Gaussian matrix has the singular values of Bartlett's triangle. With a its larger side, the i-th diagonal entry, i
+    = 0, 1, .., is the root of a chi^2 variable with a - i degrees of freedom. The entries above the diagonal are
+    standard normal.
     """
     a, b = max(rows, columns), min(rows, columns)
     draw = np.random.default_rng(derive(0, "filtered null", rows, columns, rank).initial_seed())
@@ -57,10 +60,11 @@ def filtered_null(rows: int, columns: int, rank: int) -> np.ndarray:
 def oracle_benign(
     updates: Tensor, basis: Tensor, common_part: Tensor, noise: float, statistic: str = "energy"
 ) -> Tensor:
-    """Benign clients (K,) by the detector of Statement 3, told P, M and sigma, at level FAMILY_ERROR / K a client.
+    """Return the benign clients (K,) by the detector of Statement 3, which is told P, M and sigma.
 
-    ``statistic`` "energy": all of ||P_perp (X_k - M)||_F^2, whose null law is chi^2; "filtered": the part in the top
-    2 r singular directions, as in CLAIR's score, with a simulated null quantile.
+    Each client is tested at level FAMILY_ERROR / K. ``noise`` is sigma. With ``statistic`` "energy" the test uses all
+    of ||P_perp (X_k - M)||_F^2 / sigma^2, whose null distribution is chi^2. With "filtered" it uses the part in the top
+    2 r singular directions, as CLAIR's score does, with a simulated null quantile.
     """
     K, p, q = updates.shape
     R, rows, level = project_out(basis, updates - common_part) / noise, p - basis.shape[1], FAMILY_ERROR / K

@@ -1,7 +1,7 @@
-"""Closed forms: what the mathematics promises before anything is solved.
+"""Closed forms for exact recovery by the convex program, before the program is solved.
 
-This project's own derivations for its reconstruction of the program (Statement 2a), not the paper's
-(arXiv:2605.21217); proofs in notebook 02.
+They are this project's own derivations for its reconstruction of the program (Statement 2a), not the paper's
+(arXiv:2605.21217). Proofs are in notebook 02.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.convex import NEGLIGIBLE, lambda_window
 
-ROUNDING = 1e-13  # relative change at which ``told_program`` stops
+ROUNDING = 1e-13  # relative change at which `oracle_program` stops
 
 
 def balanced_window(low_rank: Tensor, contamination: Tensor) -> tuple[float, float]:
-    """Weights lam at which this decomposition is the optimum, where contamination lies off the subspace.
+    """Return the window of weights lam at which this decomposition is the optimum, for contamination off the subspace.
 
-    With c_k = C_k / ||C_k||_F and G = sum_k c_k over the contaminated clients, s of them benign,
+    With c_k = C_k / ||C_k||_F and G = sum_k c_k over the contaminated clients, and s the number of benign clients,
 
     low = max_{k in S} ||V_k||_F / sqrt(1 - ||G||_F^2 / s^2),   high = 1 / || [c_k, .., G / sqrt(s)] ||_2.
 
-    Derivation. sum_k Y_k = 0 asks the benign clients to carry -lam G between them. Y_k = U V_k' - lam G / s does for
-    k in S, and with U'C_k = 0 it satisfies every optimality condition when low < lam < high: ||Y_k||_F^2 = ||V_k||_F^2
-    + lam^2 ||G||_F^2 / s^2, and P_perp Y P_perp Y' = lam^2 (sum_k c_k c_k' + G G' / s), other than which no choice
-    is smaller (Jensen). Contamination that leans to one side (large G) closes the window. With nobody
-    contaminated or nobody benign the ends are those of ``lambda_window``.
+    Derivation. As sum_k Y_k = 0, the multipliers Y_k of the benign clients sum to -lam G. Take Y_k = U V_k' - lam G / s
+    for k in S. With U'C_k = 0 it satisfies every optimality condition when low < lam < high: ||Y_k||_F^2 = ||V_k||_F^2
+    + lam^2 ||G||_F^2 / s^2, and P_perp Y P_perp Y' = lam^2 (sum_k c_k c_k' + G G' / s). No other choice makes the
+    latter smaller (Jensen). Contamination that leans to one side (large G) closes the window. If no client is
+    contaminated, or none is benign, the window is that of ``lambda_window``.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def balanced_window(low_rank: Tensor, contamination: Tensor) -> tuple[float, flo
     Returns
     -------
     (low, high) : tuple of float
-        low is inf where ||G||_F >= s. Where contamination reaches into the subspace the ends are approximate; ask
+        low is inf where ||G||_F >= s. If the contamination reaches into the subspace, both ends are approximate; use
         ``recovery_certificate`` then.
     """
     low, high = lambda_window(low_rank, contamination)
@@ -57,11 +57,12 @@ def balanced_window(low_rank: Tensor, contamination: Tensor) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class RecoveryCertificate:
-    """Does the convex program recover this subspace and this set exactly, at this weight and without noise?
+    """Bounds that tell whether the convex program recovers this subspace and this set exactly, at one weight lam.
 
-    ``dual`` Y (K, p, q) is the candidate multiplier. ``spectral`` = ||P_perp Y||_2 and ``block`` = max over the benign
-    of ||Y_k||_F / lam: both below 1 prove that every optimum is exact. ``necessary``, a lower bound of ``block`` over
-    all multipliers, or ``spectral`` above 1 prove that none is.
+    The updates have no noise. ``dual`` Y (K, p, q) is the candidate multiplier. ``spectral`` is ||P_perp Y||_2, and
+    ``block`` is the largest ||Y_k||_F / lam of a benign client. If both are below 1, every optimum is exact.
+    ``necessary`` is a lower bound of ``block`` over all multipliers. If ``necessary`` or ``spectral`` is above 1, no
+    optimum is exact.
     """
 
     dual: Tensor
@@ -70,20 +71,23 @@ class RecoveryCertificate:
     necessary: float
 
     def verdict(self, margin: float = 0.0) -> str:
-        """"exact", "not exact" or "undecided", each end kept ``margin`` away from."""
+        """Return "exact", "not exact" or "undecided".
+
+        The first two need bounds at a distance of more than ``margin`` from 1.
+        """
         if max(self.spectral, self.block) < 1 - margin:
             return "exact"
         return "not exact" if max(self.spectral, self.necessary) > 1 + margin else "undecided"
 
 
 def recovery_certificate(updates: Tensor, benign: Tensor, basis: Tensor, lam: float) -> RecoveryCertificate:
-    """Optimality conditions of exact recovery, for noiseless updates whose benign clients and subspace are known.
+    """Check the optimality conditions of exact recovery, for noiseless updates with known benign clients and subspace.
 
-    The program told U and S (``oracle_program``) fixes W_k = U'Y_k and, for the contaminated, Z_k = P_perp Y_k. What is
-    left to choose is Z_k for the benign, under sum_k Z_k = 0 and sum_k Z_k W_k' = 0, linear conditions. The least
-    squares solution has the smallest ||Z||_2 of all (it is the others times a projector) and the smallest
-    sum_k ||Z_k||_F^2: so spectral > 1 rules every multiplier out, and so does the mean of the benign ||Y_k||_F^2 or
-    some ||W_k||_F^2 above lam^2.
+    The program told U and S (``oracle_program``) fixes W_k = U'Y_k, and Z_k = P_perp Y_k for the contaminated clients.
+    Z_k for the benign clients is free, under the linear conditions sum_k Z_k = 0 and sum_k Z_k W_k' = 0. The
+    least-squares solution has the smallest ||Z||_2 of all, because it is any other solution times a projector. It also
+    has the smallest sum_k ||Z_k||_F^2. Therefore spectral > 1 rules out every multiplier. So does a value above lam^2
+    of the benign clients' mean ||Y_k||_F^2 or of some benign ||W_k||_F^2.
 
     Parameters
     ----------
@@ -109,11 +113,13 @@ def recovery_certificate(updates: Tensor, benign: Tensor, basis: Tensor, lam: fl
 def oracle_program(
     updates: Tensor, benign: Tensor, basis: Tensor, lam: float, *, iterations: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Multiplier of the convex program told U and S: W_k = U'Y_k (K, r, q), and Z_k = P_perp Y_k off S, 0 on S.
+    """Solve the convex program told U and S, and return its multiplier as (W, Z).
 
-    Told them, contamination off the subspace is known, D_k = P_perp (X_k - X_j) with any benign j, and what remains is
-    min || [B_1 .. B_K] ||_* + lam sum_{k not in S} sqrt(||T_k||_F^2 + ||D_k||_F^2) over B_k = U'X_k - N - T_k.
-    Majorised by quadratics, weights (BB')^(-1/2) and 1 / ||S_k||_F, solved in turn; r x r algebra only.
+    W_k = U'Y_k, (K, r, q). Z_k = P_perp Y_k for the contaminated clients and 0 on S, (K, p, q). Because U and S are
+    told, the contamination off the subspace is known: D_k = P_perp (X_k - X_j) with any benign j. What remains is to
+    minimise || [B_1 .. B_K] ||_* + lam sum_{k not in S} sqrt(||T_k||_F^2 + ||D_k||_F^2) with B_k = U'X_k - N - T_k,
+    over N and T_k. The two terms are majorised by quadratics with weights (BB')^(-1/2) and 1 / sqrt(||T_k||_F^2 +
+    ||D_k||_F^2). Minimising the quadratics alternates with updating the weights. Only r x r systems are solved.
     """
     coordinates, off = basis.T @ updates, project_out(basis, updates)
     D = torch.where(benign[:, None, None], 0.0, off - off[benign].mean(dim=0))
@@ -133,9 +139,9 @@ def oracle_program(
 
 
 def certified_weight(updates: Tensor, benign: Tensor, basis: Tensor, *, rounds: int = 6) -> float:
-    """The weight at which ``spectral`` = ``block`` of the recovery certificate: the middle of its window.
+    """Find the weight lam at which ``spectral`` = ``block`` in the recovery certificate, the middle of its window.
 
-    ``spectral`` grows about like lam and ``block`` falls like 1 / lam. Where both exceed 1 there no weight is
+    ``spectral`` grows about like lam, and ``block`` falls like 1 / lam. If both exceed 1 at the result, no weight is
     certified.
     """
     lam = 1 / math.sqrt(math.log(max(len(updates), 3)))
@@ -148,16 +154,16 @@ def certified_weight(updates: Tensor, benign: Tensor, basis: Tensor, *, rounds: 
 
 
 def _norms(T: Tensor, D: Tensor) -> Tensor:
-    """Frobenius norms (K,) of blocks with parts T in the subspace and D off it."""
+    """Return the Frobenius norms (K,) of blocks with part T in the subspace and part D off it."""
     return (T.square().sum(dim=(1, 2)) + D.square().sum(dim=(1, 2))).clamp(min=torch.finfo(T.dtype).tiny).sqrt()
 
 
 def _wide(blocks: Tensor) -> Tensor:
-    """[X_1 .. X_K], (p, K*q), of blocks (K, p, q)."""
+    """Place blocks (K, p, q) side by side: [X_1 .. X_K], (p, K*q)."""
     return blocks.permute(1, 0, 2).flatten(1)
 
 
 def _inverse_root(wide: Tensor) -> Tensor:
-    """(B B')^(-1/2) of B (r, n), of full row rank."""
+    """Return (B B')^(-1/2) of B (r, n), which has full row rank."""
     values, vectors = torch.linalg.eigh(wide @ wide.T)
     return (vectors / values.clamp(min=torch.finfo(wide.dtype).tiny).sqrt()) @ vectors.T

@@ -1,8 +1,8 @@
 """What exact updates determine: frames through a few clients, their consensus sets, and whether the largest is unique.
 
-An r-frame is a pair (P, C) of a rank-r projector and an off-subspace matrix C = P_perp C; its consensus set is
-{k: P_perp Theta_k = C}. Clients come as a float64 stack Theta (K, p, q). Noiseless algebra, nothing is estimated; and,
-at the end, planted clients at the border of what can be told apart. Statement 1 is this project's
+An r-frame is a pair (P, C) of a rank-r projector and an off-subspace matrix C = P_perp C. Its consensus set is {k:
+P_perp Theta_k = C}. Clients are given as a float64 stack Theta (K, p, q). The algebra has no noise and estimates
+nothing. The functions at the end plant clients at the border of what can be told apart. Statement 1 is this project's
 reconstruction (notebook 01), not the paper's (arXiv:2605.21217).
 """
 
@@ -18,18 +18,19 @@ from clairlib.linalg.subspace import project_out
 from clairlib.simulate import Planted, planted
 from clairlib.simulate.attacks import random_frame
 
-TOLERANCE = 1e-8  # what is smaller than this part of the clients it was computed from is zero
+TOLERANCE = 1e-8  # relative to the norms of the clients; smaller values count as zero
 CHUNK_ENTRIES = 2**22  # entries of the largest temporary while tuples are compared
-TUPLE_LIMIT = 10**6  # tuples looked at in an exhaustive search
+TUPLE_LIMIT = 10**6  # most tuples in an exhaustive search
 RIVALS = ("coalition", "anchored coalition", "sign_flip")
 INSIDE_ATTACKS = ("spread", "one direction")
 
 
 @dataclass(frozen=True)
 class ExactFrame:
-    """A frame that clients agree on exactly: ``basis`` U (p, d), ``common_part`` C = P_perp C (p, q), ``members`` (K,) bool.
+    """A frame that clients agree on exactly.
 
-    d = r where the clients it was taken from span r directions; with d < r they lie in many r-frames.
+    ``basis`` is U (p, d), ``common_part`` is C = P_perp C (p, q), and ``members`` (K,) bool is the consensus set. d = r
+    if the clients that define the frame span r directions. If d < r, those clients lie in many r-frames.
     """
 
     basis: Tensor
@@ -38,27 +39,30 @@ class ExactFrame:
 
     @property
     def rank(self) -> int:
-        """Dimension d of its subspace."""
+        """Dimension d of the frame's subspace."""
         return self.basis.shape[1]
 
     @property
     def size(self) -> int:
-        """Number of clients in its consensus set."""
+        """Number of clients in the consensus set."""
         return int(self.members.sum())
 
 
 def tuple_size(rank: int, q: int) -> int:
-    """Clients whose differences can span r directions, ceil(r / q) + 1: a pair when q >= r."""
+    """Return the number of clients whose differences can span r directions, ceil(r / q) + 1: a pair when q >= r."""
     return ceil(rank / q) + 1
 
 
 def chance_size(rank: int, q: int) -> int:
-    """Clients that lie in one r-frame whatever they are, floor(r / q) + 1: their differences have r columns at most."""
+    """Return the number of clients that always lie in one r-frame, whatever their updates are: floor(r / q) + 1.
+
+    Their differences have at most r columns.
+    """
     return rank // q + 1
 
 
 def difference_ranks(targets: Tensor) -> Tensor:
-    """Numerical ranks (K, K) of Theta_j - Theta_k, zero on the diagonal."""
+    """Return the numerical ranks (K, K) of Theta_j - Theta_k, zero on the diagonal."""
     K = len(targets)
     pairs = torch.combinations(torch.arange(K), 2)
     ranks = torch.zeros(K, K, dtype=torch.long)
@@ -67,9 +71,9 @@ def difference_ranks(targets: Tensor) -> Tensor:
 
 
 def tuple_ranks(targets: Tensor, tuples: Tensor) -> Tensor:
-    """Dimension (T,) of the span of the differences within each tuple of clients (T, t).
+    """Return the dimension (T,) of the span of the differences within each tuple of clients (T, t).
 
-    Singular values below ``TOLERANCE`` of the tuple's largest client are zero.
+    Singular values below ``TOLERANCE`` times the norm of the tuple's largest client count as zero.
     """
     norms = torch.linalg.matrix_norm(targets)
     step = max(1, CHUNK_ENTRIES // (tuples.shape[1] * targets[0].numel()))
@@ -81,12 +85,15 @@ def tuple_ranks(targets: Tensor, tuples: Tensor) -> Tensor:
 
 
 def _differences(groups: Tensor) -> Tensor:
-    """[Theta_2 - Theta_1, .., Theta_t - Theta_1] (..., p, (t-1) q) of groups of clients (..., t, p, q)."""
+    """Return [Theta_2 - Theta_1, .., Theta_t - Theta_1] (..., p, (t-1) q) of groups of clients (..., t, p, q)."""
     return (groups[..., 1:, :, :] - groups[..., :1, :, :]).movedim(-3, -2).flatten(-2)
 
 
 def frame_through(targets: Tensor, clients: Tensor) -> ExactFrame:
-    """The smallest frame through some clients (t,): the span of their differences, and every client that lies in it."""
+    """Return the smallest frame through some clients (t,).
+
+    Its subspace is the span of their differences, and its members are all clients that lie in it.
+    """
     group = targets[clients]
     vectors, values, _ = torch.linalg.svd(_differences(group), full_matrices=False)
     basis = vectors[:, values > TOLERANCE * torch.linalg.matrix_norm(group).max()]
@@ -95,21 +102,22 @@ def frame_through(targets: Tensor, clients: Tensor) -> ExactFrame:
 
 
 def consensus_set(targets: Tensor, basis: Tensor, common_part: Tensor) -> Tensor:
-    """Clients (K,) bool with P_perp Theta_k = C, up to ``TOLERANCE`` of their size."""
+    """Return the clients (K,) bool with P_perp Theta_k = C, up to ``TOLERANCE`` relative to their norm."""
     off = torch.linalg.matrix_norm(project_out(basis, targets) - common_part)
     return off <= TOLERANCE * (torch.linalg.matrix_norm(targets) + torch.linalg.matrix_norm(common_part))
 
 
 def consensus_frames(targets: Tensor, rank: int) -> list[ExactFrame]:
-    """Every frame of at most r dimensions through a tuple of ``tuple_size`` clients, largest consensus first.
+    """Return all frames of at most r dimensions through tuples of ``tuple_size`` clients, largest consensus set first.
 
-    Exhaustive over tuples. An r-frame is missed only where none of its tuples spans all of it, which assumption (a) of
-    Statement 1 rules out for the benign one; sets of ``chance_size`` clients are no evidence and need not be listed.
+    The search is exhaustive over tuples. It misses an r-frame only if none of the frame's tuples spans all of it.
+    Assumption (a) of Statement 1 rules this out for the benign frame. Frames with only ``chance_size`` members are no
+    evidence and need not be listed.
 
     Raises
     ------
     ValueError
-        When there are more than ``TUPLE_LIMIT`` tuples.
+        There are more than ``TUPLE_LIMIT`` tuples.
     """
     K, _, q = targets.shape
     t = tuple_size(rank, q)
@@ -128,10 +136,11 @@ def consensus_frames(targets: Tensor, rank: int) -> list[ExactFrame]:
 
 
 def identified_frame(frames: list[ExactFrame], rank: int, q: int) -> ExactFrame | None:
-    """The unique r-frame of largest consensus among ``consensus_frames``; None where there is a tie or no evidence.
+    """Return the unique r-frame of largest consensus set among ``consensus_frames``, or None.
 
-    No evidence: no set is larger than ``chance_size``, or the largest spans fewer than r directions, so that its
-    clients are known but not their subspace.
+    The result is None in case of a tie and in case of no evidence. There is no evidence if no set is larger than
+    ``chance_size``, or if the largest set spans fewer than r directions: its clients are then known, but not their
+    subspace.
     """
     if not frames or frames[0].size <= chance_size(rank, q) or frames[0].rank < rank:
         return None
@@ -142,17 +151,20 @@ def identified_frame(frames: list[ExactFrame], rank: int, q: int) -> ExactFrame 
 def moved_gauge(
     basis: Tensor, common_part: Tensor, coefficients: Tensor, shift: Tensor, rotation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Other parameters (U, M, A) of the same updates M + U A_k: (U R, M - U B, R' (A_k + B)).
+    """Return other parameters (U R, M - U B, R' (A_k + B)) of the same updates M + U A_k.
 
-    ``coefficients`` A (K, r, q); ``shift`` B (r, q) moves a part of P M into every client; ``rotation`` R in O(r).
+    ``coefficients`` is A (K, r, q). ``shift`` B (r, q) moves a part of P M into every client's coefficients.
+    ``rotation`` R is in O(r).
     """
     return basis @ rotation, common_part - basis @ shift, rotation.mT @ (coefficients + shift)
 
 
 def rivals(kind: str, benign: int, count: int, noise: float, *, generator: Generator) -> tuple[Planted, Tensor]:
-    """Planted clients with ``count`` contaminated ones that agree among themselves, and the set (K,) bool they form.
+    """Plant ``count`` contaminated clients that agree among themselves; also return the set (K,) bool that they form.
 
-    An "anchored coalition" takes its common part from one benign client's update, which then lies in its frame too.
+    The contaminated clients of an "anchored coalition" take their common part from one benign client's update. That
+    benign client then lies in their frame, too, and belongs to the returned set. ``noise`` is the standard deviation of
+    the estimation noise.
     """
     K = benign + count
     base = "coalition" if kind == "anchored coalition" else kind
@@ -171,10 +183,11 @@ def rivals(kind: str, benign: int, count: int, noise: float, *, generator: Gener
 
 
 def attacked(truth: Planted, attack: str, attackers: int, size: float, *, generator: Generator) -> Planted:
-    """Planted clients of which the first ``attackers`` move inside the subspace, and only there.
+    """Return planted clients whose first ``attackers`` clients move inside the subspace, and only there.
 
-    Theta_k = M + ``size`` U A_k', with E ||A_k'||_F^2 = r as for the others: in all directions ("spread"), or the same
-    single direction with the same coefficients for all attackers ("one direction").
+    An attacker has Theta_k = M + ``size`` U A_k', with E ||A_k'||_F^2 = r as for the other clients. With ``attack``
+    "spread" it moves in all directions. With "one direction" all attackers move in the same direction with the same
+    coefficients.
     """
     q = truth.common_part.shape[1]
     A = torch.randn(attackers, truth.rank, q, generator=generator, dtype=torch.float64) / q**0.5

@@ -1,9 +1,10 @@
-"""Closed forms of Statement 4: what refinement leaves of a benign client's error, and where it stops paying.
+"""Closed forms of Statement 4: the error of a refined benign update, and the point where refinement stops paying.
 
-Model: X_k = M + U A_k + H_k + E_k for s benign clients, entries of E_k of variance noise^2, H_k independent between
-clients, off the subspace, of mean zero and size h. A_k has independent Gaussian entries and rows of unit expected
-squared norm. All errors are mean squared Frobenius norms over the benign clients. This project's own derivations for
-its reconstruction of the method (arXiv:2605.21217); proofs in notebook 05.
+The model is X_k = M + U A_k + H_k + E_k for s benign clients. The estimation noise E_k has entries of variance noise^2.
+The heterogeneity H_k is independent between clients, off the subspace, of mean zero and size h. A_k has independent
+Gaussian entries and rows of unit expected squared norm. All errors are mean squared Frobenius norms over the benign
+clients. These are this project's own derivations for its reconstruction of the method (arXiv:2605.21217); proofs are in
+notebook 05.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from clairlib.simulate import planted
 
 @dataclass(frozen=True)
 class Terms:
-    """A refined update's error: noise kept inside the subspace, averaged noise outside it, benign differences wiped
-    out, and what the error of the estimated subspace adds (negative where it saves benign differences)."""
+    """Parts of the error of a refined update.
+
+    ``inside`` is the noise kept inside the subspace, and ``off_subspace`` the averaged noise off the subspace.
+    ``heterogeneity`` is the error from averaging benign differences away. ``subspace_cost`` is the error that the
+    estimated subspace adds; it is negative if the estimate preserves benign differences.
+    """
 
     inside: float
     off_subspace: float
@@ -33,17 +38,20 @@ class Terms:
 
     @property
     def total(self) -> float:
-        """Error of the refined update."""
+        """Error of the refined update, the sum of the terms."""
         return sum(astuple(self))
 
 
 def local_error(noise: float, p: int, q: int) -> float:
-    """sigma^2 p q."""
+    """Return the error of a client's own update, sigma^2 p q."""
     return noise**2 * p * q
 
 
 def oracle_terms(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0) -> Terms:
-    """Told P and S: sigma^2 r q, sigma^2 (p - r) q / s, h^2 (1 - 1/s). Exact in expectation."""
+    """Return the error terms when P and S are told: sigma^2 r q, sigma^2 (p - r) q / s, h^2 (1 - 1/s).
+
+    They are exact in expectation.
+    """
     variance = noise**2
     return Terms(variance * r * q, variance * (p - r) * q / s, heterogeneity**2 * (1 - 1 / s), 0.0)
 
@@ -51,15 +59,17 @@ def oracle_terms(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity:
 def estimated_terms(
     *, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0, order: int = 2
 ) -> Terms:
-    """Told S and r, P estimated: the oracle's terms and what the tilt of the subspace adds.
+    """Return the error terms when S and r are told and P is estimated.
 
+    They are the oracle's terms plus the effect of the subspace's tilt.
     With tau^2 = h^2 / ((p - r) q), n = (s - 1) q and kappa = (p - r) (n - r) L / s, L as in ``inverse_signal``,
 
         inside         + (sigma^2 + tau^2)^2 kappa                                     (order 2)
         subspace cost  (sigma^2 - tau^2) (p - r) r / s + 2 (sigma^4 - tau^4) kappa     (order 1, order 2)
 
-    First order holds for heterogeneity of any rank, second order for dense heterogeneity. The relative error is of the
-    order of ((sigma^2 + tau^2) q)^2: the noise of a row against its signal of size one.
+    The first order holds for heterogeneity of any rank, the second order for dense heterogeneity. The relative error of
+    the formula is of the order of ((sigma^2 + tau^2) q)^2, where (sigma^2 + tau^2) q is the noise energy of a row
+    relative to its signal energy of one.
     """
     terms = oracle_terms(noise=noise, p=p, q=q, r=r, s=s, heterogeneity=heterogeneity)
     variance, spread = noise**2, heterogeneity**2 / ((p - r) * q)
@@ -70,26 +80,31 @@ def estimated_terms(
 
 
 def inverse_signal(q: int, r: int, s: int) -> float:
-    """L = E tr (sum_k A~_k A~_k')^-1 = r q / (n - r - 1) for centred Gaussian A~, n = (s - 1) q; inf for n <= r + 1."""
+    """Return L = E tr (sum_k A~_k A~_k')^-1 = r q / (n - r - 1) for centred Gaussian A~, with n = (s - 1) q.
+
+    L is inf for n <= r + 1.
+    """
     freedom = (s - 1) * q - r - 1
     return r * q / freedom if freedom > 0 else inf
 
 
 def gain(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0, order: int = 2) -> float:
-    """Local error less refined error; to first order (sigma^2 - tau^2) (p - r) (n - r) / s with n = (s - 1) q.
+    """Return the local error minus the refined error.
 
-    Needs n > r to first order, n > r + 1 to second. For n <= r refined is local and the gain zero, which the closed
-    form does not give.
+    To first order it is (sigma^2 - tau^2) (p - r) (n - r) / s with n = (s - 1) q. The first order needs n > r, the
+    second n > r + 1. For n <= r the refined update is the local one and the gain is zero, which the closed form does
+    not give.
     """
     terms = estimated_terms(noise=noise, p=p, q=q, r=r, s=s, heterogeneity=heterogeneity, order=order)
     return local_error(noise, p, q) - terms.total
 
 
 def boundary_heterogeneity(*, noise: float, p: int, q: int, r: int, s: int, order: int = 2) -> float:
-    """Heterogeneity h at which refinement stops paying: the root of ``gain``.
+    """Return the heterogeneity h at which refinement stops paying, the root of ``gain``.
 
-    First order, and with P told: h^2 = sigma^2 (p - r) q, whatever s is. Second order: tau^2 solves
-    L tau^4 - (1 + 2 L sigma^2) tau^2 + sigma^2 - 3 L sigma^4 = 0; nan where there is no root (too noisy).
+    To first order, and also with P told, h^2 = sigma^2 (p - r) q for every s. To second order tau^2 solves L tau^4 - (1
+    + 2 L sigma^2) tau^2 + sigma^2 - 3 L sigma^4 = 0. The result is nan if there is no root, because there is too much
+    noise.
     """
     variance, L = noise**2, inverse_signal(q, r, s) if order == 2 else 0.0
     if L == 0.0:
@@ -103,9 +118,9 @@ def boundary_heterogeneity(*, noise: float, p: int, q: int, r: int, s: int, orde
 def boundary_samples(
     *, noise: float, heterogeneity: float, p: int, q: int, r: int, s: int, order: int = 2
 ) -> float:
-    """Sample size n at which refinement stops paying where sigma^2 = noise^2 / n: the root of ``gain``.
+    """Return the sample size n at which refinement stops paying if sigma^2 = noise^2 / n, the root of ``gain``.
 
-    First order: noise^2 (p - r) q / h^2. Second order: by bisection below it.
+    To first order it is noise^2 (p - r) q / h^2. The second-order root is found by bisection below that value.
     """
     first = noise**2 * (p - r) * q / heterogeneity**2
     low, high = (0.5 * first, first) if order == 2 else (first, first)
@@ -117,16 +132,20 @@ def boundary_samples(
 
 
 def fewest_clients(q: int, r: int) -> float:
-    """s must exceed 1 + r / q: with (s - 1) q <= r the subspace holds all differences, and refined is local."""
+    """Return 1 + r / q, which s must exceed.
+
+    For (s - 1) q <= r the subspace holds all differences, and the refined update is the local one.
+    """
     return 1 + r / q
 
 
 def weighted_oracle_terms(
     *, noise: float, p: int, q: int, r: int, weights: Sequence[float], told: bool = True
 ) -> Terms:
-    """Told P and S, client k's noise variance noise^2 / w_k, averaged with weights w_k (or, not told, with equal ones).
+    """Return the error terms when P and S are told and client k's noise variance is noise^2 / w_k.
 
-    inside sigma^2 r q mean(1/w_k); off-subspace sigma^2 (p - r) q / sum w, not told sigma^2 (p - r) q mean(1/w_k) / s.
+    The mean has the weights w_k if ``told``, else equal weights. ``inside`` is sigma^2 r q mean(1/w_k).
+    ``off_subspace`` is sigma^2 (p - r) q / sum w if told, else sigma^2 (p - r) q mean(1/w_k) / s.
     """
     s, variance = len(weights), noise**2
     inverse = sum(1 / w for w in weights) / s
@@ -135,15 +154,17 @@ def weighted_oracle_terms(
 
 
 def stein_error(frame: Frame, noise: float) -> float:
-    """Unbiased estimate of the refined error (equal weights, S and r told) by who knows the noise of a local update.
+    """Estimate the refined error without bias from the frame and the noise, for equal weights, with S and r told.
 
-    Refining is to keep the mean and to cut the centred stack D (p, n), n = (s - 1) q, down to rank r. Stein's identity
-    (divergence of the cut: Candes, Sing-Long, Trzasko 2013, arXiv:1210.4139), with y_i the singular values of D, gives
+    ``noise`` is the standard deviation of an entry's noise. Refinement keeps the mean and truncates the centred stack D
+    (p, n), n = (s - 1) q, to rank r. Let y_i be the singular values of D. Stein's identity (divergence of the
+    truncation: Candes, Sing-Long, Trzasko 2013, arXiv:1210.4139) gives
 
         s err = sum_{j>r} y_j^2 - s sigma^2 p q + 2 sigma^2 (p q + r (|p - n| + r) + 2 sum_{i<=r<j} z_ij),
-        z_ij = y_i^2 / (y_i^2 - y_j^2),
+        z_ij = y_i^2 / (y_i^2 - y_j^2).
 
-    for any A_k and any H_k: heterogeneity that looks like noise included. Needs Gaussian noise and r < min(p, n).
+    The formula holds for any A_k and any H_k, even for heterogeneity that looks like noise. It needs Gaussian noise and
+    r < min(p, n).
     """
     p, q = frame.mean.shape
     s, r, variance = frame.size, frame.rank, noise**2
@@ -155,10 +176,11 @@ def stein_error(frame: Frame, noise: float) -> float:
 
 
 def measured_terms(errors: Tensor, targets: Tensor, basis: Tensor) -> Terms:
-    """The errors e_k (s, p, q) of benign clients split by the true basis; the terms add up to their mean energy.
+    """Split the errors e_k (s, p, q) of benign clients by the true basis; the terms sum to their mean energy.
 
-    inside ||P e_k||^2; off_subspace ||P_perp mean e||^2; heterogeneity ||P_perp (Theta_k - mean Theta)||^2, what
-    averaging would wipe out; subspace_cost ||P_perp (e_k - mean e)||^2 less that. Means over the clients.
+    ``inside`` is ||P e_k||^2 and ``off_subspace`` is ||P_perp mean e||^2. ``heterogeneity`` is ||P_perp (Theta_k - mean
+    Theta)||^2, which averaging would remove. ``subspace_cost`` is ||P_perp (e_k - mean e)||^2 minus ``heterogeneity``.
+    All are means over the clients.
     """
     outside = project_out(basis, errors)
     mean = outside.mean(dim=0)
@@ -167,7 +189,7 @@ def measured_terms(errors: Tensor, targets: Tensor, basis: Tensor) -> Terms:
 
 
 def _energy(blocks: Tensor) -> float:
-    """Mean squared Frobenius norm of blocks (n, p, q)."""
+    """Return the mean squared Frobenius norm of blocks (n, p, q)."""
     return float(blocks.square().sum(dim=(1, 2)).mean())
 
 
@@ -175,8 +197,9 @@ def _energy(blocks: Tensor) -> float:
 class TwoReadings:
     """The same updates (K, p, q) read in two ways, both within the model, with the same subspace and benign clients.
 
-    ``different``: noise ``noise`` and dense heterogeneity, targets M + U A_k + G_k. ``alike``: the clients are alike
-    off the subspace, targets M + U A_k, and G_k is noise: noise sqrt(sigma^2 + tau^2).
+    In ``different`` the targets are M + U A_k + G_k: G_k is dense heterogeneity, and the noise has standard deviation
+    ``noise``. In ``alike`` the targets are M + U A_k: the clients do not differ off the subspace, and G_k is noise. The
+    noise then has standard deviation ``noise_alike`` = sqrt(sigma^2 + tau^2).
     """
 
     updates: Tensor
@@ -190,9 +213,11 @@ class TwoReadings:
 def two_readings(
     *, noise: float, spread: float, K: int, share: float, p: int, q: int, r: int, generator: Generator
 ) -> TwoReadings:
-    """X_k = M + U A_k + G_k + E_k, entries of G of standard deviation ``spread`` (tau), of E ``noise`` (sigma).
+    """Draw X_k = M + U A_k + G_k + E_k, which has two readings.
 
-    A_k has entries of variance 1/q - tau^2, so that A_k + U'G_k of the first reading has rows of unit expected size.
+    Entries of G_k have standard deviation ``spread`` (tau), entries of E_k ``noise`` (sigma). A_k has entries of
+    variance 1/q - tau^2, so that in the first reading A_k + U'G_k has rows of unit expected squared norm. ``share`` is
+    the contaminated fraction.
     """
     scale = sqrt(1 - spread**2 * q)
     base = planted(share=share, K=K, p=p, q=q, r=r, noise_std=0.0, common_norm=1 / scale, generator=generator)
@@ -203,10 +228,11 @@ def two_readings(
 
 
 def crossing(places: np.ndarray, gains: np.ndarray) -> tuple[float, float]:
-    """Place at which the mean of gains (draws, places) falls to zero, and its standard error; nan if it does not.
+    """Return the place where the mean of ``gains`` (draws, places) falls to zero, and its standard error.
 
-    Linear between neighbours. The draws share their randomness over places, so the error is that of the gain
-    interpolated at the crossing, over the slope.
+    Both are nan if the mean does not fall to zero. The mean is interpolated linearly between neighbouring places. A
+    draw uses the same randomness at all places. The standard error is therefore that of the gain interpolated at the
+    crossing, divided by the slope.
     """
     mean = gains.mean(axis=0)
     falls = np.flatnonzero((mean[:-1] > 0) & (mean[1:] <= 0))

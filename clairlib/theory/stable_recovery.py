@@ -1,9 +1,10 @@
-"""Closed forms for the error of the estimated subspace: what preliminary estimation error does to it.
+"""Closed forms for the error that estimation noise causes in the estimated subspace.
 
-This project's own derivations (Statement 2b), not the paper's. Clients of the planted model: X_k = M + U A_k + E_k,
-s of them, entries of A_k (r x q) independent N(0, a^2 / q), so that each row of A_k has norm about a. The estimate is
-the leading r-space of the centred scatter. Errors are ||sin Theta||_F^2, the sum of squared sines of all r principal
-angles: its expectation has a closed form where that of the largest angle has none.
+They are this project's own derivations (Statement 2b), not the paper's. s clients follow X_k = M + U A_k + E_k. The
+entries of A_k (r x q) are independent N(0, a^2 / q), so each row of A_k has norm about a. ``noise`` is the standard
+deviation sigma of an entry of E_k, and ``signal`` is a. The estimate is the leading r-dimensional eigenspace of the
+centred scatter. Errors are ||sin Theta||_F^2, the sum of squared sines of all r principal angles. Its expectation has a
+closed form, unlike that of the largest angle.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from torch import Tensor
 
 from clairlib.linalg.subspace import project_out
 
-TRACY_WIDOM_MEAN = -1.2065335745820  # of the real (beta = 1) law
+TRACY_WIDOM_MEAN = -1.2065335745820  # mean of the real (beta = 1) law
 
 
 def subspace_distance(first: Tensor, second: Tensor) -> float:
-    """||P_first - P_second||_F / sqrt 2 for orthonormal bases (p, r), (p, r'), from residuals.
+    """Return ||P_first - P_second||_F / sqrt 2 for orthonormal bases (p, r) and (p, r'), computed from residuals.
 
-    Equals ||sin Theta||_F when r = r'; a direction too many or too few adds 1/2 to its square.
+    It equals ||sin Theta||_F when r = r'. Each direction too many or too few adds 1/2 to its square.
     """
     squares = (project_out(second, first).square().sum(), project_out(first, second).square().sum())
     return float((sum(squares) / 2) ** 0.5)
 
 
 def stability_bound(errors: Tensor, coefficients: Tensor) -> float:
-    """Statement 2b (i): 2 ||E~||_2 / sigma_r(A~), which the largest sine never exceeds, whatever the errors are.
+    """Return the bound 2 ||E~||_2 / sigma_r(A~) on the largest sine, which holds for all errors (Statement 2b (i)).
 
-    ``errors`` E_k (s, p, q), ``coefficients`` A_k (s, r, q); the tilde centres over clients and puts blocks side by
-    side.
+    ``errors`` is E_k (s, p, q) and ``coefficients`` is A_k (s, r, q). The tilde means that blocks are centred over
+    clients and placed side by side.
     """
     wide = [(X - X.mean(dim=0)).permute(1, 0, 2).flatten(1) for X in (errors, coefficients)]  # (p, s*q), (r, s*q)
     size, signal = (torch.linalg.svdvals(matrix) for matrix in wide)
@@ -39,10 +40,10 @@ def stability_bound(errors: Tensor, coefficients: Tensor) -> float:
 
 
 def first_order(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) -> float:
-    """E ||sin Theta||_F^2 to first order, white noise: sigma^2 (p - r) r q / (a^2 ((s - 1) q - r - 1)).
+    """Return E ||sin Theta||_F^2 to first order in white noise: sigma^2 (p - r) r q / (a^2 ((s - 1) q - r - 1)).
 
-    sigma^2 (p - r) tr E[G^-1] with G = A~ A~' Wishart, (s - 1) q degrees of freedom, scale a^2 / q. Needs
-    (s - 1) q > r + 1.
+    This is sigma^2 (p - r) tr E[G^-1], where G = A~ A~' is Wishart with (s - 1) q degrees of freedom and scale a^2 / q.
+    It needs (s - 1) q > r + 1.
     """
     return noise**2 * (p - r) * r * q / (signal**2 * ((s - 1) * q - r - 1))
 
@@ -50,7 +51,7 @@ def first_order(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.
 def first_order_given(
     coefficients: Tensor, spread: float, *, weights: Tensor | None = None, variances: Tensor | None = None
 ) -> float:
-    """E ||sin Theta||_F^2 to first order given the coefficients A_k (s, r, q).
+    """Return E ||sin Theta||_F^2 to first order, given the coefficients A_k (s, r, q).
 
     spread * tr[G^-1 (sum_k w_k^2 v_k A~_k A~_k') G^-1],  G = sum_k w_k A~_k A~_k',  centred at the weighted mean.
 
@@ -59,9 +60,9 @@ def first_order_given(
     spread : float
         tr(P_perp Sigma) of the noise covariance Sigma (p, p) of a column: sigma^2 (p - r) when white.
     weights : Tensor (s,), optional
-        w_k that the estimate uses; equal where None.
+        Weights w_k that the estimate uses; equal if None.
     variances : Tensor (s,), optional
-        v_k, the factor of client k's noise variance; 1 where None. With w_k = 1 / v_k the form is spread * tr G^-1.
+        Factors v_k of the clients' noise variance; 1 if None. With w_k = 1 / v_k the result is spread * tr G^-1.
     """
     ones = torch.ones(len(coefficients), dtype=coefficients.dtype)
     w = ones if weights is None else weights
@@ -73,11 +74,12 @@ def first_order_given(
 
 
 def spiked(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) -> float:
-    """E ||sin Theta||_F^2 at any level of white noise: r gamma (1 + l) / (l (l + gamma)), at most r.
+    """Return E ||sin Theta||_F^2 at any level of white noise: r gamma (1 + l) / (l (l + gamma)), at most r.
 
-    The centred updates are (s - 1) q samples with r spikes of l = a^2 / (q sigma^2) times the noise variance; the
-    angle of each (Paul 2007; Benaych-Georges and Nadakuditi 2011) is taken at gamma = (p - r) / ((s - 1) q - r - 1),
-    not p / ((s - 1) q), so that small noise gives ``first_order`` exactly. Relative to that: 1 + 1/l - gamma/l + ...
+    The centred updates are (s - 1) q samples with r spikes, each l = a^2 / (q sigma^2) times the noise variance. The
+    angle of each spike (Paul 2007; Benaych-Georges and Nadakuditi 2011) is taken at gamma = (p - r) / ((s - 1) q - r -
+    1) instead of p / ((s - 1) q), so that small noise gives ``first_order`` exactly. The ratio to ``first_order`` is 1
+    + 1/l - gamma/l + ...
     """
     spike = signal**2 / (q * noise**2)
     gamma = (p - r) / ((s - 1) * q - r - 1)
@@ -85,23 +87,25 @@ def spiked(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) ->
 
 
 def breakdown(p: int, q: int, s: int, r: int, signal: float = 1.0) -> float:
-    """White noise per entry beyond which nothing of U is left: l^2 = gamma in ``spiked``, a q^(-1/2) gamma^(-1/4).
+    """Return the white noise per entry beyond which nothing of U is left, a q^(-1/2) gamma^(-1/4).
 
-    The threshold of Baik, Ben Arous and Peche (2005), for many samples in many dimensions.
+    There l^2 = gamma in ``spiked``. This is the threshold of Baik, Ben Arous and Peche (2005), for many samples in many
+    dimensions.
     """
     gamma = (p - r) / ((s - 1) * q - r - 1)
     return signal * q**-0.5 * gamma**-0.25
 
 
 def coloured(basis: Tensor, covariance: Tensor, q: int, s: int, signal: float = 1.0) -> float:
-    """E ||sin Theta||_F^2 for coloured noise beyond first order, given U (p, r) and a column's covariance Sigma (p, p).
+    """Return E ||sin Theta||_F^2 for coloured noise beyond first order.
 
-    With l = a^2 / q, c = tr(U' Sigma U) / r, N = P_perp Sigma P_perp and T = ((l + c) I - N)^-1 P_perp, the sum of
+    ``basis`` is U (p, r), and ``covariance`` is the noise covariance Sigma (p, p) of a column. Let l = a^2 / q, c =
+    tr(U' Sigma U) / r, N = P_perp Sigma P_perp and T = ((l + c) I - N)^-1 P_perp. The squared tangents t are the sum of
 
         bias      ||T Sigma U||_F^2                           tilt of the expected scatter l U U' + Sigma; no s in it
         variance  r (l + c) tr(T N T) / ((s - 1) q - r - 1)   directions with more noise turn further
 
-    is t, the squared tangents; sines follow as t / (1 + t / r). r from ``coloured_breakdown`` on, where T ends.
+    and the squared sines are t / (1 + t / r). From ``coloured_breakdown`` on T does not exist, and the result is r.
     """
     p, r = basis.shape
     level = signal**2 / q + float((basis.T @ covariance @ basis).trace()) / r
@@ -116,20 +120,22 @@ def coloured(basis: Tensor, covariance: Tensor, q: int, s: int, signal: float = 
 
 
 def coloured_breakdown(correlation: float, q: int, signal: float = 1.0) -> float:
-    """Noise per entry at which the noise's own leading direction outgrows the subspace, however many the clients.
+    """Return the noise per entry at which the noise's leading direction outgrows the subspace.
 
-    l + sigma^2 = sigma^2 lambda_max, and correlation^|i - j| has lambda_max = (1 + |rho|) / (1 - |rho|) for large p.
+    The number of clients does not matter. At this noise l + sigma^2 = sigma^2 lambda_max. The covariance correlation^|i
+    - j| has lambda_max = (1 + |rho|) / (1 - |rho|) for large p.
     """
     rho = abs(correlation)
     return signal * (q * 2 * rho / (1 - rho)) ** -0.5
 
 
 def largest_sine(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) -> float:
-    """Largest sine to first order, white noise: sigma sqrt(q) / a times the root of the largest eigenvalue of G^-1 Z'Z.
+    """Return the largest sine to first order in white noise.
 
-    Z (p - r, r) and the factor of G are standard normal, so that eigenvalue is the largest root of two Wishart
-    matrices, with p - r and n = (s - 1) q degrees of freedom; its log is mu + tau times a Tracy-Widom variable
-    (Johnstone 2008, Theorem 1), whose mean is taken.
+    It is sigma sqrt(q) / a times the root of the largest eigenvalue of G^-1 Z'Z. Z (p - r, r) and the factor of G are
+    standard normal, so that eigenvalue is the largest root of two Wishart matrices, with p - r and n = (s - 1) q
+    degrees of freedom. Its log is mu + tau times a Tracy-Widom variable (Johnstone 2008, Theorem 1), which is replaced
+    by its mean.
     """
     total = (s - 1) * q + p - r - 1
     small, large = sorted((r, p - r))
@@ -140,14 +146,14 @@ def largest_sine(noise: float, p: int, q: int, s: int, r: int, signal: float = 1
 
 
 def unweighted_over_weighted(weights: Tensor) -> float:
-    """Squared error without weights over that with them, noise variances 1 / w_k: sum(w) sum(1 / w) / s^2, at least 1.
+    """Return the ratio of the squared errors without and with weights, for noise variances 1 / w_k.
 
-    To leading order in s; ``first_order_given`` has no such limit.
+    It is sum(w) sum(1 / w) / s^2, at least 1, to leading order in s. ``first_order_given`` has no such limit.
     """
     return float(weights.sum() * weights.reciprocal().sum()) / len(weights) ** 2
 
 
 def row_covariance(p: int, correlation: float) -> Tensor:
-    """Covariance (p, p) of a column of planted coloured noise, correlation^|i - j|."""
+    """Return the covariance (p, p) of a column of planted coloured noise, correlation^|i - j|."""
     steps = torch.arange(p, dtype=torch.float64)
     return correlation ** (steps[:, None] - steps).abs()

@@ -1,4 +1,4 @@
-"""Floor 4: LoRA adapters of many clients, trained at once on one frozen base model."""
+"""Floor 4: training of the LoRA adapters of many clients at once, on one frozen base model."""
 
 from clairlib.training.saving import TrainedClient, save_adapters
 from clairlib.training.schedule import ClientData, Schedule

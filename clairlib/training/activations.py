@@ -1,4 +1,4 @@
-"""What the frozen part of the model hands on, computed once for every example and kept in memory or on disk."""
+"""Values that the frozen part of the model hands on, computed once per example and kept in memory or on disk."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ Slot = tuple[str, str]  # "in" or "out", name of a module
 
 
 class _Enough(Exception):
-    """Everything asked for was seen; the rest of the forward pass is not needed."""
+    """Raised when all requested values were seen, as the rest of the forward pass is not needed."""
 
 
 class Recorder:
-    """Runs the frozen model up to the cut and gives what goes in and comes out there; as a context, it tidies up."""
+    """Runs the frozen model up to the cut and returns the values that go in and come out there.
+
+    Use it as a context manager, which removes its hooks at the end.
+    """
 
     def __init__(self, model: Any, cut: Cut, *, unmasked: bool, autocast: torch.dtype | None) -> None:
         self.model, self.cut, self.unmasked, self.autocast = model, cut, unmasked, autocast
@@ -48,7 +51,7 @@ class Recorder:
 
     @torch.no_grad()
     def __call__(self, group: Group) -> dict[Slot, Tensor]:
-        """Slot -> (rows, T, width)."""
+        """Run a group and return slot -> values (rows, T, width)."""
         self.seen = {}
         try:
             with maybe_autocast(torch.device(self.device).type, self.autocast):
@@ -76,8 +79,8 @@ class Recorder:
 class Activations:
     """The recorded values of every row of a table.
 
-    Up to ``limit`` bytes they lie in the device's memory, beyond in a file that is memory-mapped and removed with
-    `close`.
+    Up to ``limit`` bytes they lie in the device's memory. Larger ones lie in a memory-mapped file, which `close`
+    removes.
 
     Raises
     ------
@@ -104,7 +107,7 @@ class Activations:
         return torch.from_file(path, shared=True, size=rows * width, dtype=dtype).view(rows, width)
 
     def gather(self, group: Group) -> dict[Slot, Tensor]:
-        """Slot -> (rows, T, width) of a group, on the device."""
+        """Return slot -> values (rows, T, width) of a group, on the device."""
         rows = group.rows.flatten()
         if self.folder is not None:
             rows = rows.cpu()
@@ -120,12 +123,12 @@ class Activations:
 
 
 def size_of(widths: Mapping[Slot, tuple[int, torch.dtype]], rows: int) -> int:
-    """Bytes of so many rows."""
+    """Return the number of bytes of ``rows`` rows."""
     return sum(rows * width * dtype.itemsize for width, dtype in widths.values())
 
 
 def fill(activations: Activations, record: Recorder, table: Table, limit: int) -> None:
-    """Run the frozen part once over every example of a table of sequences, in groups of ``limit`` tokens."""
+    """Run the frozen part once over every example of a table of sequences, in groups of at most ``limit`` tokens."""
     places = np.arange(len(table.ids))
     if record.cut.single:
         places = np.cumsum(table.targets != NO_LABEL) - 1  # only labelled rows have a place

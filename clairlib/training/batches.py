@@ -14,21 +14,22 @@ from clairlib.training.schedule import NO_LABEL
 
 @dataclass(frozen=True)
 class Table:
-    """The tokens of all examples, one row a token, one example after another.
+    """The tokens of all examples, one row per token, one example after another.
 
     Attributes
     ----------
     ids, targets : ndarray (R,)
-        Tokens, and what is to be predicted at each (NO_LABEL: nothing).
+        Tokens, and the label to predict at each of them (NO_LABEL: none).
     classes : ndarray (E,) or None
-        One label an example instead; ``targets`` are then not used.
+        One label per example instead; ``targets`` are then not used.
     attended : ndarray (R,) bool
+        Attention mask.
     starts, lengths, labelled : ndarray (E,)
-        First row, rows and labels of every example.
-    single : bool
-        Rows are positions on their own, not sequences: only labelled ones are there.
+        First row, number of rows and number of labels of every example.
     pad : int
-        Token that fills up.
+        Padding token.
+    single : bool
+        Whether rows are single positions instead of sequences; the table then has labelled positions only.
     """
 
     ids: np.ndarray
@@ -42,7 +43,7 @@ class Table:
     single: bool = False
 
     def only_labelled(self) -> Table:
-        """The table of the labelled positions alone."""
+        """Return the table of the labelled positions alone."""
         keep = self.targets != NO_LABEL
         starts = np.concatenate([[0], np.cumsum(self.labelled)])[:-1]
         ids, attended = np.full(keep.sum(), self.pad), np.ones(keep.sum(), dtype=bool)
@@ -50,7 +51,11 @@ class Table:
 
 
 def tabulate(examples: Sequence[Mapping[str, Tensor]], *, shift: bool, classes: bool, pad: int) -> Table:
-    """All examples as one table; ``shift``: the target of a position is the next token's label."""
+    """Collect all examples in one table.
+
+    With ``shift`` the target of a position is the label of the next token. With ``classes`` there is one label per
+    example. ``pad`` is the padding token.
+    """
     lengths = np.array([len(example["input_ids"]) for example in examples])
     ids = _flat([example["input_ids"] for example in examples])
     masks = [example.get("attention_mask", torch.ones(len(example["input_ids"]))) for example in examples]
@@ -70,7 +75,8 @@ def _flat(tensors: list[Tensor]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Item:
-    """Part of one client's step: its position in the stack, its examples, and the labels of its whole step."""
+    """Part of one client's step: its position in the stack, its examples, and the number of labels in the whole step.
+    """
 
     position: int
     examples: tuple[int, ...]
@@ -79,21 +85,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Group:
-    """Equally many filled-up sequences of G clients, client after client.
+    """Padded sequences of G clients, the same number b for each, client after client.
 
     Attributes
     ----------
     positions : tuple of int
         The clients' positions in the stack.
     rows : Tensor (G * b, T)
-        Row of the table behind every token; what fills up repeats a row of the same client.
+        Row of the table for every token; padding repeats a row of the same client.
     ids : Tensor (G * b, T)
     attended : Tensor (G * b, T) or None
-        Attention mask; None where nothing is filled up.
+        Attention mask; None if every token is attended to.
     select : Tensor (G * s,) or None
-        Where the targets stand among the tokens; None: everywhere.
+        Positions of the targets among all tokens; None: every token has a target.
     targets, weights : Tensor (G, s)
-        Labels, and the share of each in its client's loss; 0 for what fills up.
+        Labels, and the weight of each in its client's loss; 0 for padding.
     """
 
     positions: tuple[int, ...]
@@ -105,16 +111,17 @@ class Group:
     weights: Tensor
 
     def to(self, device: str, dtype: torch.dtype) -> Group:
-        """The group on a device, its weights in a dtype."""
+        """Return the group on a device, with weights of a dtype."""
         moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         moved["weights"] = moved["weights"].to(dtype)
         return Group(**{**vars(self), **moved})
 
 
 def split(table: Table, items: Sequence[Item], limit: int) -> list[list[Item]]:
-    """Items, large ones cut up, in groups of at most ``limit`` tokens as filled up; one example is never cut.
+    """Divide the items into groups of at most ``limit`` padded tokens.
 
-    Items of similar size come together, so that little is filled up. A client has one item in a group.
+    Large items are cut up, but one example is never cut. Items of similar size come together, so there is little
+    padding. A client has at most one item in a group.
     """
     rounds: list[list[Item]] = []
     for item in items:
@@ -137,13 +144,13 @@ def split(table: Table, items: Sequence[Item], limit: int) -> list[list[Item]]:
 
 
 def _shape(table: Table, item: Item) -> tuple[int, int]:
-    """(T, b) of the item's examples; (1, b) for single rows."""
+    """Return (T, b) of the item's examples, or (1, b) for single rows."""
     lengths = table.lengths[list(item.examples)]
     return (1, int(lengths.sum())) if table.single else (int(lengths.max()), len(lengths))
 
 
 def _cut(table: Table, item: Item, limit: int) -> list[Item]:
-    """The item in parts of at most ``limit`` tokens, or of one example."""
+    """Cut the item into parts of at most ``limit`` tokens, or of one example."""
     parts: list[list[int]] = [[]]
     total = longest = 0
     for example in item.examples:
@@ -157,7 +164,7 @@ def _cut(table: Table, item: Item, limit: int) -> list[Item]:
 
 
 def collate(table: Table, items: Sequence[Item]) -> Group:
-    """The items' examples, filled up to common sizes."""
+    """Pad the items' examples to common sizes and return them as a group."""
     shares = np.array([1.0 / item.labels for item in items])
     positions = tuple(item.position for item in items)
     return (_collate_rows if table.single else _collate_sequences)(table, items, positions, shares)
@@ -204,7 +211,10 @@ def _collate_sequences(table: Table, items: Sequence[Item], positions: tuple[int
 
 
 def _labelled(targets: np.ndarray, real: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat places (G * s,) of every client's labels among the tokens, filled up with its first, and weights (G, s)."""
+    """Return the flat positions (G * s,) of every client's labels among the tokens, and their weights (G, s).
+
+    A client with fewer than s labels repeats its first one with weight 0.
+    """
     G = len(shares)
     mine = ((targets != NO_LABEL) & real).reshape(G, -1)
     counts = mine.sum(axis=1)

@@ -1,4 +1,7 @@
-"""The state of a training run as one safetensors file that is replaced whole; its header holds the rest as JSON."""
+"""The state of a training run as one safetensors file, which is replaced as a whole.
+
+Its header holds the state that is not tensors as JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def pack_stacks(stacks: LoraStacks) -> dict[str, Tensor]:
-    """Parameters, moments and best parameters by name."""
+    """Return the parameters, AdamW's moments and the best parameters by name."""
     tensors = {}
     for index, stack in enumerate(stacks.flat):
         tensors[f"stack.{index}"] = stack.detach()
@@ -25,7 +28,7 @@ def pack_stacks(stacks: LoraStacks) -> dict[str, Tensor]:
 
 
 def unpack_stacks(stacks: LoraStacks, tensors: Mapping[str, Tensor], clients: list[int], step: int) -> None:
-    """Bring fresh stacks of all clients to the saved state, in which ``clients`` were still in training."""
+    """Bring new stacks of all clients to the saved state, in which only ``clients`` were still in training."""
     stacks.keep(clients)
     device = stacks.flat[0].device
     for index, stack in enumerate(stacks.flat):
@@ -36,7 +39,7 @@ def unpack_stacks(stacks: LoraStacks, tensors: Mapping[str, Tensor], clients: li
 
 
 def pack_updates(prefix: str, updates: Mapping[str, Update]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors by name, and the scale of every low-rank update."""
+    """Return a client's tensors by name, and the scale of every low-rank update by module."""
     tensors, scales = {}, {}
     for module, update in updates.items():
         if isinstance(update, LowRank):
@@ -48,7 +51,7 @@ def pack_updates(prefix: str, updates: Mapping[str, Update]) -> tuple[dict[str, 
 
 
 def unpack_updates(prefix: str, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Update]:
-    """The updates that `pack_updates` was given."""
+    """Return the updates that `pack_updates` packed."""
     updates: dict[str, Update] = {}
     for key in tensors:
         start, _, rest = key.partition("/")

@@ -1,4 +1,4 @@
-"""The clients' own data: folders of JSON-lines, read through `datasets` and cut into tokens."""
+"""The clients' own data: folders of JSON-lines files, read through `datasets` and tokenised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clairlib.adapters.collection import RESERVED
 from clairlib.core.seeds import derive
 from clairlib.training.schedule import NO_LABEL
 
-LONGEST = 1_000_000  # characters of a line; a longer one is a file that is no JSON-lines
+LONGEST = 1_000_000  # most characters of a line; a file with longer lines is not JSON-lines
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
 
 Example = Mapping[str, Tensor]
@@ -24,21 +24,21 @@ Example = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Tokens:
-    """One client's examples as the trainer takes them, and how many of them were cut off at the maximal length."""
+    """One client's tokenised examples, and how many of them were cut off at the maximal length."""
 
     examples: list[Example]
     truncated: int
 
 
 def data_files(folder: Path) -> dict[str, list[Path]]:
-    """Client name -> its files: NAME.jsonl, or all .jsonl files of the folder NAME in the order of their names.
+    """Return client name -> its files: NAME.jsonl, or all .jsonl files of the folder NAME in the order of their names.
 
-    Hidden files are left out.
+    Hidden files are ignored.
 
     Raises
     ------
     ValueError
-        A name is unfit for a folder of the output, a folder holds no data, a file is none; no client at all.
+        A name cannot name an output folder, a folder holds no data, a file is of another type, or there is no client.
     """
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder")
@@ -49,7 +49,7 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
             raise ValueError(f"{path.name!r} in {str(folder)!r} is neither a folder nor a .jsonl file; move it away")
         if not name.isprintable() or name.casefold() in RESERVED:
             raise ValueError(f"{name!r} cannot be a client's name; rename {str(path)!r}")
-        if name.casefold() in map(str.casefold, clients):  # on some file systems one folder
+        if name.casefold() in map(str.casefold, clients):  # on some file systems the same folder
             raise ValueError(f"two clients have the name {name!r}, case aside")
         clients[name] = _files_of(name, path)
     if not clients:
@@ -70,17 +70,22 @@ def _files_of(name: str, path: Path) -> list[Path]:
 def read_client(
     name: str, files: Sequence[Path], tokenizer: Any, *, max_length: int, classes: Mapping[str, int] | None = None
 ) -> Tokens:
-    """One example a line that is not blank, of at most ``max_length`` tokens; what is beyond is cut off.
+    """Read one client's examples, one per non-blank line, and cut them off at ``max_length`` tokens.
 
-    ``{"text": ...}`` is learnt whole, of ``{"prompt": ..., "completion": ...}`` the completion alone, both up to the
-    token that ends a text; of ``{"messages": [{"role": ..., "content": ...}, ...]}`` the last message, the
-    assistant's, with the tokenizer's chat template. With ``classes`` (class name -> index) a line is
-    ``{"text": ..., "label": class or index}``. Other fields are not looked at.
+    A line is one of these:
+
+    * ``{"text": ...}``: the whole text is learnt;
+    * ``{"prompt": ..., "completion": ...}``: only the completion is learnt;
+    * ``{"messages": [{"role": ..., "content": ...}, ...]}``: only the last message is learnt, which must be the
+      assistant's, in the tokenizer's chat template;
+    * ``{"text": ..., "label": class or index}`` with ``classes`` (class name -> index).
+
+    The first two forms are learnt up to the token that ends a text. Other fields are ignored.
 
     Raises
     ------
     ValueError
-        One line naming client, file and line that cannot be used.
+        A line or file cannot be used. The message is one line that names client, file and line.
     """
     examples: list[Example] = []
     truncated = 0
@@ -99,7 +104,10 @@ def read_client(
 def example_of(
     fields: Mapping[str, Any], tokenizer: Any, max_length: int, classes: Mapping[str, int] | None = None
 ) -> tuple[Example, int]:
-    """The example of a line's fields, as `read_client` has them, cut off, and its number of tokens before."""
+    """Return the example of a line's fields, cut off, and its number of tokens before the cut.
+
+    `read_client` describes the fields.
+    """
     if classes is not None:
         text, label = _string(fields, "text"), _class(fields, classes)
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
@@ -107,22 +115,23 @@ def example_of(
             raise ValueError("has no tokens")
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(label)}, len(tokenizer(text)["input_ids"])
     ids, labels = _text(fields, tokenizer)
-    if set(labels[1:max_length]) <= {NO_LABEL}:  # nothing is predicted before the first token
+    if set(labels[1:max_length]) <= {NO_LABEL}:  # the first token is never predicted
         raise ValueError(f"leaves nothing to learn within {max_length} tokens; it has {len(ids)}")
     return {"input_ids": torch.tensor(ids[:max_length]), "labels": torch.tensor(labels[:max_length])}, len(ids)
 
 
 def _lines(name: str, files: Sequence[Path]) -> Iterator[tuple[Path, int, str]]:
-    """(file, line number, line), blank lines left out.
+    """Yield (file, line number, line) of every non-blank line.
 
-    Read as text: datasets' reader of JSON takes text that looks like a date for one, and does not number lines.
+    The files are read as text, because the JSON reader of datasets converts text that looks like a date and does not
+    number lines.
     """
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     with tempfile.TemporaryDirectory(prefix="clair-data-") as cache:
         for index, file in enumerate(files):
-            if not file.stat().st_size:  # datasets cannot infer columns from nothing
+            if not file.stat().st_size:  # datasets cannot infer columns from an empty file
                 continue
             link = Path(cache) / f"{index}.jsonl"  # datasets would take brackets and colons in a path for patterns
             link.symlink_to(file.resolve())
@@ -169,7 +178,7 @@ def _class(fields: Mapping[str, Any], classes: Mapping[str, int]) -> int:
 
 
 def _text(fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens and labels of a text, NO_LABEL for those of the prompt."""
+    """Return tokens and labels of a text, with NO_LABEL for the tokens of the prompt."""
     forms = [form for form in FORMS if form[0] in fields]
     if len(forms) != 1:
         raise ValueError("must have one of 'text', 'prompt' with 'completion', or 'messages'")
@@ -185,14 +194,18 @@ def _text(fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[in
 
 
 def _labelled(ids: list[int], prompt: list[int]) -> tuple[list[int], list[int]]:
-    """Labels from where the tokens part from those of the prompt alone: one that spans both is learnt."""
+    """Label the tokens from the first one that differs from the tokens of the prompt alone.
+
+    A token that spans prompt and completion is therefore learnt.
+    """
     pairs = enumerate(zip(ids, prompt, strict=False))
     first = next((place for place, (own, other) in pairs if own != other), min(len(ids), len(prompt)))
     return ids, [NO_LABEL] * first + ids[first:]
 
 
 def _chat(messages: Any, tokenizer: Any) -> tuple[str, str]:
-    """The conversation up to the last message, and the whole of it, by the tokenizer's chat template."""
+    """Return the conversation before the last message and the whole conversation, both in the tokenizer's chat template.
+    """
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
@@ -212,12 +225,15 @@ def _chat(messages: Any, tokenizer: Any) -> tuple[str, str]:
 def hold_out(
     name: str, examples: Sequence[Example], share: float, *, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and to validate with, ``share`` of them but at least one, drawn by ``(name, "validation")``.
+    """Split examples into those to train on and those to validate with.
+
+    The second part is a fraction ``share`` of the examples, and at least one unless ``share`` is 0. It is drawn by
+    ``(name, "validation")``.
 
     Raises
     ------
     ValueError
-        The share leaves nothing to train on.
+        No example is left to train on.
     """
     held = max(1, round(share * len(examples))) if share else 0
     if held >= len(examples):

@@ -1,4 +1,4 @@
-"""From clients' data to their adapters and a report: what ``clair train`` does."""
+"""Fine-tuning from clients' data to their adapters and a report, as ``clair train`` does."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from clairlib.training.schedule import ClientData, Schedule
 from clairlib.training.targets import target_names
 from clairlib.training.trainer import train_adapters
 
-MAX_LENGTH = 512  # tokens of an example, where the model takes as many
+MAX_LENGTH = 512  # most tokens of an example, unless the model takes fewer
 CAUSAL, CLASSIFIER = ("ForCausalLM", "LMHeadModel"), "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the clients train; the same for all.
+    """Training settings, the same for all clients.
 
     Attributes
     ----------
     targets : list of str or str
-        What is adapted, as peft's ``target_modules``.
+        Adapted modules, as in peft's ``target_modules``.
     rank, alpha, use_rslora
-        The adapters', as peft has them.
+        Rank and scale of the adapters, as in peft.
     epochs, steps : int or None
-        Passes over a client's examples, and the most optimiser steps it takes; one of them at least.
+        Passes over a client's examples, and the largest number of its optimiser steps. At least one must be given.
     batch, learning_rate
-        Examples a step; AdamW's learning rate.
+        Examples per step, and AdamW's learning rate.
     validation : float
-        Share of each client's examples that is held back; the adapter with the least loss on them is kept.
+        Fraction of each client's examples that is held out. The adapter with the least loss on them is kept.
     max_length : int or None
-        Tokens of an example, the rest is cut off; None: MAX_LENGTH, or what the model takes.
+        Most tokens of an example; the rest is cut off. None: MAX_LENGTH, or the model's limit if that is lower.
     group_tokens : int
         Most tokens that go through the model together.
     device, bf16
-        Where to compute; products in bfloat16 (on CUDA).
+        Device of the computation, and whether products are in bfloat16 (on CUDA only).
     seed : int
     """
 
@@ -68,14 +68,14 @@ class Settings:
 
     @property
     def schedule(self) -> Schedule:
-        """The trainer's."""
+        """The schedule for the trainer."""
         steps = sys.maxsize if self.steps is None else self.steps
         return Schedule(steps=steps, epochs=self.epochs, batch=self.batch, learning_rate=self.learning_rate)
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """Outcome of :func:`finetune`: each client's training, the report as written to report.json, the output folder."""
+    """Result of :func:`finetune`: each client's training, the contents of report.json, and the output folder."""
 
     trained: list[TrainedClient]
     report: dict[str, Any]
@@ -95,16 +95,17 @@ def finetune(
 ) -> Finetuning:
     """Train an adapter for every client of a folder, all at once, and write them as PEFT adapter folders.
 
-    Until the output appears, a checkpoint lies beside it (``.OUTPUT.checkpoint``), from which a run that was
-    interrupted goes on with the same result.
+    Until the output appears, a checkpoint lies beside it (``.OUTPUT.checkpoint``). An interrupted run can go on from
+    the checkpoint, with the same result.
 
     Parameters
     ----------
     folder : path
-        A folder or .jsonl file a client, with lines as :func:`clairlib.training.client_data.read_client` takes them.
+        It holds a folder or a .jsonl file per client, with lines as in
+        :func:`clairlib.training.client_data.read_client`.
     base : str
         Name or path of a causal language model or sequence classifier, saved as safetensors with its tokenizer. A
-        classifier must have its head: adapters alone are trained.
+        classifier must have its head, because only adapters are trained.
     output : path
         Folder to write; it appears whole or not at all. A client whose training diverged has no adapter in it.
     resume : bool
@@ -112,14 +113,15 @@ def finetune(
     overwrite : bool
         Replace an output folder that an earlier call wrote.
     announce : callable, optional
-        Called before training starts with one line that states the memory it takes.
+        Called before training starts, with one line that states the memory needed.
     progress : callable, optional
-        Called with the steps done and their total, of all clients together.
+        Called with the number of steps done and their total, over all clients.
 
     Raises
     ------
     ValueError
-        One line naming the client, line, module, option or file that cannot be used; the output is not touched.
+        A client, line, module, option or file cannot be used. The message is one line that names it. The output is not
+        touched.
     OSError
         The frozen part's activations fit neither into memory nor on the disk.
     """
@@ -156,11 +158,11 @@ def finetune(
 
 
 class _Untouched(Exception):
-    """Leaves `whole_folder` before anything appears."""
+    """Raised to leave `whole_folder` before anything appears."""
 
 
 def _check(settings: Settings, folder: Path, output: Path, overwrite: bool) -> None:
-    """What can fail at once should not fail after hours."""
+    """Refuse early what would otherwise fail after hours of training."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda is not available here; use --device cpu")
     if settings.bf16 and settings.device != "cuda":
@@ -179,12 +181,14 @@ def _checkpoint(output: Path, resume: bool) -> Path:
 
 
 def load_base(name: str) -> tuple[Any, Any]:
-    """Model, in its checkpoint's precision, and tokenizer; from safetensors alone, and no code of the checkpoint's.
+    """Load a model, in the precision of its checkpoint, and its tokenizer.
+
+    Only safetensors files are read, and no code of the checkpoint is run.
 
     Raises
     ------
     ValueError
-        One line: the model cannot be loaded, is of another kind, or its checkpoint lacks the head.
+        The model cannot be loaded, is of another kind, or its checkpoint lacks the head. The message is one line.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 

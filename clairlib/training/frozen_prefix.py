@@ -1,6 +1,7 @@
-"""Where a model can be cut: one forward pass is watched, and what was done before the first adapted module noted.
+"""Candidates for a cut of the model: one forward pass is recorded up to the first adapted module.
 
-Whether a cut is right is not decided here, nor by the names of modules: `probe` compares it with the whole model.
+This file does not decide whether a cut is right, and does not rely on the names of modules: `probe` compares the cut
+model with the whole one.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the model is cut: at the block of the first adapted module.
+    """A cut of the model at the block of the first adapted module.
 
     Attributes
     ----------
     blocks, index : str, int
-        The list of blocks, and the one that holds the first adapted module; those before it are passed by.
+        Name of the list of blocks, and index of the block with the first adapted module. Earlier blocks are skipped.
     module : str
         The first adapted module.
     whole : str or None
-        Module whose output is that of ``module``, which then stands in its place on its cached input.
+        Module with the same output as ``module``. It is replaced by ``module``, applied to its cached input.
     cached : tuple of str
-        Modules of the block that are done before ``module``, whose outputs are cached.
+        Modules of the block that finish before ``module``, with cached outputs.
     skipped : tuple of str
-        Such modules whose outputs nothing needs.
+        Modules of the block that finish before ``module``, whose outputs are not needed.
     entry : bool
-        Are the hidden states that enter the block cached?
+        Whether the hidden states that enter the block are cached.
     single : bool
-        Nothing after the cut looks at more than one position: labelled ones go through alone.
+        Whether labelled positions go through alone, because nothing after the cut looks at more than one position.
     """
 
     blocks: str
@@ -51,16 +52,16 @@ class Cut:
         return f"{self.blocks}.{self.index}"
 
     def inputs(self) -> tuple[str, ...]:
-        """Modules whose input is cached."""
+        """Return the modules whose input is cached."""
         return (self.block,) * self.entry + ((self.module,) if self.whole else ())
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward pass of the model: modules in the order they are entered, what each first got and returned.
+    """Record of one forward pass: modules in the order of entry, with the first argument and the output of each.
 
-    ``done`` are those that had returned when ``first``, the first adapted module, was entered; ``products`` are copies
-    of what the adapted modules returned, which others may change in place.
+    ``done`` holds the modules that had returned when ``first``, the first adapted module, was entered. ``products``
+    holds copies of the adapted modules' outputs, which other modules may change in place.
     """
 
     entered: list[str] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Trace:
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[str]) -> Trace:
-    """Watch one forward pass."""
+    """Record one forward pass."""
     seen, hooks = Trace(), []
 
     def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,7 +102,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[str]) -
 
 
 def deepest_cut(model: nn.Module, seen: Trace) -> Cut | None:
-    """The cut right before the first adapted module, everything cached; None where no list of blocks holds it."""
+    """Return the cut right before the first adapted module, with everything cached.
+
+    The result is None if no list of blocks holds that module.
+    """
     first = seen.first[0]
     blocks = next((name for name in _ancestors(first) if isinstance(model.get_submodule(name), nn.ModuleList)), None)
     if blocks is None:
@@ -127,16 +131,16 @@ def _ancestors(name: str) -> list[str]:
 
 
 def first_tensor(output: Any) -> Any:
-    """What a module hands on: its output, or the first of several."""
+    """Return a module's output, or the first element of a tuple."""
     return output[0] if isinstance(output, tuple) and output else output
 
 
 def _has_rows(output: Any, rows: int) -> bool:
-    """Is it one row a token?"""
+    """Return whether the output has one row per token."""
     tensor = first_tensor(output)
     return isinstance(tensor, Tensor) and tensor.dim() in (2, 3) and tensor.numel() == rows * tensor.shape[-1]
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The hidden states that a module gets: its first argument, or the one of that name."""
+    """Return the hidden states that a module gets: its first argument, or ``hidden_states``."""
     return args[0] if args else kwargs.get("hidden_states")

@@ -1,4 +1,7 @@
-"""Two pieces of most models with fewer passes over memory, their derivatives written out; weights are frozen."""
+"""Two operations of most models with fewer passes over memory and explicit derivatives.
+
+The weights are frozen.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from torch import Tensor, nn
 
 
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """y = w * x / sqrt(mean(x^2) + eps) over the last dimension; dx = r g w - x r^3 <g w, x> / d with r the root."""
+    """Root-mean-square norm y = w * x / sqrt(mean(x^2) + eps) over the last dimension, of size d.
+
+    The gradient is dx = r g w - x r^3 <g w, x> / d with r = 1 / sqrt(mean(x^2) + eps).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,21 +33,30 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 
 def is_root_mean_square_norm(module: nn.Module) -> bool:
-    """Is it one as Llama has it? By its name and parts; `probe` finds out whether it behaves so."""
+    """Return whether a module has the name and parts of Llama's root-mean-square norm.
+
+    `probe` checks that it also behaves like one.
+    """
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
         return False
     return [name for name, _ in module.named_parameters()] == ["weight"]
 
 
 def root_mean_square_norm(x: Tensor, module: Any) -> Tensor:
-    """What the module gives; by itself except in float32, as in other types it rounds in its own way."""
+    """Return the module's output, in float32 by the fused operation.
+
+    In other dtypes the module itself runs, because it rounds in its own way.
+    """
     if x.dtype != torch.float32 or module.weight.dtype != torch.float32:
         return module(x)
     return _RootMeanSquareNorm.apply(x, module.weight, module.variance_epsilon)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """-weight * log softmax(logits)[target], row by row; d logits = weight g (softmax - one-hot)."""
+    """Loss -weight * log softmax(logits)[target] of every row.
+
+    The gradient is d logits = weight g (softmax - one-hot).
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -57,5 +72,5 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Loss of every row of logits (N, V), times its weight (N,)."""
+    """Return the loss of every row of logits (N, V), times its weight (N,)."""
     return _WeightedCrossEntropy.apply(logits, targets, weights)

@@ -1,8 +1,8 @@
-"""Adapters of many clients as stacks, applied to their tokens side by side as grouped matrix products.
+"""Adapters of many clients as stacks, applied to the clients' tokens by grouped matrix products.
 
-A client's part in a stack is touched by that client's tokens alone, and AdamW works entry by entry: the clients train
-as if each were by itself. Smaller ranks are filled up with zeros, which stay zero: rows of A are multiplied by zero
-columns of B and the other way round, so neither ever gets a gradient.
+Only a client's own tokens touch its part of a stack, and AdamW works entry by entry, so each client trains as if it
+were alone. Adapters of smaller rank are padded with zeros. The zeros stay: rows of A are multiplied by zero columns of
+B and vice versa, so neither gets a gradient.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Update = LowRank | Tensor
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """x W' + bias + scale_k x_k A_k' B_k', with gradients for x, A and B only.
+    """Compute x W' + bias + scale_k x_k A_k' B_k', with gradients for x, A and B only.
 
-    x (G, n, q), W (p, q), A (G, rho, q), B (G, p, rho), scale (G, 1, 1).
+    Shapes: x (G, n, q), W (p, q), A (G, rho, q), B (G, p, rho), scale (G, 1, 1).
     """
 
     @staticmethod
@@ -42,9 +42,9 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 class GroupedLinear(nn.Module):
-    """A frozen linear module with one update a client; the rows of its input come client after client.
+    """A frozen linear module with one update per client; the rows of its input are ordered client after client.
 
-    ``weight`` and ``bias`` are the base module's own. With ``dtype`` (autocast) products are taken in it.
+    ``weight`` and ``bias`` are the base module's own. ``dtype`` (autocast) is the dtype of the products.
     """
 
     def __init__(self, base: Any, name: str, dtype: torch.dtype | None = None) -> None:
@@ -52,14 +52,14 @@ class GroupedLinear(nn.Module):
         self.weight, self.bias, self.name = base.weight, base.bias, name
         self.in_features, self.out_features = base.in_features, base.out_features
         self.dtype = dtype or base.weight.dtype
-        # what autocast would do at every call, once
+        # cast once, as autocast would do at every call
         self.cast_weight = base.weight.detach().to(self.dtype)
         self.cast_bias = None if base.bias is None else base.bias.detach().to(self.dtype)
         self.factors: list[Tensor] = []
         self.scale = torch.ones(())
 
     def load(self, factors: Sequence[Tensor], scale: Tensor) -> None:
-        """Take the update of the next forward passes: A (G, rho, q) and B (G, p, rho), or one D (G, p, q)."""
+        """Set the updates of the next forward passes: A (G, rho, q) and B (G, p, rho), or one D (G, p, q)."""
         self.factors = [factor.to(self.dtype) for factor in factors]
         self.scale = scale.to(self.dtype).view(-1, 1, 1)
 
@@ -72,7 +72,7 @@ class GroupedLinear(nn.Module):
         if len(self.factors) == 2:
             out = _GroupedProduct.apply(rows, W, bias, *self.factors, self.scale)
         else:
-            weights = (W + self.factors[0]).mT  # (G, q, p); one product a client, as many as the base alone would take
+            weights = (W + self.factors[0]).mT  # (G, q, p); one product per client, as many as for the base alone
             out = torch.bmm(rows, weights) if bias is None else torch.baddbmm(bias, rows, weights)
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -83,11 +83,11 @@ class LoraStacks:
     Attributes
     ----------
     clients : list of int
-        Which client has which position.
+        Index of the client at each position.
     parameters : dict
         Module name -> [A (K, rho, q), B (K, p, rho)], or [D (K, p, q)] for full-matrix updates.
     scales : dict
-        Module name -> (K,).
+        Module name -> scales (K,).
     ranks : dict
         Module name -> the K clients' own ranks.
     """
@@ -109,12 +109,12 @@ class LoraStacks:
         self.optimizer = torch.optim.AdamW(self.flat, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
     def index(self, positions: Sequence[int]) -> slice | list[int]:
-        """Where these clients are in a stack; a slice where they are neighbours, which saves a copy."""
+        """Return the stack index of these positions; a slice if they are neighbours, which saves a copy."""
         first, count = positions[0], len(positions)
         return slice(first, first + count) if positions[-1] == first + count - 1 else list(positions)
 
     def load(self, layers: Mapping[str, GroupedLinear], positions: Sequence[int]) -> list[Tensor]:
-        """Give the layers the updates of a group; returns them as leaves, in the order of ``flat``."""
+        """Set the layers' updates to those of a group; return them as leaves, in the order of ``flat``."""
         at, leaves = self.index(positions), []
         for name, stacks in self.parameters.items():
             own = [stack.detach()[at].requires_grad_() for stack in stacks]
@@ -123,7 +123,7 @@ class LoraStacks:
         return leaves
 
     def accumulate(self, positions: Sequence[int], grads: Sequence[Tensor]) -> None:
-        """Add a group's gradients."""
+        """Add the gradients of a group."""
         at = self.index(positions)
         for stack, grad in zip(self.flat, grads, strict=True):
             if stack.grad is None and grad.shape == stack.shape:
@@ -134,7 +134,7 @@ class LoraStacks:
             stack.grad[at] += grad
 
     def step(self, max_norm: float | None) -> None:
-        """One AdamW step, each client's gradient clipped as ``torch.nn.utils.clip_grad_norm_`` does."""
+        """Take one AdamW step. Each client's gradient is clipped as ``torch.nn.utils.clip_grad_norm_`` does."""
         if max_norm is not None:
             squares = [stack.grad.square().sum(dim=(1, 2)) for stack in self.flat if stack.grad is not None]
             factor = (max_norm / (torch.stack(squares).sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
@@ -145,7 +145,7 @@ class LoraStacks:
         self.optimizer.zero_grad()
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Take every other client out, with its part of AdamW's state."""
+        """Keep the clients at these positions; remove all others, with their part of AdamW's state."""
         at = torch.tensor(positions, dtype=torch.long, device=self.flat[0].device)
         for stack in self.flat:
             stack.data = stack.data[at]
@@ -159,13 +159,13 @@ class LoraStacks:
         self.clients = [self.clients[k] for k in positions]
 
     def remember(self, positions: Sequence[int]) -> None:
-        """Put these clients' parameters by as the best so far."""
+        """Save the parameters at these positions as the best so far."""
         self.best = self.best or [stack.detach().clone() for stack in self.flat]
         for best, stack in zip(self.best, self.flat, strict=True):
             best[list(positions)] = stack.detach()[list(positions)]
 
     def update(self, position: int, *, best: bool = False) -> dict[str, Update]:
-        """One client's updates by module, on the CPU: as they are now, or the best so far."""
+        """Return one client's updates by module, on the CPU: the present ones, or the best so far."""
         stacks, updates = iter(self.best if best else self.flat), {}
         for name, parameters in self.parameters.items():
             own = [next(stacks).detach()[position].cpu() for _ in parameters]
@@ -175,7 +175,7 @@ class LoraStacks:
 
 
 def are_finite(updates: Mapping[str, Update]) -> bool:
-    """Are all factors finite numbers?"""
+    """Return whether all factors are finite."""
     factors = [f for u in updates.values() for f in ((u.A, u.B) if isinstance(u, LowRank) else (u,))]
     return all(bool(factor.isfinite().all()) for factor in factors)
 
@@ -186,7 +186,7 @@ def _low_rank(factors: Sequence[Tensor], rank: int, scale: float) -> LowRank:
 
 
 def _stacked(updates: Sequence[Update]) -> list[Tensor]:
-    """[A, B] filled up with zeros to the largest rank, or [D]."""
+    """Return [A, B], padded with zeros to the largest rank, or [D]."""
     if not all(isinstance(update, LowRank) for update in updates):
         return [torch.stack([update for update in updates if isinstance(update, Tensor)])]
     pairs = [update for update in updates if isinstance(update, LowRank)]

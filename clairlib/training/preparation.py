@@ -1,4 +1,4 @@
-"""Everything that is settled before the first step: targets, table of tokens, cut, and the memory that it takes."""
+"""Preparation before the first step: targets, table of tokens, cut of the model, and memory needed."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from clairlib.training.targets import loss_kind, num_labels, target_names
 
 GROUP_TOKENS = 8192
 CACHE_BYTES = 2**31
-MOMENTS_AND_GRADIENT = 4  # AdamW keeps two moments beside a parameter and its gradient
-BACKWARD = 2.0  # gradients and temporaries beside what the forward pass keeps; the peak was up to 1.7 times that
+MOMENTS_AND_GRADIENT = 4  # a parameter, its gradient, and AdamW's two moments
+BACKWARD = 2.0  # peak memory over what the forward pass keeps; up to 1.7 was measured
 LOGITS = 3  # logits, their log-softmax and their gradient
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training takes beside the model.
+    """Bytes that training takes in addition to the model.
 
     Attributes
     ----------
     adapters : int
-        All clients' parameters, gradients and AdamW's moments, and the best weights where clients validate.
+        Parameters, gradients and AdamW's moments of all clients, and the best weights if clients validate.
     cache : int
-        The frozen part's activations; twice where every step sees all examples, as groups are then kept.
+        Activations of the frozen part; twice that if every step sees all examples, because groups are then kept.
     on_disk : bool
-        Is the cache a memory-mapped file?
+        Whether the cache is a memory-mapped file.
     group : int
         Activations of the largest group, estimated from what the probe's backward pass kept.
     """
@@ -46,7 +46,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes of memory, without what lies on disk."""
+        """Bytes of memory, without those on disk."""
         return self.adapters + self.group + (0 if self.on_disk else self.cache)
 
     def __str__(self) -> str:
@@ -65,11 +65,11 @@ def _size(count: float) -> str:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Model, clients and settings of a run, checked, and the plan for it.
+    """Checked model, clients and settings of a run, and the plan for it.
 
-    ``twin`` is the model that is run, a copy around the same weights.
-    ``table`` holds all clients' examples, then all validation examples; ``rows`` the same with the rows that
-    go through the model after the cut. ``examples`` and ``validation`` are each client's places in it.
+    ``twin`` is the model that runs, a copy around the same weights. ``table`` holds all clients' examples, followed by
+    all validation examples. ``rows`` is the same table with the rows that go through the model after the cut.
+    ``examples`` and ``validation`` hold each client's positions in the table.
     """
 
     model: Any
@@ -90,7 +90,7 @@ class Preparation:
 
     @property
     def keeps_groups(self) -> bool:
-        """Are groups and their cached values kept from step to step?"""
+        """Whether groups and their cached values are kept from step to step."""
         return _keeps_groups(self.clients, self.schedule, self.memory.on_disk)
 
 
@@ -105,7 +105,7 @@ def prepare(
     group_tokens: int,
     cache_bytes: int,
 ) -> Preparation:
-    """Check everything once and plan the run."""
+    """Check all inputs and plan the run; raise ValueError if something cannot be trained."""
     shift, classes = loss_kind(model)
     check_jobs(clients, schedule, shift=shift, classes=classes)
     names = target_names(model, targets)
@@ -138,7 +138,7 @@ def memory_needed(
     group_tokens: int = GROUP_TOKENS,
     cache_bytes: int = CACHE_BYTES,
 ) -> Memory:
-    """What `train_adapters` with these arguments will take; str() of it is one line."""
+    """Return the memory that `train_adapters` takes with these arguments; its str() is one line."""
     return prepare(
         model, clients, targets, schedule, device=device, autocast=autocast, group_tokens=group_tokens,
         cache_bytes=cache_bytes,
@@ -151,7 +151,10 @@ def _places(counts: list[int], first: int) -> list[range]:
 
 
 def _check_tokens(model: Any, clients: Sequence[ClientData], table: Table, places: Sequence[range]) -> None:
-    """Tokens, classes and lengths that the model has no row for; on a GPU they would end the process."""
+    """Raise ValueError for tokens, classes and lengths that the model does not have.
+
+    On a GPU they would end the process.
+    """
     tokens = model.get_input_embeddings().num_embeddings
     kinds = num_labels(model, classes=table.classes is not None)
     wrong = np.add.reduceat((table.ids < 0) | (table.ids >= tokens), table.starts) > 0

@@ -1,7 +1,7 @@
-"""Which cut of the model is right: losses and gradients are compared with the whole model, client by client.
+"""Decide which cut of the model is right, by comparing losses and gradients with those of the whole model.
 
-The probe is a small batch of random tokens for two clients with random adapters, so that it does not depend on the
-data, and a cut that loses an adapter's influence, or lets one client's tokens meet another's adapter, shows.
+The probe is a small batch of random tokens for two clients with random adapters, so it does not depend on the data. It
+reveals a cut that loses an adapter's influence, or that lets one client's tokens meet another client's adapter.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ RANK = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What of the model is left out, and what it then takes.
+    """The parts of the model that are left out, and what is then needed.
 
     Attributes
     ----------
     shortcuts : Shortcuts
     outputs : dict
-        What modules returned in the forward pass in which the cut was found.
+        Outputs of modules in the forward pass in which the cut was found.
     widths : dict
-        What is cached: slot -> (width, dtype).
+        Cached values: slot -> (width, dtype).
     saved : float
-        Bytes that a step keeps for the backward pass, a row, logits aside.
+        Bytes per row that a step keeps for the backward pass, without logits.
     """
 
     shortcuts: Shortcuts
@@ -54,7 +54,7 @@ class Plan:
 
 
 class Probe:
-    """The probe's batch and adapters, and what the whole model makes of them."""
+    """The probe's batch and adapters, and the whole model's losses and gradients for them."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Probe:
         own_masks: bool = False,
     ) -> None:
         self.model, self.targets, self.device = model, list(targets), device
-        self.unmasked = shift and not own_masks  # worth a try
+        self.unmasked = shift and not own_masks  # whether to try without a mask
         self.kinds = num_labels(model, classes=classes)
         self.table = _random_table(model, self.kinds, shift=shift, classes=classes, pad=pad)
         self.group = self._collate(self.table, ITEMS)
@@ -91,7 +91,7 @@ class Probe:
         return TOLERANCE.get(next(self.model.parameters()).dtype, HALF_TOLERANCE)
 
     def _alone(self, item: Item) -> list[Tensor]:
-        """Loss and gradients of one client by the whole model, example by example: nothing is filled up."""
+        """Return loss and gradients of one client by the whole model, example by example, so without padding."""
         parts = [Item(item.position, (example,), item.labels) for example in item.examples]
         results = [self._results(Shortcuts(), self._collate(self.table, [part]))[0] for part in parts]
         return [torch.stack(own).sum(dim=0) for own in zip(*results, strict=True)]
@@ -100,23 +100,23 @@ class Probe:
         return collate(table, items).to(self.device, torch.float64)
 
     def plan(self, autocast: torch.dtype | None) -> Plan:
-        """The most shortcuts that are right: the deepest cut, with no more cached than is needed."""
+        """Return as many shortcuts as are right: the deepest cut that caches no more than is needed."""
         best = self._boldest() or self._careful()
         if best.cut is not None:
             best = self._pruned(best, best.cut)
         return Plan(best, self.seen.outputs, self._widths(best, autocast), self.saved)
 
     def _boldest(self) -> Shortcuts | None:
-        """Everything at once, which for most models is right."""
+        """Return all shortcuts at once if they are right, which they are for most models."""
         lean = self._lean()
         cut = lean and replace(lean, single=self._may_be_single(lean))
         bold = Shortcuts(cut, select=True, fused=True, unmasked=self.unmasked)
         return bold if self.holds(bold) else None
 
     def _lean(self) -> Cut | None:
-        """The deepest cut with little cached."""
+        """Return the deepest cut that caches little."""
         deepest = deepest_cut(self.model, self.seen)
-        if deepest is not None and deepest.whole == deepest.module:  # what it reads may be what is cached before it
+        if deepest is not None and deepest.whole == deepest.module:  # its input may be the output cached before it
             return replace(deepest, whole=None)
         return deepest and replace(deepest, cached=(), skipped=deepest.cached)
 
@@ -124,7 +124,7 @@ class Probe:
         return self.table.classes is None and cut.index == len(self.model.get_submodule(cut.blocks)) - 1
 
     def _careful(self) -> Shortcuts:
-        """One shortcut after the other."""
+        """Try one shortcut after the other."""
         most = Shortcuts(select=True, fused=True, unmasked=self.unmasked)
         tries = [most, replace(most, unmasked=False), Shortcuts(select=True), Shortcuts(fused=True), Shortcuts()]
         plain = next(filter(self.holds, tries), None)
@@ -138,31 +138,31 @@ class Probe:
         return self._better(best, single=True) if best.cut and self._may_be_single(best.cut) else best
 
     def _pruned(self, best: Shortcuts, cut: Cut) -> Shortcuts:
-        """The same with nothing cached that the result does not need."""
+        """Return the shortcuts without the cached values that the result does not need."""
         cached, skipped = cut.cached, cut.skipped
         for name in cut.cached:
             rest = tuple(other for other in cached if other != name)
             less = self._better(best, cached=rest, skipped=(*skipped, name))
             if less is not best:
                 best, cached, skipped = less, rest, (*skipped, name)
-        if cached:  # else the entry is all that goes round the first adapted module
+        if cached:  # else only the entry bypasses the first adapted module
             best = self._better(best, entry=False)
         return best
 
     def _better(self, best: Shortcuts, **changes: Any) -> Shortcuts:
-        """The shortcuts with a changed cut, if that is right."""
+        """Return the shortcuts with a changed cut if that is right, else unchanged."""
         assert best.cut is not None
         changed = replace(best, cut=replace(best.cut, **changes))
         return changed if self.holds(changed) else best
 
     def holds(self, shortcuts: Shortcuts) -> bool:
-        """Do losses and gradients agree with the whole model's?"""
+        """Return whether losses and gradients agree with those of the whole model."""
         try:
             found, saved = self._results(shortcuts, self._group(shortcuts))
-        except Exception:  # a model without some of its parts may fail in any way, and then the cut is wrong
+        except Exception:  # a model without some of its parts may fail in any way; the cut is then wrong
             return False
         right = all(_close(one, other, self._tolerance()) for one, other in zip(found, self.expected, strict=True))
-        self.saved = saved if right else self.saved  # the last shortcuts that are right are those taken
+        self.saved = saved if right else self.saved  # the last right shortcuts are the ones taken
         return right
 
     def _group(self, shortcuts: Shortcuts) -> Group:
@@ -171,7 +171,7 @@ class Probe:
         return self._collate(self.table.only_labelled(), ITEMS)
 
     def _results(self, shortcuts: Shortcuts, group: Group) -> tuple[list[Tensor], float]:
-        """Losses and gradients, each (G, ...), and the bytes kept for the backward pass a row.
+        """Return losses and gradients, each (G, ...), and the bytes per row that are kept for the backward pass.
 
         Weights, cached values and logits are not counted.
         """
@@ -196,8 +196,8 @@ class Probe:
         return [losses.detach(), *grads], sum(found.values()) / group.ids.numel()
 
     def _values(self, cut: Cut, group: Group) -> dict[Slot, Tensor]:
-        """What the trace saw at the cut, row by row of the group."""
-        _, places = np.unique(self.group.rows.cpu(), return_index=True)  # what fills up comes after what it repeats
+        """Return the values that the trace saw at the cut, row by row of the group."""
+        _, places = np.unique(self.group.rows.cpu(), return_index=True)  # padding comes after the row that it repeats
         if cut.single:
             places = places[self.table.targets != NO_LABEL]
         inputs, outputs = self.seen.inputs, self.seen.outputs
@@ -208,11 +208,11 @@ class Probe:
         return {slot: value.flatten(0, -2)[at].view(*group.rows.shape, -1) for slot, value in values.items()}
 
     def _widths(self, best: Shortcuts, autocast: torch.dtype | None) -> dict[Slot, tuple[int, torch.dtype]]:
-        """What is cached under a cut: width and dtype."""
+        """Return width and dtype of every cached value of a cut."""
         if best.cut is None:
             return {}
         values = self._values(replace(best.cut, single=False), self.group)
-        if autocast is not None:  # which the trace did not see
+        if autocast is not None:  # the trace ran without it
             with Recorder(self.model, best.cut, unmasked=best.unmasked, autocast=autocast) as record:
                 values = record(self.group)
         return {slot: (value.shape[-1], value.dtype) for slot, value in values.items()}
@@ -223,7 +223,7 @@ def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _random_table(model: Any, kinds: int, *, shift: bool, classes: bool, pad: int) -> Table:
-    """Examples of random tokens, half of them labelled."""
+    """Draw examples of random tokens, half of them labelled."""
     draws = derive(0, "probe", "tokens")
     room = getattr(model.config, "max_position_embeddings", None) or max(LENGTHS)
     vocabulary, examples = model.get_input_embeddings().num_embeddings, []

@@ -1,4 +1,4 @@
-"""What training gives, and low-rank updates saved as ordinary PEFT adapter folders by peft itself."""
+"""Results of training, and low-rank updates saved by peft as ordinary PEFT adapter folders."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from clairlib.training.targets import loss_kind
 
 @dataclass(frozen=True)
 class TrainedClient:
-    """One client's result.
+    """Training result of one client.
 
     Attributes
     ----------
     name : str
     updates : dict
-        Module name -> LowRank, or (p, q) Tensor for full-matrix updates; empty where training diverged.
+        Module name -> LowRank, or (p, q) Tensor for full-matrix updates; empty if training diverged.
     losses : Tensor (steps,)
         Mean loss over the labels of each step, before the step; float64.
     diverged_at : int or None
-        The step, counted from 1, whose loss was not a finite number or had grown past all bounds, or after which the
-        weights were not finite.
+        Step, counted from 1, at which training diverged: its loss was not finite or exceeded the bound, or the weights
+        after it were not finite.
     best_step : int or None
         With validation examples: the step after which the weights were kept.
     use_rslora : bool
-        Whether alpha in the adapter folder is meant per square root of the rank.
+        Whether alpha in the adapter folder is divided by the square root of the rank instead of the rank.
     """
 
     name: str
@@ -51,19 +51,19 @@ class TrainedClient:
 
     @property
     def status(self) -> Literal["trained", "diverged"]:
-        """Whether there are updates."""
+        """Whether there are updates: "trained" or "diverged"."""
         return "trained" if self.diverged_at is None else "diverged"
 
 
 def save_adapters(model: Any, trained: Sequence[TrainedClient], folder: Path | str) -> list[Path]:
     """Write every client's adapter to ``folder/<client's name>``; each folder appears whole or not at all.
 
-    An adapter of that name is replaced. Diverged clients are left out.
+    An existing adapter of that name is replaced. Diverged clients are left out.
 
     Raises
     ------
     ValueError
-        A client has a full-matrix update, which is no adapter, or another file has its name.
+        A client has a full-matrix update, which is not an adapter, or another file has its name.
     """
     folder, paths = Path(folder), []
     built: dict[str, peft.PeftModel] = {}
@@ -81,7 +81,7 @@ def save_adapters(model: Any, trained: Sequence[TrainedClient], folder: Path | s
 
 
 def _options(client: TrainedClient) -> dict[str, Any]:
-    """Rank and alpha of peft's configuration, with patterns where modules differ."""
+    """Return rank and alpha for peft's configuration, with patterns if modules differ."""
     alone = {}
     for name, update in client.updates.items():
         if not isinstance(update, LowRank):
@@ -94,7 +94,7 @@ def _options(client: TrainedClient) -> dict[str, Any]:
 
 
 def _adapted(model: Any, options: dict[str, Any]) -> peft.PeftModel:
-    # another task type would have peft save the head of a classifier too
+    # with another task type peft would also save a classifier's head
     task = "CAUSAL_LM" if loss_kind(model)[0] else None
     with torch.random.fork_rng(devices=[]):  # peft draws an A from the global generator
         return peft.get_peft_model(shared_copy(model, "cpu"), peft.LoraConfig(**options, task_type=task))
@@ -110,7 +110,7 @@ def _put(adapted: peft.PeftModel, client: TrainedClient) -> None:
 
 
 def _save(adapted: peft.PeftModel, path: Path) -> None:
-    """Write beside and rename; an adapter that is there is moved aside first and removed afterwards."""
+    """Write beside the target, then rename. An existing adapter is moved aside first and removed afterwards."""
     if os.path.lexists(path) and not (path / CONFIG).is_file():
         raise ValueError(f"{str(path)!r} exists and is no adapter folder; move it away")
     path.parent.mkdir(parents=True, exist_ok=True)

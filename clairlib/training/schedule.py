@@ -1,4 +1,4 @@
-"""What is to be trained: each client's data and adapter, the schedule that all share, and the order of the data."""
+"""Training jobs: each client's data and adapter, the schedule of all clients, and the order of the data."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor
 
 from clairlib.core.seeds import derive
 
-NO_LABEL = -100  # the index that torch's cross entropy leaves out
+NO_LABEL = -100  # the index that torch's cross entropy ignores
 KEYS = {"input_ids", "labels", "attention_mask"}
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's examples and the adapter to be trained on them.
+    """One client's examples, and the adapter to be trained on them.
 
     Attributes
     ----------
     name : str
-        Names the client's draws and its adapter folder.
+        Name of the client's random draws and of its adapter folder.
     examples : sequence of mappings
-        ``input_ids`` (T,) and ``labels``: (T,) as `transformers` has them (-100: no label; causal models shift them
-        themselves), or one class (). ``attention_mask`` (T,) is optional.
+        ``input_ids`` (T,) and ``labels``. Labels are (T,) as in `transformers` (-100: no label; causal models shift
+        them themselves), or one class (). ``attention_mask`` (T,) is optional.
     rank : int or None
         Adapter rank rho of every target; None trains a full-matrix update (p, q), which is kept in memory only.
     alpha, use_rslora
         The update is scale * B @ A with scale alpha / rho, or alpha / sqrt(rho) with rsLoRA.
     validation : sequence of mappings
-        With it, the weights of the check with the least validation loss are kept (early stopping).
+        If given, the weights with the least validation loss among all checks are kept (early stopping).
     start : Path or None
-        PEFT adapter folder to start from; its ranks and scales are then taken in place of the three above.
+        PEFT adapter folder to start from. Its ranks and scales then replace the three settings above.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ClientData:
     start: Path | None = None
 
     def scale(self) -> float:
-        """What multiplies B @ A; 1 for a full-matrix update."""
+        """Return the factor of B @ A; 1 for a full-matrix update."""
         if self.rank is None:
             return 1.0
         return self.alpha / (sqrt(self.rank) if self.use_rslora else self.rank)
@@ -55,23 +55,23 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How every client trains, by AdamW with torch's betas and eps.
+    """Training schedule of every client, for AdamW with torch's betas and eps.
 
     Attributes
     ----------
     steps : int
-        Optimiser steps of each client; with ``epochs`` the most it takes.
+        Optimiser steps of each client; with ``epochs`` the largest number of them.
     batch : int or None
-        Examples a step; the last step of an epoch takes what is left. None: all of the client's.
+        Examples per step; the last step of an epoch takes the remaining ones. None: all examples of the client.
     accumulate : int
-        Parts in which a step's batch goes through the model. The loss is the mean over all labels of the step,
-        so this changes memory only.
+        Number of parts in which a step's batch goes through the model. The loss is the mean over all labels of the
+        step, so this changes memory only.
     epochs : int or None
         Passes over the client's examples, so that clients with more data take more steps.
     max_norm : float or None
         Each client's gradient, over all its modules, is clipped to this norm.
     check_every : int
-        Steps between two checks of the validation loss; there is one after the last step too.
+        Steps between two checks of the validation loss; there is also one after the last step.
     """
 
     steps: int
@@ -84,20 +84,20 @@ class Schedule:
     epochs: int | None = None
 
     def steps_of(self, client: ClientData) -> int:
-        """Optimiser steps of this client."""
+        """Return the number of optimiser steps of this client."""
         if self.epochs is None:
             return self.steps
         return min(self.steps, self.epochs * ceil(len(client.examples) / (self.batch or len(client.examples))))
 
     def is_full_batch(self, client: ClientData) -> bool:
-        """Do all steps of this client see the same examples?"""
+        """Return whether all steps of this client see the same examples."""
         return self.batch is None or self.batch >= len(client.examples)
 
 
 def batches(client: ClientData, schedule: Schedule, *, seed: int) -> Iterator[list[int]]:
-    """The examples of the client's steps, without end: epochs in random order, drawn by ``(name, "order")``.
+    """Yield the examples of the client's steps, without end: epochs in random order, drawn by ``(name, "order")``.
 
-    A client whose batch holds all its examples has them in their own order at every step.
+    If a batch holds all examples of the client, every step has them in their own order.
     """
     count = len(client.examples)
     if schedule.is_full_batch(client):
@@ -110,9 +110,10 @@ def batches(client: ClientData, schedule: Schedule, *, seed: int) -> Iterator[li
 
 
 def check_jobs(clients: Sequence[ClientData], schedule: Schedule, *, shift: bool, classes: bool) -> None:
-    """Refuse what cannot be trained, in one line that names the client or the setting.
+    """Raise ValueError for what cannot be trained, in one line that names the client or the setting.
 
-    ``shift``: labels belong to the position before theirs; ``classes``: one label an example, not one a token.
+    With ``shift`` a label belongs to the position before it. With ``classes`` there is one label per example, not per
+    token.
     """
     for name in ("steps", "batch", "accumulate", "check_every", "epochs"):
         value = getattr(schedule, name)

@@ -1,7 +1,7 @@
 """The model without its frozen part below the first adapted module, and with grouped adapters.
 
-The model's own forward pass is kept as it is, so that masks and positions stay the model's. Modules whose outputs do
-not depend on the adapters are replaced by stubs that hand on what was computed once.
+The model's own forward pass runs as it is, so masks and positions stay the model's. Modules whose outputs do not depend
+on the adapters are replaced by stubs that return values computed once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from clairlib.training.grouped_lora import GroupedLinear
 
 
 def maybe_autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to a dtype, or nothing."""
+    """Return a context that autocasts to a dtype, or does nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
 def shared_copy(model: nn.Module, device: str) -> nn.Module:
-    """A copy of the modules around the same weights, frozen and in eval mode (no dropout); the model is untouched."""
+    """Copy the modules around the same weights, frozen and in eval mode (no dropout); the model is untouched."""
     memo: dict[int, Any] = {}
     for weight in model.parameters():
         memo[id(weight)] = nn.Parameter(weight.detach().to(device), requires_grad=False)
@@ -41,11 +41,14 @@ def shared_copy(model: nn.Module, device: str) -> nn.Module:
 
 
 class _Stub(nn.Module):
-    """Stands in for a module: gives ``answer``, in the form of the module's output. Other attributes are its own."""
+    """Replacement of a module, which returns ``answer`` in the form of the module's output.
+
+    Its other attributes are those of the module.
+    """
 
     def __init__(self, module: nn.Module, answer: Callable[..., Tensor], output: Any = None) -> None:
         super().__init__()
-        self.__dict__["module"] = module  # not a submodule: nothing of it is run
+        self.__dict__["module"] = module  # not a submodule: it never runs
         self.answer = answer
         self.rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
         self.flat = isinstance(first_tensor(output), Tensor) and first_tensor(output).dim() == 2  # (rows * T, width)
@@ -68,18 +71,18 @@ def _pass(*args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What is left out or done otherwise than in the whole model.
+    """Parts of the whole model that are left out or computed differently.
 
     Attributes
     ----------
     cut : Cut or None
         None: the whole model runs at every step.
     select : bool
-        Are logits computed at labelled positions alone?
+        Whether logits are computed at labelled positions alone.
     fused : bool
-        Do root-mean-square norms take fewer passes over memory?
+        Whether root-mean-square norms take fewer passes over memory.
     unmasked : bool
-        Is there no attention mask? What fills up on the right is seen by no token before it.
+        Whether there is no attention mask. Padding is on the right, where no earlier token sees it.
     """
 
     cut: Cut | None = None
@@ -89,14 +92,14 @@ class Shortcuts:
 
 
 class Suffix:
-    """The model with grouped adapters and shortcuts put in, until `remove`.
+    """The model with grouped adapters and shortcuts installed, until `remove`.
 
     Attributes
     ----------
     layers : dict
         The adapted modules by name.
     values : dict
-        What stands in for the part before the cut: ("in" or "out", module) -> (rows, T, width).
+        Cached values that replace the part before the cut: ("in" or "out", module) -> (rows, T, width).
     """
 
     def __init__(
@@ -128,12 +131,12 @@ class Suffix:
             self._install(shortcuts.cut, outputs)
 
     def remove(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model as it was."""
         while self.undo:
             self.undo.pop()()
 
     def losses(self, group: Group, values: Mapping[tuple[str, str], Tensor]) -> Tensor:
-        """Each client's part of its mean loss (G,), with the updates that the layers hold."""
+        """Return each client's part of its mean loss (G,), with the updates that the layers hold."""
         self.group, self.values = group, values
         with maybe_autocast(self.device_type, self.autocast):
             mask = None if self.unmasked else group.attended

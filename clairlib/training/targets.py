@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted, what its labels are, and the updates that training starts from."""
+"""The adapted modules of a model, the kind of its labels, and the updates that training starts from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clairlib.linalg.low_rank import LowRank
 from clairlib.training.grouped_lora import Update
 from clairlib.training.schedule import ClientData
 
-LOSSES = {  # transformers' loss_type: (labels belong to the position before, one label an example)
+LOSSES = {  # transformers' loss_type: (labels belong to the position before, one label per example)
     "ForCausalLM": (True, False),
     "ForMaskedLM": (False, False),
     "ForTokenClassification": (False, False),
@@ -27,16 +27,18 @@ LOSSES = {  # transformers' loss_type: (labels belong to the position before, on
 
 
 def loss_kind(model: Any) -> tuple[bool, bool]:
-    """(labels belong to the position before theirs, there is one label an example), as `transformers` has it.
+    """Return whether labels belong to the position before theirs, and whether there is one label per example.
+
+    Both are as in `transformers`.
 
     Raises
     ------
     ValueError
-        The model's loss is none of LOSSES, or is a regression.
+        The model's loss is not in LOSSES, or is a regression.
     """
     kind = getattr(model, "loss_type", None)
     if kind is None and model.get_output_embeddings() is not None:
-        kind = "ForCausalLM"  # what transformers falls back on, for GPT2LMHeadModel and its like
+        kind = "ForCausalLM"  # the fallback of transformers, for example for GPT2LMHeadModel
     if kind not in LOSSES:
         known = ", ".join(LOSSES)
         raise ValueError(f"{type(model).__name__} has no loss that can be trained here; known are {known}")
@@ -47,16 +49,16 @@ def loss_kind(model: Any) -> tuple[bool, bool]:
 
 
 def num_labels(model: Any, *, classes: bool) -> int:
-    """How many different labels there are: tokens, or classes."""
+    """Return the number of different labels: tokens, or classes."""
     head = model.get_output_embeddings()
     return model.config.num_labels if classes or head is None else head.out_features
 
 
 def target_names(model: Any, targets: Sequence[str] | str) -> list[str]:
-    """Full names of the modules that peft's ``target_modules`` of this value means, in the model's order.
+    """Return the full names of the modules that peft's ``target_modules`` selects, in the model's order.
 
-    A list holds full names or their ends, a string is a regular expression, or "all-linear": every linear module of
-    the model without its head.
+    A list holds full names or their ends. A string is a regular expression or "all-linear": every linear module of the
+    model without its head.
 
     Raises
     ------
@@ -82,10 +84,11 @@ def target_names(model: Any, targets: Sequence[str] | str) -> list[str]:
 def initial_updates(
     model: Any, targets: Sequence[str], clients: Sequence[ClientData], *, seed: int
 ) -> dict[str, list[Update]]:
-    """Where every client starts, by module: its adapter folder, zero, or B = 0 and A by peft's law.
+    """Return the updates by module from which every client starts.
 
-    A is drawn from (client's name, module's name), U(-1, 1) / sqrt(q). Adapters of half-precision models are float32,
-    as peft has them.
+    A client with an adapter folder starts from that folder. A full-matrix update starts at zero. Otherwise B is 0, and
+    A is drawn from (client's name, module's name) with peft's distribution, U(-1, 1) / sqrt(q). Adapters of
+    half-precision models are float32, as in peft.
     """
     updates: dict[str, list[Update]] = {name: [] for name in targets}
     for client in clients:

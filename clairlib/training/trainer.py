@@ -1,8 +1,8 @@
-"""Train K clients' LoRA adapters on one frozen base at once: the result of training each by itself, sooner.
+"""Train K clients' LoRA adapters on one frozen base at once, with the result of training each client by itself.
 
-What lies below the first adapted module is run once and cached (`prefix`, `activations`); the rest runs for many
-clients together, each one's low-rank product as part of a grouped product (`grouped`). Clients share no parameter, so
-the sum of their losses gives each the gradient of its own. Dropout is off.
+The part below the first adapted module runs once and is cached (`frozen_prefix`, `activations`). The rest runs for many
+clients together, and each client's low-rank product is part of a grouped product (`grouped_lora`). Clients share no
+parameter, so the gradient of the sum of their losses gives each client its own gradient. Dropout is off.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from clairlib.training.targets import initial_updates
 __all__ = ["ClientData", "Memory", "Schedule", "TrainedClient", "memory_needed", "save_adapters", "train_adapters"]
 
 CHECKPOINT_SECONDS = 30.0
-DIVERGED = 100.0  # a loss of this many nats, and this many times the first one, is not training any more
+DIVERGED = 100.0  # training diverged if the loss exceeds this many times max(first loss, 1 nat)
 
 
 def train_adapters(
@@ -55,30 +55,33 @@ def train_adapters(
     ----------
     model : a `transformers` model for causal or masked language modelling, token or sequence classification
         It is not changed.
-    targets : list of module names or their ends, regular expression, or "all-linear", as peft's ``target_modules``
+    targets : list of module names or their ends, regular expression, or "all-linear", as in peft's ``target_modules``
     seed : int
-        Initial factors are drawn from it by (client's name, module's name), the order of data by (name, "order").
+        Seed of the initial factors, drawn by (client's name, module's name), and of the order of data, by (name,
+        "order").
     autocast : torch.dtype or None
-        Products in this dtype, by ``torch.autocast``; parameters and AdamW stay as they are.
+        Dtype of products by ``torch.autocast``. Parameters and AdamW keep their own dtype.
     group_tokens : int
-        Most tokens that go through the model together, or one example. Changes memory and rounding only.
+        Most tokens that go through the model together, but at least one example. Changes memory and rounding only.
     cache_bytes : int
-        Most memory for the frozen part's activations; beyond it they lie in a file (TMPDIR).
+        Most memory for the frozen part's activations. Larger ones lie in a file (TMPDIR).
     checkpoint : Path or None
-        File that keeps the state, written every CHECKPOINT_SECONDS and at the end. Where it exists, training goes on
-        from there, with the same result; remove it when the adapters are saved.
-    progress : called with the steps done and their total, of all clients together
+        File that keeps the state, written every CHECKPOINT_SECONDS and at the end. If it exists, training goes on from
+        it, with the same result. Remove it when the adapters are saved.
+    progress : callable, optional
+        Called with the number of steps done and their total, over all clients.
 
     Returns
     -------
     list of TrainedClient
-        In the clients' order. One whose loss or final weights are not finite, or whose loss exceeds DIVERGED times the
-        first one (at least 1 nat), is given up and has no updates; the others are not touched by it.
+        In the clients' order. Training of a client stops without updates if its loss or its final weights are not
+        finite, or if its loss exceeds DIVERGED times the first one (at least 1 nat). This does not affect the other
+        clients.
 
     Raises
     ------
     ValueError
-        One line that names the client, module, setting or checkpoint that cannot be used.
+        A client, module, setting or checkpoint cannot be used. The message is one line that names it.
     OSError
         The activations fit neither into ``cache_bytes`` nor on the disk.
     """
@@ -102,7 +105,7 @@ def train_adapters(
 
 
 class _Run:
-    """The state of training: who is still in, at which step, and what came of the others."""
+    """State of training: the clients still in training, the step, and the results of the other clients."""
 
     def __init__(self, plan: Preparation, *, seed: int) -> None:
         self.plan, self.clients, self.schedule = plan, plan.clients, plan.schedule
@@ -138,11 +141,11 @@ class _Run:
 
     @property
     def done(self) -> int:
-        """Steps done, of all clients together; a client that was given up has done all of its own."""
+        """Number of steps done over all clients; a client that diverged counts with all its steps."""
         return sum(own if k in self.diverged else min(own, self.taken) for k, own in enumerate(self.steps))
 
     def step(self) -> None:
-        """One optimiser step of every client still in training."""
+        """Take one optimiser step of every client still in training."""
         losses = torch.zeros(len(self.stacks.clients), dtype=torch.float64, device=self.plan.device)
         for group, values in self._groups():
             leaves = self.stacks.load(self.suffix.layers, group.positions)
@@ -157,7 +160,7 @@ class _Run:
         self._let_finished_go()
 
     def _groups(self) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
-        """The step's groups with their cached values."""
+        """Return the step's groups with their cached values."""
         chosen = [next(self.orders[k]) for k in self.stacks.clients]
         active = tuple(self.stacks.clients)
         if self.plan.keeps_groups and self.kept[0] == active:
@@ -170,7 +173,7 @@ class _Run:
         return groups
 
     def _collated(self, places: Sequence[Sequence[int]], parts: int) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
-        """Groups of the examples of every position in the stack, in this many parts."""
+        """Yield groups of the examples of every position in the stack, in ``parts`` parts."""
         rows = self.plan.rows
         for part in range(parts):
             items = []
@@ -191,7 +194,7 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Put by the weights of clients whose validation loss is the least so far."""
+        """Save the weights of clients whose validation loss is the least so far."""
         due = [
             position
             for position, k in enumerate(self.stacks.clients)
@@ -231,27 +234,27 @@ class _Run:
             self.stacks.keep(positions)
 
     def result(self, k: int) -> TrainedClient:
-        """What client k ends with."""
+        """Return the result of client k."""
         client, at = self.clients[k], self.diverged.get(k)
         losses = torch.from_numpy(self.losses[k, : at or self.steps[k]].copy())
         updates = self.updates.get(k, {})
         return TrainedClient(client.name, updates, losses, at, self.best_step[k], client.use_rslora)
 
     def close(self) -> None:
-        """Remove what lies on disk."""
+        """Remove the activations on disk, if any."""
         if self.activations is not None:
             self.activations.close()
 
 
 class _Keeper:
-    """Keeps the state of a run in its checkpoint file; does nothing without one."""
+    """Keeps the state of a run in its checkpoint file, or does nothing without a file."""
 
     def __init__(self, run: _Run, path: Path | None, seed: int) -> None:
         self.run, self.path, self.last = run, path, time.monotonic()
         self.fingerprint = "" if path is None else _fingerprint(run.plan, seed)
 
     def save_now_and_then(self) -> None:
-        """Save, if the last time is long ago."""
+        """Save if the last save was at least CHECKPOINT_SECONDS ago."""
         if time.monotonic() - self.last >= CHECKPOINT_SECONDS:
             self.save()
 
@@ -273,7 +276,7 @@ class _Keeper:
         self.last = time.monotonic()
 
     def resume(self) -> None:
-        """Bring the run to the state in the file, if there is one."""
+        """Bring the run to the state in the file, if the file exists."""
         if self.path is None or not self.path.exists():
             return
         tensors, facts = state_file.load(self.path, self.fingerprint)
@@ -289,7 +292,10 @@ class _Keeper:
 
 
 def _fingerprint(plan: Preparation, seed: int) -> str:
-    """Hash of all that decides the result: settings, data, and the model, of which every parameter is sampled."""
+    """Return a hash of all that decides the result: settings, data and the model.
+
+    A sample of every parameter stands for the model.
+    """
     clients = [{key: getattr(c, key) for key in ("name", "rank", "alpha", "use_rslora", "start")} for c in plan.clients]
     facts = {
         "seed": seed, "schedule": asdict(plan.schedule), "targets": plan.targets, "clients": clients,

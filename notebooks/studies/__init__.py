@@ -1,1 +1,1 @@
-"""What the notebooks compute and draw, a folder each; `common` is for all. clairlib never imports it."""
+"""Computations and figures of the notebooks, one folder per notebook; `common` is shared. clairlib never imports it."""

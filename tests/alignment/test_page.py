@@ -1,13 +1,12 @@
 """report.html: what it shows is what the report says, and nothing that a client wrote acts on it.
 
-The browser tests need Chromium and playwright, and are skipped where one is missing.
+The browser tests need Chromium and playwright; where one is missing, `helpers.browser` skips them or has them fail.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from clairlib.alignment import page as alignment_page
 from clairlib.alignment.page import write_alignment_page
+from helpers.browser import chromium
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -24,10 +24,6 @@ HOSTILE = [
     "\"><svg onload='alert(3)'>",
     "&lt;b&gt;",
 ]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 
 
 def report_of(clients: list[str], modules: list[str]) -> dict[str, Any]:
@@ -175,14 +171,8 @@ def test_colours_are_those_of_the_plots(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium here")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=FLAGS)
-        yield chromium
-        chromium.close()
+    with chromium() as launched:
+        yield launched
 
 
 @pytest.fixture

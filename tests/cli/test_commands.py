@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.adapter_clients import BAD, BENIGN, CONFIG, WEIGHTS, clair, snapshot
+from helpers.processes import HANG_SECONDS
 
 
 def test_align_writes_folders_report_and_picture_and_says_the_same(work: Path) -> None:
@@ -109,15 +110,15 @@ def test_picture_is_closed_when_saved(work: Path) -> None:
 
 def test_sigterm_leaves_nothing(work: Path) -> None:
     wait = """
-import sys, time
+import signal
 import clairlib.alignment.align
 from clairlib.cli import app
 
 def settle(*_, **__):
     print("fitting", flush=True)
-    time.sleep(60)
+    signal.pause()
 
-clairlib.alignment.align.settle_on_disk = settle
+clairlib.alignment.align.iterate_verdict_on_disk = settle
 app()
 """
     before = snapshot(work)
@@ -126,7 +127,7 @@ app()
         assert process.stdout is not None and process.stdout.readline() == "fitting\n"
         assert any(path.name.endswith(".partial") for path in work.iterdir())
         process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=30) == ("", "")
+        assert process.communicate(timeout=HANG_SECONDS) == ("", "")
     assert process.returncode == 128 + signal.SIGTERM and snapshot(work) == before
 
 

@@ -1,16 +1,19 @@
-"""The claims ledger: every claim has a check, every check a claim, and README shows what was measured."""
+"""The claims ledger: every claim has a check, every check a claim, and docs/claims.md shows what was measured."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
 from clairlib.reproduce import claims as ledger
-from clairlib.reproduce.claims import LedgerError, collect, holds, insert_table, read_claims, readme_table
+from clairlib.reproduce.claims import LedgerError, claims_table, collect, holds, insert_table, read_claims
+from clairlib.reproduce.sources import notebook_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIMS = read_claims(ROOT / "notebooks" / "claims.toml")
@@ -25,11 +28,11 @@ def write_claims(folder: Path, **changes: str) -> Path:
     return path
 
 
-def write_outcome(figures: Path, **changes) -> None:
+def write_outcome(figures: Path, facts: dict[str, Any]) -> None:
     outcome = {"holds": True, "statement": "s", "value": 0.5, "interval": [0.25, 0.75], "threshold": "value < 1"}
     folder = figures / "01_x"
     folder.mkdir(parents=True, exist_ok=True)
-    log = {"provenance": {"profile": "paper"}, "claims": {"C1.a": {**outcome, **changes}}}
+    log = {"provenance": facts, "claims": {"C1.a": outcome}}
     (folder / "claims.json").write_text(json.dumps(log))
 
 
@@ -48,12 +51,17 @@ def test_every_claim_belongs_to_a_notebook():
     assert {claim.notebook for claim in CLAIMS.values()} <= set(NOTEBOOKS)  # one may record without claiming
 
 
-def test_the_committed_claims_and_readme_are_what_report_writes():
-    entries = collect(CLAIMS, ROOT / "figures")
-    assert all(entry["profile"] == "paper" for entry in entries)
-    assert (ROOT / "figures/claims.json").read_text() == ledger.as_json(entries), "stale; run: clair report"
-    readme = (ROOT / "README.md").read_text()
-    assert readme == insert_table(readme, readme_table(entries)), "stale; run: clair report"
+def test_the_committed_claims_and_their_page_are_what_report_writes():
+    """But for reasons why a result is stale, which change with every commit: no result is called current that is not."""
+    entries = collect(CLAIMS, ROOT)
+    committed = json.loads((ROOT / "figures/claims.json").read_text())
+    assert [entry | {"stale": []} for entry in committed] == [entry | {"stale": []} for entry in entries], AGAIN
+    assert all(today["stale"] == [] for was, today in zip(committed, entries, strict=True) if not was["stale"]), AGAIN
+    page = (ROOT / "docs/claims.md").read_text()
+    assert page == insert_table(page, claims_table(committed)), AGAIN
+
+
+AGAIN = "run: clair report"
 
 
 @pytest.mark.parametrize(
@@ -95,31 +103,121 @@ def test_a_claim_twice_is_refused(tmp_path):
         read_claims(path)
 
 
-def test_a_claim_without_a_result_or_changed_since_is_refused(tmp_path):
-    claims = read_claims(write_claims(tmp_path))
-    with pytest.raises(LedgerError, match="clair reproduce 01_x --profile paper"):
-        collect(claims, tmp_path)
-    write_outcome(tmp_path, threshold="value < 2")
-    with pytest.raises(LedgerError, match="changed since"):
-        collect(claims, tmp_path)
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", folder, *identity, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_report_writes_the_list_and_the_table(tmp_path):
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A checkout with one notebook, its claim, and the page; no result yet."""
     write_claims(tmp_path / "notebooks")
-    write_outcome(tmp_path / "figures", holds=False)
-    readme = f"before\n{ledger.BEGIN}\nstale\n{ledger.END}\nafter\n"
-    (tmp_path / "README.md").write_text(readme)
-    [entry] = ledger.write_report(tmp_path)
-    keys = "id statement source notebook value interval threshold holds profile provenance"
+    cells = [nbformat.v4.new_code_cell("import solver"), nbformat.v4.new_markdown_cell("text")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks/01_x.ipynb")
+    (tmp_path / "notebooks/solver.py").write_text("x = 1\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "docs/claims.md").write_text(f"before\n{ledger.BEGIN}\nold\n{ledger.END}\nafter\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    return tmp_path
+
+
+def measure(project: Path, **facts: Any) -> None:
+    """A result of the project as it is, but for ``facts`` of its provenance."""
+    code = notebook_digest(project / "notebooks/01_x.ipynb", "paper")
+    state = {"commit": git(project, "rev-parse", "HEAD"), "dirty": False}
+    write_outcome(project / "figures", {"profile": "paper", "git": state, "code": code} | facts)
+
+
+def stale(project: Path) -> list[str]:
+    [entry] = collect(read_claims(project / "notebooks/claims.toml"), project)
+    return entry["stale"]
+
+
+def test_a_result_of_today_is_current(project):
+    measure(project)
+    assert stale(project) == []
+    (project / "notebooks/plot.py").write_text("y = 1\n")
+    assert stale(project) == [], "what the notebook does not import is no code of its own"
+
+
+def test_a_result_of_other_code_is_stale(project):
+    measure(project)
+    (project / "notebooks/solver.py").write_text("x = 2\n")
+    assert stale(project) == ["of other code than today's"]
+
+
+def test_a_result_of_other_parameters_is_stale(project):
+    measure(project)
+    (project / "notebooks/profiles.toml").write_text("[paper.01_x]\nsize = 2\n")
+    assert stale(project) == ["of other code than today's"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"git": {"commit": "a" * 40, "dirty": False}}, "of commit aaaaaaaaaa, which is no ancestor of today's"),
+        ({"git": {"commit": "a" * 40, "dirty": True}}, "of a tree with changes after commit aaaaaaaaaa"),
+        ({"git": None}, "of an installed copy, whose commit is not known"),
+        ({"code": None}, "the code behind it was not recorded"),
+    ],
+)
+def test_a_result_of_a_commit_or_code_that_is_not_known_is_stale(project, facts, reason):
+    measure(project, **facts)
+    assert stale(project) == [reason]
+
+
+def test_a_result_of_an_earlier_commit_is_current_and_one_of_another_branch_is_not(project):
+    measure(project)
+    git(project, "commit", "-qm", "second", "--allow-empty")
+    assert stale(project) == []
+    git(project, "checkout", "-q", "--orphan", "other")
+    git(project, "commit", "-qm", "third", "--allow-empty")
+    assert len(stale(project)) == 1
+
+
+def test_a_claim_that_was_changed_or_not_measured_is_stale(project):
+    assert stale(project) == ["nothing was measured"]
+    measure(project)
+    write_claims(project / "notebooks", check="value < 0.2")
+    [entry] = collect(read_claims(project / "notebooks/claims.toml"), project)
+    assert entry["stale"] == ["the claim's threshold was changed"] and entry["holds"] is False
+
+
+def test_a_result_of_another_profile_is_refused(project):
+    measure(project, profile="smoke")
+    with pytest.raises(LedgerError, match="clair reproduce 01_x --profile paper"):
+        stale(project)
+
+
+def test_report_writes_the_list_and_the_table(project):
+    measure(project, code=None)
+    [entry] = ledger.write_report(project)
+    keys = "id statement source notebook value interval threshold holds stale provenance"
     assert list(entry) == keys.split()
-    assert json.loads((tmp_path / "figures/claims.json").read_text()) == [entry]
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
-    assert "| C1.a: s | ours | 0.5 [0.25, 0.75] | `value < 1` **does not hold** | [01](notebooks/01_x.ipynb) |" in text
+    assert json.loads((project / "figures/claims.json").read_text()) == [entry]
+    text = (project / "docs/claims.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| C1.a: s | ours | 0.5 [0.25, 0.75] | `value < 1` | [01](../notebooks/01_x.ipynb) | stale |" in text
+    assert "- 01_x: the code behind it was not recorded" in text and "clair reproduce 01_x --profile paper" in text
+    measure(project)
+    ledger.write_report(project, strict=True)
+    assert "| current |" in (project / "docs/claims.md").read_text()
 
 
-def test_a_readme_without_markers_is_refused():
-    with pytest.raises(LedgerError, match="README.md"):
+def test_strict_refuses_stale_results_and_writes_nothing(project):
+    measure(project, code=None)
+    before = (project / "docs/claims.md").read_text()
+    with pytest.raises(LedgerError, match="clair reproduce 01_x --profile paper"):
+        ledger.write_report(project, strict=True)
+    assert (project / "docs/claims.md").read_text() == before and not (project / "figures/claims.json").exists()
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(LedgerError, match="claims.md"):
         insert_table("no markers", "")
 
 

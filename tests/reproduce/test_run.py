@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 from clairlib.reproduce import profiles
 from clairlib.reproduce.profiles import plan
 from clairlib.reproduce.run import NotebookRun, ReproduceError, reproduce
+from helpers.processes import HANG_SECONDS, Signals
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = 'profile = "smoke"\nseed = 0\noutput = "out"\nsize = 3'
@@ -62,7 +62,7 @@ def test_a_second_run_is_skipped_until_notebook_parameters_or_library_change(tmp
 
     write_notebook(source, "01_rows", RESULT, "1 + 1")
     assert run(tmp_path)[0].status == "ran"
-    monkeypatch.setattr(profiles, "library_digest", lambda: "changed")
+    monkeypatch.setattr(profiles, "notebook_digest", lambda path, profile: "changed")
     assert run(tmp_path)[0].status == "ran"
     assert run(tmp_path)[0].status == "cached"
 
@@ -202,33 +202,28 @@ def test_figures_and_tables_are_published_and_nothing_else(tmp_path):
 
 
 SLOW = """\
-import time
+import signal
 Path(output, "half.csv").write_text("half")
 Path(output, "marker").mkdir()  # fails when an earlier run left it
-again = Path(output).parent / "again"
-if not again.exists():  # the first time: long enough to be interrupted on any machine
-    again.touch()
-    time.sleep(60)
+reached = Path(output).parent / "reached"
+if reached.exists():  # the run to be interrupted
+    with reached.open("w") as file:
+        print("half way", file=file)
+    while True:
+        signal.pause()  # Ctrl-C in the kernel is no end of the run
 Path(output, "half.csv").write_text("whole")"""
 
 
 def start_reproduce(tmp_path: Path, runs: str) -> subprocess.Popen:
     code = (
         "import sys; from pathlib import Path; from clairlib.reproduce.run import reproduce\n"
-        "reproduce(source=Path(sys.argv[1]), output=Path(sys.argv[2]), jobs=2)"
+        "reproduce(source=Path(sys.argv[1]), output=Path(sys.argv[2]))"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "nb"), str(tmp_path / runs)]
     # a shell that starts the tests in the background has them ignore Ctrl-C
     listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen(arguments, cwd=ROOT, preexec_fn=listen, **pipes)
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -247,21 +242,23 @@ def digests(folder: Path) -> dict[str, str]:
 def test_resuming_after_an_interruption_equals_an_uninterrupted_run(tmp_path, blow):
     write_notebook(tmp_path / "nb", "01_rows", RESULT, "rows")
     write_notebook(tmp_path / "nb", "02_slow", RESULT, SLOW, "rows")
-    process = start_reproduce(tmp_path, "runs")
     folder = tmp_path / "runs/smoke"
-    wait_for(lambda: (folder / "01_rows.run.json").exists() and (folder / "02_slow/marker").exists())
+    folder.mkdir(parents=True)
+    reached = Signals(folder / "reached")
+    process = start_reproduce(tmp_path, "runs")
+    assert reached.next(process) == "half way"
+    assert (folder / "01_rows.run.json").exists() and (folder / "02_slow/half.csv").read_text() == "half"
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(blow)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode != 0
     assert not (folder / "02_slow.ipynb").exists()
-    _, alive = psutil.wait_procs(kernels, timeout=10)
+    _, alive = psutil.wait_procs(kernels, HANG_SECONDS)
     assert not alive, "a kernel outlived the run"
+    reached.path.unlink()
 
     first, second = run(tmp_path, jobs=2)
     assert (first.status, second.status) == ("cached", "ran")
-    (tmp_path / "whole/smoke").mkdir(parents=True)
-    (tmp_path / "whole/smoke/again").touch()
     whole = run(tmp_path, jobs=2, output=tmp_path / "whole")
     assert [r.status for r in whole] == ["ran", "ran"]
     assert digests(folder) == digests(tmp_path / "whole/smoke")

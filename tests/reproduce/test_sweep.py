@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import math
+import subprocess
 import sys
-import time
 
-import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from scipy import stats
 
-from clairlib.reproduce import sweep as experiments
 from clairlib.reproduce.sweep import grid, sweep
-from studies.common.intervals import mean_interval, rate_interval
+from helpers.processes import HANG_SECONDS, Signals
 
 RUNS: list[dict] = []
 
@@ -45,12 +42,33 @@ def test_tables_are_tidy_and_a_finished_cell_is_not_run_again(tmp_path):
     pd.testing.assert_frame_equal(first["rows"], again["rows"][again["rows"].seed < 3])
 
 
-def test_other_code_or_other_parameters_run_again(tmp_path, monkeypatch):
+def test_other_parameters_run_again(tmp_path):
     sweep(cell, grid(seed=[1], size=[2]), cache=tmp_path)
     sweep(cell, grid(seed=[1], size=[3]), cache=tmp_path)
-    monkeypatch.setattr(experiments, "library_digest", lambda: "other code")
-    sweep(cell, grid(seed=[1], size=[2]), cache=tmp_path)
-    assert len(RUNS) == 3
+    assert len(RUNS) == 2
+
+
+MODULE = """
+from solver import solve
+RUNS = []
+def cell(seed):
+    RUNS.append(seed)
+    return {"rows": [{"x": solve()}]}
+"""
+
+
+def test_a_change_of_a_solver_runs_its_cells_again_and_a_change_of_a_plot_does_not(tmp_path, monkeypatch):
+    for name, text in {"cells": MODULE, "solver": "def solve():\n    return 1\n", "drawn": "import cells\n"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    cells = importlib.import_module("cells")
+    for name, addition, runs in (("drawn", "", 1), ("drawn", "colour = 1\n", 1), ("solver", "other = 1\n", 2)):
+        with (tmp_path / f"{name}.py").open("a") as file:
+            file.write(addition)
+        sweep(cells.cell, [{"seed": 1}], cache=tmp_path / "cache")
+        assert len(cells.RUNS) == runs, (name, addition)
+    for name in ("cells", "solver"):
+        del sys.modules[name]
 
 
 def test_a_failed_cell_leaves_nothing_behind(tmp_path):
@@ -69,34 +87,26 @@ def test_worker_processes_give_the_same_tables(tmp_path):
     pd.testing.assert_frame_equal(alone["recovery"], together["recovery"])
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
+PAUSE = """
+import os, signal
+def cell(pipe):
+    with open(pipe, "w") as file:
+        print(os.getpid(), file=file)
+    signal.pause()
+"""
 
 
-def test_workers_end_with_the_process_that_started_them():
+def test_workers_end_with_the_process_that_started_them(tmp_path):
     """Killed without a chance to clean up, a sweep leaves no process that computes on."""
-    code = "import signal; from clairlib.reproduce.sweep import sweep; sweep(signal.pause, [{}, {}], jobs=2)"
-    parent = psutil.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"])
-    workers = []
+    (tmp_path / "pause.py").write_text(PAUSE)
+    begun = Signals(tmp_path / "begun")
+    cells = [{"pipe": str(begun.path)}] * 2
+    code = f"import pause\nfrom clairlib.reproduce.sweep import sweep\nif __name__ == '__main__': sweep(pause.cell, {cells}, jobs=2)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=tmp_path)
     try:
-        while len(workers) < 2:
-            time.sleep(0.1)
-            workers = [child for child in parent.children() if any("spawn_main" in word for word in child.cmdline())]
-        wait_for(lambda: all(worker.cpu_times().user > 1 for worker in workers))  # libraries are loaded
+        workers = [psutil.Process(int(begun.next(parent))) for _ in range(2)]
     finally:
         parent.kill()
-        parent.wait()
-    wait_for(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers))
-
-
-def test_intervals_are_those_of_the_textbook():
-    x = np.array([1.0, 2.0, 4.0])
-    mean, low, high = mean_interval(x)
-    expected = stats.ttest_1samp(x, 0).confidence_interval(0.95)
-    assert (mean, low, high) == pytest.approx((x.mean(), expected.low, expected.high))
-    assert math.isnan(mean_interval([1.0])[1])
-    wilson = stats.binomtest(47, 50).proportion_ci(method="wilson")
-    assert rate_interval(47, 50) == pytest.approx((0.94, wilson.low, wilson.high))
+        parent.communicate()
+    _, alive = psutil.wait_procs(workers, HANG_SECONDS)
+    assert not alive

@@ -62,7 +62,7 @@ def test_norms_of_the_benign_model():
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_noise_has_the_stated_size(noise):
-    c = draw(noise=noise)
+    c = draw(noise_std=noise)
     E = c.updates - c.targets
     assert c.noise_std == noise
     assert float(E.square().mean()) == pytest.approx(noise**2, rel=4 * (2 / E.numel()) ** 0.5)
@@ -77,7 +77,7 @@ def test_heterogeneity_is_off_subspace_and_exact_in_size():
 
 
 def test_heterogeneity_and_noise_do_not_move_the_frame():
-    plain, noisy = draw(), draw(heterogeneity=1.0, noise=0.5)
+    plain, noisy = draw(), draw(heterogeneity=1.0, noise_std=0.5)
     assert torch.equal(plain.basis, noisy.basis) and torch.equal(plain.benign, noisy.benign)
 
 
@@ -151,7 +151,7 @@ def test_strength_is_the_part_of_the_way_to_the_attack():
 
 
 def test_heterogeneity_has_the_rank_asked_for():
-    c = draw(share=0.0, noise=0.0, p=20, q=6, r=2, heterogeneity=0.5, heterogeneity_rank=1)
+    c = draw(share=0.0, noise_std=0.0, p=20, q=6, r=2, heterogeneity=0.5, heterogeneity_rank=1)
     H = project_out(c.basis, c.targets - c.common_part)
     values = torch.linalg.svdvals(H)
     assert torch.allclose(values[:, 0], torch.full((24,), 0.5, dtype=torch.float64)) and values[:, 1].max() < 1e-14
@@ -160,7 +160,7 @@ def test_heterogeneity_has_the_rank_asked_for():
 def test_noise_is_coloured_along_rows_and_scaled_by_weights():
     """Correlation of neighbours and variances by client, from 24 x 1,000 columns: standard errors below .01."""
     weights = torch.tensor([1.0, 4.0]).repeat(12)
-    c = draw(share=0.0, p=20, q=1000, noise=0.2, row_correlation=0.6, weights=weights)
+    c = draw(share=0.0, p=20, q=1000, noise_std=0.2, row_correlation=0.6, weights=weights)
     E = c.updates - c.targets
     assert float((E[:, 1:] * E[:, :-1]).mean() / E.square().mean()) == pytest.approx(0.6, abs=0.02)
     assert float(E[weights == 1].std()) == pytest.approx(0.2, rel=0.02)

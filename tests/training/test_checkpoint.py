@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from clairlib.training import ClientData, Schedule, train_adapters
 from clairlib.training import trainer as training
+from helpers.processes import HANG_SECONDS
 from helpers.sequential import tiny_llama, tokens_of
 from helpers.training_clients import CLIENTS, PARTS, SEED
 
@@ -106,7 +107,7 @@ def test_a_killed_process_is_taken_up_where_it_was(tmp_path):
     state = tmp_path / "state"
     code = KILLED.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, str(state)], env=env, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(state)], env=env, capture_output=True, timeout=HANG_SECONDS)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     seen = []
     trained = train(checkpoint=state, progress=lambda *at: seen.append(at))

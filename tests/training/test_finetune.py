@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from clairlib.training import ClientData, Schedule
 from clairlib.training import finetune as finetuning
 from clairlib.training.client_data import data_files, hold_out, read_client
 from helpers.adapter_clients import clair, snapshot
+from helpers.processes import HANG_SECONDS
 from helpers.sequential import VOCABULARY, factors_of, tiny_bert, tiny_llama, train_alone
 
 NAMES = ["ada", "bob", "cleo", "dan"]
@@ -171,14 +171,14 @@ app()
 
 def test_sigterm_while_writing_leaves_the_checkpoint_alone(work: Path) -> None:
     wait = """
-import time
+import signal
 from clairlib.training import finetune as finetuning
 from clairlib.cli import app
 
 def write(model, trained, folder):
     (folder / "ada").mkdir()
     print("writing", flush=True)
-    time.sleep(60)
+    signal.pause()
 
 finetuning.save_adapters = write
 app()
@@ -187,10 +187,9 @@ app()
     with subprocess.Popen([sys.executable, "-c", wait, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.wait(HANG_SECONDS) == 128 + signal.SIGTERM
     assert sorted(path.name for path in work.iterdir()) == [".out.checkpoint", "base", "data"]
-    began = time.monotonic()
-    assert train("--resume", "--quiet").exit_code == 0 and time.monotonic() - began < 30
+    assert train("--resume", "--quiet").exit_code == 0
     assert len(weights(work / "out")) == 2 * len(NAMES)
 
 

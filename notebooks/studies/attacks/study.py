@@ -1,7 +1,8 @@
-"""Every attack against every aggregation rule, on planted clients and on adapters of the text-copying task.
+"""Every attack against every aggregation rule (notebook 09), on planted clients and on text-copying adapters.
 
-A cell is one kind of contamination in one draw: what every rule gives the benign clients, and CLAIR's verdict. Rules
-are told the truth that they must be told; CLAIR is told nothing. Tables are summarised in `studies.attacks.tables`.
+A cell is one draw of one kind of contamination. It returns every rule's result for the benign clients, and CLAIR's
+verdict. Rules are told the part of the truth that they need; CLAIR is told nothing. `studies.common.tables` summarises
+the results.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from studies.text_copying.clients import Recipe, TrainedFederation, Updates, bac
 from studies.text_copying.dialects import make_federation
 from studies.text_copying.study import dense_server_updates, judge, oracle_methods, server_updates
 
-PLANTED = ["noise", "share", "kind"]  # what names a cell
+PLANTED = ["noise", "share", "kind"]  # columns that identify a cell
 COPYING = ["kind", "share", "strength", "sequences"]
 COLUMNS = 10  # q of planted clients
-MODULE = "update"  # name of their one module
-INSIDE, NOTHING_SHARED = "inside", "nothing_shared"  # kinds of the section on limits, beside those of the registries
-INSIDE_SIZE = 10.0  # of an attack inside the subspace, in sizes of an honest update
+MODULE = "update"  # name of the planted clients' only module
+INSIDE, NOTHING_SHARED = "inside", "nothing_shared"  # kinds of the section on limits, in no registry
+INSIDE_SIZE = 10.0  # size of an attack inside the subspace, relative to an honest update
 MAIN: dict[str, Any] = {"share": 0.4, "strength": 1.0, "sequences": 32}
 PLANTED_LIMITS: list[dict[str, Any]] = [
     {"kind": INSIDE, "share": 0.3, "noise": 0.3},
@@ -47,14 +48,15 @@ COPYING_LIMITS: list[dict[str, Any]] = [
     {"kind": "free_rider", "share": 0.2},
     {"kind": "shared_wrong_symbols", "share": 0.6},
 ]
-"""Where CLAIR has no gain to offer, or does not find who is contaminated; also ``PLANTED_LIMITS``."""
+"""Cases in which CLAIR has no gain to offer or does not find the contaminated clients; also ``PLANTED_LIMITS``."""
 
 
 def planted_cell(kind: str, share: float, noise: float, seed: int) -> dict[str, Rows]:
-    """One draw of planted clients, ``planted``'s defaults: error under every rule, and the verdict.
+    """Run one draw of planted clients with the defaults of ``planted``: error under every rule, and the verdict.
 
-    ``gain`` = log(local error / error), errors mean squared over the benign clients; ``worst`` the same for the largest
-    error of a client against the mean local one. ``noise`` is that of a row: of an entry it is noise / sqrt(q).
+    ``gain`` = log(local error / error), with errors averaged over the benign clients. ``worst`` is the log of the mean
+    local error over the largest error of a benign client. ``noise`` is the noise of one row: an entry's standard
+    deviation is noise / sqrt(q).
     """
     truth = draw_planted(kind, share, noise / COLUMNS**0.5, seed)
     X, benign = truth.updates, truth.benign
@@ -72,7 +74,11 @@ def planted_cell(kind: str, share: float, noise: float, seed: int) -> dict[str, 
 
 
 def draw_planted(kind: str, share: float, noise: float, seed: int) -> Planted:
-    """Planted clients; beside the kinds of ATTACKS, attackers ``INSIDE`` the subspace, and benign ones without any."""
+    """Draw planted clients; ``noise`` is an entry's standard deviation.
+
+    In addition to the kinds of ATTACKS, ``INSIDE`` has attackers inside the subspace, and ``NOTHING_SHARED`` has benign
+    clients without a shared subspace.
+    """
     draw = derive(seed, "attacks", kind, str(share), str(noise))
     if kind == NOTHING_SHARED:
         strangers = planted("unstructured", share=0.99, noise_std=noise, q=COLUMNS, generator=draw)  # all 24
@@ -88,11 +94,11 @@ def draw_planted(kind: str, share: float, noise: float, seed: int) -> Planted:
 def copying_cell(
     kind: str, share: float, strength: float, sequences: int, seed: int, clients: int, base_cache: str
 ) -> dict[str, Rows]:
-    """One federation with LoRA on the last output projection: accuracies under every rule, and the verdict.
+    """Run one federation with LoRA on the last output projection: accuracy under every rule, and the verdict.
 
-    ``CLAIR().fit`` takes the adapters from memory, and its refined updates are not truncated. ``backdoor``: success
-    rate on the benign clients under every rule, and on the contaminated ones under their own update, where they have
-    one.
+    ``CLAIR().fit`` takes the adapters from memory, and its refined updates are not truncated. Table ``backdoor`` has
+    the success rate on the benign clients under every rule, and on the contaminated clients under their own update. It
+    exists for kind "backdoor" only.
     """
     run = trained_federation(kind, share, strength, sequences, seed, clients, base_cache)
     result = CLAIR().fit(run.updates, names=run.names)
@@ -109,9 +115,10 @@ def copying_cell(
 def trained_federation(
     kind: str, share: float, strength: float, sequences: int, seed: int, clients: int, base_cache: str
 ) -> TrainedFederation:
-    """Trained clients, a share of them contaminated: in their training data, or in what they send once trained.
+    """Train clients, a fraction ``share`` of them contaminated in their training data or in the updates that they send.
 
-    ``strength``: part of the way from the honest update to the attack's that is sent; only attacks on updates have one.
+    ``strength`` applies to attacks on updates only: the sent update lies this fraction of the way from the honest
+    update to the attack's update.
     """
     size: dict[str, Any] = {"clients": clients, "cache": base_cache}
     contaminated, recipe = round(share * clients), Recipe(sequences=sequences)
@@ -120,20 +127,24 @@ def trained_federation(
         return send(honest, kind, contaminated, strength, seed=seed)
     if kind != NOTHING_SHARED:
         return train_federation(seed, recipe, contaminated=contaminated, kind=kind, **size)
-    run = train_federation(seed, recipe, contaminated=clients, **size)  # each with symbols of its own
+    run = train_federation(seed, recipe, contaminated=clients, **size)  # every client has its own symbols
     return _mark(run, torch.zeros(clients, dtype=torch.bool))
 
 
 @lru_cache(maxsize=1)
 def _honest(seed: int, sequences: int, clients: int, base_cache: str) -> TrainedFederation:
-    """Honest clients, trained once for all attacks on their updates."""
+    """Train honest clients once for all attacks on their updates."""
     return train_federation(seed, Recipe(sequences=sequences), clients=clients, contaminated=0, cache=base_cache)
 
 
 def send(
     honest: TrainedFederation, kind: str, contaminated: int, strength: float = 1.0, *, seed: int
 ) -> TrainedFederation:
-    """The federation in which some clients attack, the same ones as in a federation of contaminated training data."""
+    """Return the federation with some clients' updates replaced by an attack.
+
+    The attackers are the clients that `make_federation` makes contaminated for the same seed. ``strength`` is explained
+    in `trained_federation`.
+    """
     bad = ~make_federation(len(honest.names), contaminated, seed=seed).benign
     ((module, X),) = honest.dense.items()
     full = torch.as_tensor(attack(kind, X, bad, rank=honest.federation.rank, generator=derive(seed, "attacks", kind)))
@@ -146,14 +157,17 @@ def send(
 
 
 def _mark(run: TrainedFederation, contaminated: Tensor) -> TrainedFederation:
-    """The same updates, the clients named in the mask (K,) contaminated and no others."""
+    """Return the same updates with exactly the clients in the mask (K,) marked as contaminated."""
     pairs = zip(run.federation.clients, contaminated.tolist(), strict=True)
     clients = [replace(client, contaminated=wrong) for client, wrong in pairs]
     return replace(run, federation=replace(run.federation, clients=clients))
 
 
 def judged(result: ClairResult, benign: Tensor, X: Tensor) -> dict[str, Any]:
-    """CLAIR's verdict against the truth, whether it refined, and the AUC of scores by distance, told the number."""
+    """Compare CLAIR's verdict with the truth; add whether it refined, and the AUC of distance-based client scores.
+
+    The distance-based scores are told the number of contaminated clients.
+    """
     (module,) = result.modules.values()
     row, contaminated = verdict_row(result, benign) | {"refined": module.is_refined}, int((~benign).sum())
     if contaminated:
@@ -164,7 +178,10 @@ def judged(result: ClairResult, benign: Tensor, X: Tensor) -> dict[str, Any]:
 
 
 def trimming_score(updates: Tensor, trimmed: int) -> Tensor:
-    """Distance (K,) from the mean of the clients that trimming keeps: all but the farthest, until they stay."""
+    """Return each client's distance (K,) from the mean of the clients that trimming keeps.
+
+    Trimming drops the ``trimmed`` farthest clients and recomputes the mean, until a set of kept clients recurs.
+    """
     kept = torch.ones(len(updates), dtype=torch.bool)
     seen: list[Tensor] = []
     while True:
@@ -190,7 +207,7 @@ def _backdoor_rows(run: TrainedFederation, methods: dict[str, Updates], seed: in
 def planted_study(
     points: Iterable[Mapping[str, Any]], seeds: int, *, seed: int = 0, cache: Path | None = None, jobs: int = 1
 ) -> dict[str, pd.DataFrame]:
-    """``planted_cell`` at points {kind, share, noise}, over seeds: tables gain and verdicts."""
+    """Run ``planted_cell`` at points {kind, share, noise} over seeds; return the tables gain and verdicts."""
     cells = [{**point, "seed": s} for point in points for s in range(seed, seed + seeds)]
     return sweep(planted_cell, cells, cache=cache, jobs=jobs)
 
@@ -198,9 +215,9 @@ def planted_study(
 def copying_study(
     points: Iterable[Mapping[str, Any]], seeds: int, *, clients: int = 20, seed: int = 0, cache: Path, jobs: int = 1
 ) -> dict[str, pd.DataFrame]:
-    """``copying_cell`` at points, what they leave out as in ``MAIN``, over seeds: its tables.
+    """Run ``copying_cell`` at points over seeds, and return its tables; missing parameters are taken from ``MAIN``.
 
-    A seed's cells follow one another, as they have the honest clients in common.
+    Cells of one seed are adjacent, because they use the same honest clients.
     """
     points = [{**MAIN, **point, "clients": clients} for point in points]
     cells = [{**point, "seed": s} for s in range(seed, seed + seeds) for point in points]
@@ -208,5 +225,5 @@ def copying_study(
 
 
 def planted_draws(gain: pd.DataFrame) -> pd.DataFrame:
-    """Draws of planted clients, as `studies.common.tables.draws`: the value is log(local error / error)."""
+    """Convert planted results to a table of draws (`studies.common.tables`) with value log(local error / error)."""
     return gain.rename(columns={"seed": "draw", "gain": "value"})

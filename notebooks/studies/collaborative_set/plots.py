@@ -1,4 +1,4 @@
-"""Figures of notebook 04: tidy tables of ``detection_study`` in, Figures out."""
+"""Figures of notebook 04; each function takes tidy tables of `studies.collaborative_set.study` and returns a Figure."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ METHODS = ("CLAIR", "CLAIR, told r", "CLAIR, told S and r", "told P, M, sigma: e
            "norm filter", "Krum distance", "geometric median distance")
 COLOURS = {name: colour_of(name) for name in METHODS} | {
     "told S and r": colour_of("CLAIR, told S and r"),
-    "top r": "#9ecae1",  # numbers of directions scored
+    "top r": "#9ecae1",  # filters, by number of scored directions
     "top 2 r": BENIGN,
     "all (Frobenius)": "#000000",
-    "isotropic": BENIGN,  # kinds of noise
+    "isotropic": BENIGN,  # calibration, by kind of noise
     "coloured": CONTAMINATED,
 }
 KS_5_PERCENT = 1.358  # asymptotic 5 % point of sqrt(n) times the Kolmogorov-Smirnov distance
@@ -30,7 +30,7 @@ def _name(row: pd.Series) -> str:
 
 
 def recovery_grid(table: pd.DataFrame, value: str = "exact") -> Figure:
-    """Heat map of ``value`` in percent: cells of the grid down, methods and noise levels across, a panel per K.
+    """Draw a heat map of ``value`` in percent: cells down, methods and noise levels across, one panel per K.
 
     ``table`` columns: K, noise, contamination, share, method and ``value``.
     """
@@ -73,7 +73,7 @@ def _place(kind: object) -> int:
 
 
 def _lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, by: str) -> None:
-    """A line with intervals per value of ``by``; side by side, or equal ones would hide one another."""
+    """Draw one line with intervals per value of ``by``; lines are shifted, so that equal ones stay visible."""
     step = 0.012 * (rows[x].max() - rows[x].min())
     for place, (name, line) in enumerate(rows.groupby(by, sort=False)):
         line = line.sort_values(x)
@@ -83,9 +83,10 @@ def _lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, by: str) -> None:
 
 
 def separation_curves(table: pd.DataFrame, promised: float) -> Figure:
-    """Chance of the exact set against the smallest separation; a panel per kind and share, a line per method.
+    """Draw the rate of exact sets against the smallest separation; one panel per kind and contaminated fraction.
 
-    ``table`` columns: contamination, share, method, separation, exact, low, high; ``promised`` is Statement 3's.
+    ``table`` columns: contamination, share, method, separation, exact, low, high. ``promised`` is Statement 3's
+    separation. Each method is a line.
     """
     with plt.style.context(STYLE):
         cases = list(table.groupby(["contamination", "share"], sort=False))
@@ -106,9 +107,10 @@ def _legend_below(figure: Figure, axes: Axes, columns: int = 5) -> None:
 
 
 def promise(table: pd.DataFrame) -> Figure:
-    """Exact sets of the told detectors against the distance in units of Statement 3's; a panel per statistic.
+    """Draw the told detectors' rate of exact sets against the distance; one panel per statistic.
 
-    ``table`` columns: statistic, basis, K, factor, exact (mean over kinds is drawn).
+    Distances are in units of Statement 3's. ``table`` columns: statistic, basis, K, factor, exact. The mean over kinds
+    of contamination is drawn.
     """
     with plt.style.context(STYLE):
         names = list(dict.fromkeys(table.statistic))
@@ -127,7 +129,7 @@ def promise(table: pd.DataFrame) -> Figure:
 
 
 def calibration(summary: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """Nobody contaminated: chance that anybody is flagged, and the p-values of one benign client against uniform.
+    """Draw runs without contamination: rate of runs with a flagged client, and p-values of one client against uniform.
 
     ``summary`` columns: K, noise, anybody, low, high; ``runs`` columns: K, noise, p_value.
     """
@@ -148,7 +150,10 @@ def calibration(summary: pd.DataFrame, runs: pd.DataFrame) -> Figure:
 
 
 def _p_values(axes: Axes, runs: pd.DataFrame) -> None:
-    """Share of p-values below a level less the level; the band holds 95 % of uniform samples of the smallest size."""
+    """Draw the proportion of p-values below each level, less the level.
+
+    The band holds 95 % of uniform samples that are as large as the smallest sample.
+    """
     for shade, (K, rows) in zip(("#9ecae1", "#4292c6", "#08306b"), runs.groupby("K"), strict=False):
         values = np.sort(rows.p_value)
         axes.step(values, np.arange(1, len(values) + 1) / len(values) - values, color=shade, label=f"K = {K}")
@@ -159,7 +164,7 @@ def _p_values(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def filter_curves(table: pd.DataFrame) -> Figure:
-    """AUC against strength, a line per filter; kinds across, spread of the noise levels down.
+    """Draw AUC against strength, one line per filter; kinds across, spread of the noise levels down.
 
     ``table`` columns: contamination, spread, filter, strength, auc, low, high.
     """
@@ -180,9 +185,9 @@ def filter_curves(table: pd.DataFrame) -> Figure:
 
 
 def rank_bars(table: pd.DataFrame) -> Figure:
-    """Distribution of the estimated rank, and exact sets with the rank told and estimated; a row per cell.
+    """Draw the distribution of the estimated rank, and the rates of exact sets with the rank told and estimated.
 
-    ``table`` as of ``detection_study.rank_table``.
+    ``table`` is a result of ``study.rank_table``; one row per cell.
     """
     with plt.style.context(STYLE):
         cells = table[table.method == "CLAIR"].reset_index(drop=True)
@@ -207,7 +212,10 @@ def rank_bars(table: pd.DataFrame) -> Figure:
 
 
 def roc(table: pd.DataFrame) -> Figure:
-    """Mean ROC curves, kinds across, noise down; columns: noise, contamination, method, false_alarms, caught."""
+    """Draw mean ROC curves, kinds across, noise levels down.
+
+    ``table`` columns: noise, contamination, method, false_alarms, caught.
+    """
     with plt.style.context(STYLE):
         kinds, noises = list(dict.fromkeys(table.contamination)), sorted(table.noise.unique())
         size = (2.9 * len(kinds), 0.6 + 2.6 * len(noises))

@@ -1,4 +1,4 @@
-"""Statement 3: recovery of the collaborative set, beside detectors that are told more, and calibration.
+"""Statement 3: recovery of the collaborative set, detectors that are told more than CLAIR, and calibration.
 
 Statement 3 is this project's reconstruction (notebook 04), not the paper's (arXiv:2605.21217).
 """
@@ -30,20 +30,20 @@ from studies.common.verdicts import auc
 CELL = ["K", "noise", "contamination", "share"]
 KINDS = ("unstructured", "dense", "coalition", "sign_flip")
 COLUMNS = 10  # q
-HARD_NOISE = 0.6  # from here on the grid has a share of .1 as well
-FALSE_ALARMS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # where ROC curves are read
+HARD_NOISE = 0.6  # at this noise level and above, the grid includes a contaminated fraction of .1
+FALSE_ALARMS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # rates at which ROC curves are read
 CLAIR_NAME, TOLD_RANK, TOLD_SET = "CLAIR", "CLAIR, told r", "told S and r"
 TOLD_ENERGY, TOLD_FILTER = "told P, M, sigma: energy", "told P, M, sigma: filtered"
 
 
 def separations(truth: Planted) -> Tensor:
-    """||P_perp (Theta_k - M)||_F / sigma of the contaminated clients."""
+    """Return ||P_perp (Theta_k - M)||_F / sigma of each contaminated client."""
     off = project_out(truth.basis, truth.targets - truth.common_part)
     return torch.linalg.matrix_norm(off[~truth.benign]) / truth.noise_std
 
 
 def at_separation(truth: Planted, distance: float, directions: int | None = None) -> Tensor:
-    """Updates with every contaminated client's off-subspace part, or its top ``directions``, at distance * sigma."""
+    """Scale every contaminated client's off-subspace part, or its top ``directions``, to norm distance * sigma."""
     off = project_out(truth.basis, truth.targets - truth.common_part)
     size = torch.linalg.svdvals(off)[:, :directions].square().sum(dim=1).sqrt()
     factor = torch.where(truth.benign, 0.0, distance * truth.noise_std / size - 1)
@@ -51,7 +51,10 @@ def at_separation(truth: Planted, distance: float, directions: int | None = None
 
 
 def told_cell(contamination: str, K: int, factor: float, draws: int, seed: int) -> dict[str, Rows]:
-    """Statement 3's detectors, 30 % contaminated at ``factor`` times its separation, told the true or a random U."""
+    """Run Statement 3's detectors with 30 % of clients contaminated, at ``factor`` times its separation.
+
+    The detectors are told the true subspace or a random one (column ``basis``).
+    """
     rows = []
     for d in range(draws):
         draw = derive(seed, "told", contamination, K, d)
@@ -70,7 +73,7 @@ def told_cell(contamination: str, K: int, factor: float, draws: int, seed: int) 
 
 
 def told_study(clients: list[int], factors: list[float], *, draws: int, seed: int, **how: Any) -> pd.DataFrame:
-    """``told_cell`` over kinds, clients and factors: share of draws with the exact set, Wilson interval.
+    """Run ``told_cell`` over kinds, numbers of clients and factors: rate of exact sets with Wilson interval.
 
     ``how`` goes to ``sweep``, here and in the studies below: cache, jobs.
     """
@@ -85,9 +88,9 @@ def detection_cell(
     contamination: str, share: float, K: int, noise: float, strength: float, told_rank: bool, draws: int, part: int,
     seed: int,
 ) -> dict[str, Rows]:  # fmt: skip
-    """Draws of planted clients: the verdicts of CLAIR and of detectors told more, and how well scores separate.
+    """Draw planted clients; return the verdicts of CLAIR and of detectors told more, and the ROC curves of scores.
 
-    ``noise`` is that of a row of an update: the standard deviation of an entry is noise / sqrt(q).
+    ``noise`` is the noise of one row of an update: an entry's standard deviation is noise / sqrt(q).
     """
     verdicts: Rows = []
     scores: Rows = []
@@ -106,7 +109,7 @@ def detection_cell(
 
 
 def _verdicts(truth: Planted, oracle: Frame, result: ClairResult, told_rank: bool) -> Rows:
-    """A row per method."""
+    """Return one verdict row per method."""
     ones = torch.ones(len(truth.updates), dtype=torch.float64)
     x, variance = log_scores(truth.updates, ones, oracle)
     calibrated, inside = calibrate(x, truth.benign, variance), inside_energy(truth.updates, ones, oracle)
@@ -120,7 +123,7 @@ def _verdicts(truth: Planted, oracle: Frame, result: ClairResult, told_rank: boo
     bound = 1.05 * sin_theta(oracle.basis, truth.basis)
     rows = [_verdict(name, benign, truth) | {"rank": truth.rank, "close": True} for name, benign in found.items()]
     for name, fit in fits.items():
-        close = sin_theta(fit.basis, truth.basis) <= bound  # the others have the oracle's subspace or the true one
+        close = sin_theta(fit.basis, truth.basis) <= bound  # other methods use the oracle's or the true subspace
         rows.append(_verdict(name, fit.benign, truth) | {"rank": fit.rank, "close": close})
     return rows
 
@@ -137,7 +140,10 @@ def _verdict(method: str, benign: Tensor, truth: Planted) -> dict[str, Any]:
 
 
 def _score_rows(truth: Planted, scores: dict[str, Tensor]) -> Rows:
-    """AUC and ROC curve of each method's scores, those of ``CLIENT_SCORES`` too; Krum is told how many to expect."""
+    """Return AUC and ROC curve of each method's scores and of ``CLIENT_SCORES``.
+
+    Krum is told the number of contaminated clients.
+    """
     contaminated = int((~truth.benign).sum())
     scores = scores | {name: score(truth.updates, contaminated) for name, score in CLIENT_SCORES.items()}
     rows = []
@@ -150,7 +156,10 @@ def _score_rows(truth: Planted, scores: dict[str, Tensor]) -> Rows:
 
 
 def shares_of(kind: str, K: int, noise: float) -> tuple[float, ...]:
-    """Contaminated shares of the grid: up to .8, or to the largest minority where contaminated clients agree."""
+    """Return the grid's contaminated fractions.
+
+    They go up to .8, or up to the largest minority where contaminated clients agree among themselves.
+    """
     mild = (0.1,) if noise >= HARD_NOISE else ()
     agreeing = kind in ("coalition", "sign_flip")
     return mild + ((0.2, (K - 1) // 2 / K) if agreeing else (0.2, 0.4, 0.6, 0.8))
@@ -159,9 +168,10 @@ def shares_of(kind: str, K: int, noise: float) -> tuple[float, ...]:
 def grid_study(
     clients: list[int], noises: list[float], told_rank: list[float], *, draws: int, batch: int, seed: int, **how: Any
 ) -> dict[str, pd.DataFrame]:
-    """``detection_cell`` over the grid, at least ``draws`` draws a cell in batches; tables ``verdicts``, ``scores``.
+    """Run ``detection_cell`` over the grid, with at least ``draws`` draws per cell in batches.
 
-    The fit that is told the rank is made with the fewest clients, at the noises ``told_rank``.
+    The result has the tables ``verdicts`` and ``scores``. CLAIR told the rank is run with the fewest clients only, at
+    the noise levels in ``told_rank``.
     """
     cells = [
         {"contamination": kind, "share": share, "K": K, "noise": noise, "strength": 1.0,
@@ -175,7 +185,10 @@ def grid_study(
 def separation_study(
     strengths: list[float], *, noise: float, draws: int, batch: int, seed: int, K: int = 24, **how: Any
 ) -> pd.DataFrame:
-    """Verdicts while contaminated clients go only part of the way: every kind at 30 %, unstructured at 60 % too."""
+    """Return verdicts while contaminated clients deviate by only part of their planted deviation (``strengths``).
+
+    The contaminated fraction is 30 % for every kind, and also 60 % for unstructured contamination.
+    """
     pairs = [(kind, 0.3) for kind in KINDS] + [("unstructured", 0.6)]
     cells = [
         {"contamination": kind, "share": share, "K": K, "noise": noise, "strength": strength, "told_rank": False,
@@ -186,7 +199,11 @@ def separation_study(
 
 
 def summarise_verdicts(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell and method: exact set, exact set and subspace (Wilson intervals), power, benign flagged."""
+    """Summarise each cell and method: rates of exact sets, power, and benign clients flagged.
+
+    ``exact`` (Wilson interval) is the rate of exact sets, ``both`` (Wilson interval) that of exact sets with a subspace
+    close to the oracle's.
+    """
     by = [*CELL, "strength", "method"]
     rows = []
     for key, cell in verdicts.groupby(by, sort=False):
@@ -199,7 +216,7 @@ def summarise_verdicts(verdicts: pd.DataFrame) -> pd.DataFrame:
 
 
 def calibration_cell(K: int, noise: str, runs: int, seed: int, part: int) -> dict[str, Rows]:
-    """Runs with nobody contaminated: how many clients are flagged, and the p-value of one client drawn at random."""
+    """Run CLAIR with no contaminated client: number of clients flagged, p-value of one client drawn at random."""
     rows = []
     for run in range(runs):
         draw = derive(seed, "calibration", K, noise, part, run)
@@ -212,7 +229,10 @@ def calibration_cell(K: int, noise: str, runs: int, seed: int, part: int) -> dic
 
 
 def calibration_study(clients: list[int], runs: list[int], *, batch: int, seed: int, **how: Any) -> pd.DataFrame:
-    """Nobody contaminated: for each number of clients at least as many runs as named beside it, isotropic, coloured."""
+    """Run ``calibration_cell`` for each number of clients, with isotropic and with coloured noise.
+
+    ``runs`` gives the least number of runs for each entry of ``clients``.
+    """
     cells = [
         {"K": K, "noise": noise, "runs": batch, "seed": seed, "part": part}
         for K, wanted in zip(clients, runs, strict=True) for noise in ("isotropic", "coloured")
@@ -222,7 +242,11 @@ def calibration_study(clients: list[int], runs: list[int], *, batch: int, seed: 
 
 
 def summarise_calibration(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per K and kind of noise: chance that anybody is flagged (Wilson), share flagged, KS of the p-values."""
+    """Summarise each K and kind of noise.
+
+    Columns: probability that at least one client is flagged (Wilson interval), fraction of clients flagged, and
+    Kolmogorov-Smirnov test of the p-values against uniform.
+    """
     rows = []
     for (K, noise), cell in runs.groupby(["K", "noise"], sort=False):
         anybody = rate_interval(int((cell.flagged > 0).sum()), len(cell))
@@ -231,10 +255,10 @@ def summarise_calibration(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def filter_cell(contamination: str, strength: float, spread: float, draws: int, seed: int) -> dict[str, Rows]:
-    """AUC of off-subspace energies left one out, in the top r, 2 r and all directions, told S and r.
+    """Compute the AUC of leave-one-out off-subspace energies in the top r, 2 r and all directions, told S and r.
 
-    ``low-rank`` is unstructured without common parts. Client k's noise is 0.6 / sqrt(q) times exp(spread N(0, 1)); the
-    scores do not know.
+    Contamination ``low-rank`` is unstructured contamination without common parts. Client k's noise level is 0.6 /
+    sqrt(q) times exp(spread N(0, 1)); the scores are not told it.
     """
     kind, common = ("unstructured", 0.0) if contamination == "low-rank" else (contamination, 1.0)
     rows = []
@@ -254,7 +278,7 @@ def filter_cell(contamination: str, strength: float, spread: float, draws: int, 
 
 
 def filter_study(strengths: list[float], spreads: list[float], *, draws: int, seed: int, **how: Any) -> pd.DataFrame:
-    """``filter_cell`` over kinds, strengths and spreads: mean AUC with its t interval over draws."""
+    """Run ``filter_cell`` over kinds, strengths and spreads: mean AUC with its t interval over draws."""
     kinds = ["low-rank", "unstructured", "sign_flip", "dense"]
     cells = grid(contamination=kinds, strength=strengths, spread=spreads, draws=[draws], seed=[seed])
     table = sweep(filter_cell, cells, **how)["filters"]
@@ -267,12 +291,12 @@ def _mean_table(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
 
 
 def summarise_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean AUC of every score in every cell, t interval over draws."""
+    """Average every score's AUC in every cell, with a t interval over draws."""
     return _mean_table(scores, [*CELL, "method"], "auc")
 
 
 def roc_curves(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean ROC curve of every score over the cells and draws of a noise level and kind."""
+    """Average every score's ROC curve over the cells and draws of a noise level and kind."""
     by, columns = ["noise", "contamination", "method"], [f"roc {rate:g}" for rate in FALSE_ALARMS]
     mean = scores.groupby(by, sort=False)[columns].mean().reset_index()
     long = mean.melt(by, var_name="false_alarms", value_name="caught")
@@ -280,7 +304,7 @@ def roc_curves(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def against(table: pd.DataFrame, value: str, first: str, others: list[str]) -> pd.DataFrame:
-    """``value`` of one method less that of each other, paired by draw: mean and t interval in every cell."""
+    """Subtract each other method's ``value`` from that of ``first``, paired by draw: mean and t interval per cell."""
     rows = []
     for key, cell in table.groupby(CELL, sort=False):
         wide = cell.pivot(index="draw", columns="method", values=value).astype(float)
@@ -290,7 +314,10 @@ def against(table: pd.DataFrame, value: str, first: str, others: list[str]) -> p
 
 
 def rank_table(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Where the rank was told as well: exact set, power and distribution of the rank, told and estimated."""
+    """Compare CLAIR told the rank with CLAIR estimating it, in the cells that have both.
+
+    Columns: rate of exact sets (Wilson interval), power, and distribution of the rank.
+    """
     both = verdicts[verdicts.told_rank & verdicts.method.isin([CLAIR_NAME, TOLD_RANK])]
     rows = []
     for key, cell in both.groupby([*CELL, "method"], sort=False):

@@ -1,1 +1,1 @@
-"""What several studies need, once: rules, verdicts, federations, intervals, tables, plots."""
+"""Code that several studies use: aggregation rules, verdicts, federations, intervals, tables and plots."""

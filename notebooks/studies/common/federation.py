@@ -1,4 +1,4 @@
-"""Clients by name, and which of them are contaminated."""
+"""Random client names and the random choice of contaminated clients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from clairlib.core.seeds import derive
 
 
 def draw_names(clients: int, contaminated: int, *, seed: int) -> tuple[list[str], set[str]]:
-    """Names of the clients, and of those that are contaminated: the ones that drew the smallest lots.
+    """Draw the clients' names and the names of the contaminated clients.
 
-    Each client draws its lot by its own name, so one more client changes nobody's.
+    Each client draws a random number, its lot, from a generator that is seeded by its own name. The clients with the
+    smallest lots are contaminated. Adding a client changes no other client's lot.
 
     Raises
     ------

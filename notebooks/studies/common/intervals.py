@@ -1,4 +1,4 @@
-"""Means, rates and slopes with intervals, and the agreement of many with theory."""
+"""Confidence intervals for means, rates and slopes, and a test of many z scores against theory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 
 def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and its t interval; NaN ends for a single value."""
+    """Return the mean and the two ends of its t interval; the ends are NaN for a single value."""
     x = np.asarray(list(values), dtype=float)
     if len(x) < 2:
         return float(x.mean()), float("nan"), float("nan")
@@ -20,13 +20,16 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, 
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 def rate_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float, float]:
-    """Share of successes and its Wilson interval."""
+    """Return the proportion of successes and the two ends of its Wilson interval."""
     low, high = proportion_confint(successes, trials, 1 - level, method="wilson")
     return successes / trials, float(low), float(high)
 
 
 def slope_interval(x: Iterable[float], y: Iterable[float], level: float) -> tuple[float, float, float]:
-    """Slope of log y on log x by ordinary least squares, with its interval."""
+    """Return the slope of log y on log x and the two ends of its interval.
+
+    The fit is ordinary least squares with HC3 standard errors, which allow for unequal variances.
+    """
     design = sm.add_constant(np.log(np.asarray(list(x), dtype=float)))
     fit = sm.OLS(np.log(np.asarray(list(y), dtype=float)), design).fit(cov_type="HC3", use_t=True)
     low, high = fit.conf_int(1 - level)[1]
@@ -34,10 +37,12 @@ def slope_interval(x: Iterable[float], y: Iterable[float], level: float) -> tupl
 
 
 def agreement(summary: pd.DataFrame, by: str = "term") -> pd.DataFrame:
-    """How far the z of many independent cells are from chance: largest |z|, chi-square, and the p-value of both.
+    """Test whether the z scores of many independent cells are compatible with chance; one row per group of ``by``.
 
-    ``beyond_3`` cells have |z| > 3 where chance gives ``expected``; ``p_max`` is the chance that the largest of so many
-    is as large. z follows Student's law with draws - 1 degrees of freedom and is carried to the normal law first.
+    ``max_z`` is the largest |z|, and ``p_max`` is the probability that the largest |z| of that many cells is at least
+    so large. ``beyond_3`` counts the cells with |z| > 3, and ``expected`` is the count expected by chance.
+    ``chi_square`` is the sum of all z^2, and ``p_value`` its p-value. z follows Student's t distribution with draws - 1
+    degrees of freedom; it is first transformed to the standard normal distribution.
     """
     rows = []
     for name, group in summary.dropna(subset="z").groupby(by, sort=False):

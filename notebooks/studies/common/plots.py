@@ -1,4 +1,4 @@
-"""Figures that several studies draw: tidy tables in, a Figure out."""
+"""Figures that several studies draw; each function takes a tidy table and returns a Figure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PAIRS = {
 }
 
 LINES = ("local", "FedAvg", "MultiKrum", "geometric median", "Subspace-Median", "CLAIR")
-"""Methods that are drawn along a sweep."""
+"""Methods that are drawn as lines along a sweep."""
 
 
 def method_label(method: str) -> str:
-    """A method's name, with what it is told."""
+    """Return a method's name, followed by the side information that the method is told."""
     rule = AGGREGATORS.get(method)
     return f"{method} (told {rule.told})" if rule is not None and rule.told else method
 
@@ -33,10 +33,12 @@ def _words(kind: object) -> str:
 
 
 def stress(table: pd.DataFrame, *, panel: str | None, shown: str, full_colour: float) -> Figure:
-    """Methods down, kinds of contamination across: the value with its interval; the best in bold; colour, the gain.
+    """Draw a table as a heat map: methods down, kinds of contamination across.
 
-    ``table`` columns: kind, method, value, low, high, gain, best, and ``panel`` where there are several. ``shown`` is
-    the format of a value, ``full_colour`` the gain over local at which the colour is full.
+    Each cell shows the value with its interval. The best values are bold. The colour is the gain over local.
+
+    ``table`` columns: kind, method, value, low, high, gain, best, and ``panel`` where there are several panels.
+    ``shown`` is the format of a value. ``full_colour`` is the gain over local at which the colour saturates.
     """
     with plt.style.context(STYLE):
         cases = [("", table)] if panel is None else [(f"{panel} {v:g}", t) for v, t in table.groupby(panel)]
@@ -54,8 +56,8 @@ def _stress_panel(
     axes: Axes, rows: pd.DataFrame, methods: list[str], kinds: list[str], shown: str, full_colour: float
 ) -> None:
     gain = rows.gain.unstack("kind").reindex(index=methods, columns=kinds)
-    colour = np.sign(gain) * (gain.abs() / full_colour).clip(upper=1.0).pow(0.5)  # root: small gains show as well
-    axes.imshow(colour, cmap="RdBu", vmin=-1.7, vmax=1.7, aspect="auto")  # the ends of the map are too dark to read on
+    colour = np.sign(gain) * (gain.abs() / full_colour).clip(upper=1.0).pow(0.5)  # root: small gains stay visible
+    axes.imshow(colour, cmap="RdBu", vmin=-1.7, vmax=1.7, aspect="auto")  # text is unreadable on the map's dark ends
     for i, method in enumerate(methods):
         for j, kind in enumerate(kinds):
             if (method, kind) in rows.index:
@@ -69,10 +71,10 @@ def _stress_panel(
 
 
 def sweep(values: pd.DataFrame, outcomes: pd.DataFrame, along: str, label: str) -> Figure:
-    """Benign accuracy (above) and who is flagged (below) against one number; a column of panels per kind.
+    """Draw benign accuracy (top) and flagged clients (bottom) along one parameter; one column of panels per kind.
 
-    ``values`` as of ``tables.stress_table``, ``outcomes`` as of ``tables.outcomes``; ``along`` a column
-    of both.
+    ``values`` is a table of ``tables.stress_table``, ``outcomes`` a table of ``tables.outcomes``. ``along`` is a column
+    of both tables.
     """
     with plt.style.context(STYLE):
         kinds = list(dict.fromkeys(values.kind))
@@ -101,7 +103,7 @@ def _line(axes: Axes, rows: pd.DataFrame, along: str, label: str, colour: str) -
 
 
 def success_rates(table: pd.DataFrame) -> Figure:
-    """Backdoor success rate by method with its interval; ``table`` columns: method, success, low, high."""
+    """Draw every method's backdoor success rate with its interval; ``table`` columns: method, success, low, high."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 1 + 0.24 * len(table)))
         places = np.arange(len(table))
@@ -115,7 +117,10 @@ def success_rates(table: pd.DataFrame) -> Figure:
 
 
 def client_scores(table: pd.DataFrame, by: str) -> Figure:
-    """Scores of all clients, a row of dots per value of ``by``; table columns: score, contaminated, flagged, by."""
+    """Draw the scores of all clients, one row of dots per value of ``by``.
+
+    ``table`` columns: score, contaminated, flagged and the column named by ``by``.
+    """
     with plt.style.context(STYLE):
         groups = sorted(table[by].unique())
         figure, axes = plt.subplots(figsize=(7, 0.7 + 0.42 * len(groups)))
@@ -135,16 +140,17 @@ def client_scores(table: pd.DataFrame, by: str) -> Figure:
     return figure
 
 def principal_angles(table: pd.DataFrame) -> Figure:
-    """Angles between clients' own column spaces by kind of pair; columns: pair, angle, degrees, spread.
+    """Draw principal angles between the column spaces of two clients' own updates, by kind of pair.
 
-    Bars are one standard deviation of a pair either way, mean over runs.
+    ``table`` columns: pair, angle, degrees, spread. An error bar is one standard deviation over pairs in each
+    direction, averaged over runs.
     """
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 3.2))
         mean = table.groupby(["pair", "angle"], as_index=False)[["degrees", "spread"]].mean()
         for place, (pair, colour) in enumerate(PAIRS.items()):
             rows = mean[mean.pair == pair]
-            beside = rows.angle + 0.06 * (place - 1.5)  # or the bars hide one another
+            beside = rows.angle + 0.06 * (place - 1.5)  # shifted, so that the error bars do not overlap
             axes.errorbar(beside, rows.degrees, rows.spread, fmt="o-", color=colour, label=pair, capsize=2)
         axes.set_xticks(sorted(table.angle.unique()))
         axes.set(xlabel="principal angle", ylabel="degrees", ylim=(0, 92))

@@ -1,4 +1,4 @@
-"""Names of the methods that tables and figures compare, and what aggregation rules and oracles send back."""
+"""Names of the methods that tables and figures compare, and the updates that aggregation rules and oracles return."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from clairlib.linalg.low_rank import as_dense
 from clairlib.recovery.frame import fit_frame
 from clairlib.recovery.refinement import refined_core
 
-Held = Mapping[str, Sequence[Any] | Tensor]  # module name -> one update a client
+Held = Mapping[str, Sequence[Any] | Tensor]  # module name -> one update per client
 
 STOPPED, UNTRUNCATED = "local, early-stopped", "CLAIR, not truncated"
 TOLD_RANK, TOLD_SUBSPACE = "CLAIR, told S and r", "CLAIR, told S and P"
-OWN = "contaminated, own update"  # a contaminated client that keeps what it has trained
-FACTOR_RULES = ("FedAvg, factors", "FedSA")  # take adapters only
-ABLATION = "entrywise RPCA, personal"  # this project's own, no published rule
+OWN = "contaminated, own update"  # a contaminated client under its own trained update
+FACTOR_RULES = ("FedAvg, factors", "FedSA")  # rules that need adapter factors
+ABLATION = "entrywise RPCA, personal"  # this project's own ablation, not a published rule
 TOLD_NOTHING = [name for name, rule in AGGREGATORS.items() if not rule.told and name != ABLATION]
 
 
 def told(benign: Tensor, rank: int | None) -> dict[str, Any]:
-    """The truth, as `aggregate` takes it: each rule uses what it must be told."""
+    """Return the ground truth as arguments of `aggregate`; each rule uses only what it must be told."""
     return {"contaminated": int((~benign).sum()), "benign": benign, "rank": rank}
 
 
 def server_updates(
     updates: Held, benign: Tensor, rank: int | None = None, rules: Sequence[str] = tuple(AGGREGATORS)
 ) -> dict[str, Held]:
-    """What each rule sends to every client, by module, and ``base``, which nobody has trained.
+    """Return the updates that each rule sends to the clients, by method name and module name.
 
-    ``updates``: module name -> K updates, dense (K, p, q) or LowRank. Rules that take factors are left out for dense
-    ones. ``benign`` (K,) and ``rank`` are told to rules that must be told.
+    ``updates``: module name -> K updates, dense (K, p, q) or LowRank. The method ``base`` is the base model without an
+    update. Rules that need adapter factors are left out where all updates are dense. ``benign`` (K,) and ``rank`` are
+    passed to the rules that must be told them.
     """
     dense = all(isinstance(own, Tensor) for own in updates.values())
     truth = told(benign, rank)
@@ -46,11 +47,11 @@ def server_updates(
 
 
 def oracle_updates(dense: Mapping[str, Tensor], benign: Tensor, rank: int) -> dict[str, Tensor]:
-    """Refined updates of an oracle that is told the benign clients and the rank of every module; (K, p, q) each."""
+    """Return the refined updates (K, p, q), by module, of an oracle that is told the benign clients and the rank."""
     ones = torch.ones(len(benign), dtype=torch.float64)
     return {name: refined_core(X, fit_frame(X, ones, benign, rank)) for name, X in dense.items()}
 
 
 def is_common(method: str) -> bool:
-    """Does every client get the same update?"""
+    """Return whether a method gives every client the same update."""
     return method == "base" or (method in AGGREGATORS and not AGGREGATORS[method].personal)

@@ -1,7 +1,8 @@
-"""Tables of methods compared: what each gives the benign clients, which is best, and whether CLAIR ever does harm.
+"""Tables that compare methods: the benign clients' results, the best method, and whether CLAIR makes them worse.
 
-Draws in, one row a cell out. A table of draws has columns ``draw``, ``method``, ``value`` (higher is better) and
-``worst`` (that of the worst client) beside the columns that name its cell.
+Functions here take tables of draws and return one row per cell. A table of draws has the columns ``draw``, ``method``,
+``value`` (mean over the benign clients; higher is better) and ``worst`` (value of the worst benign client), and the
+columns that identify its cell.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import pandas as pd
 from studies.common.intervals import mean_interval
 from studies.common.rules import TOLD_RANK
 
-REFERENCES = ["base", TOLD_RANK]  # shown, but not among those of which the best is in bold
+REFERENCES = ["base", TOLD_RANK]  # shown, but never marked as the best
 
 
 def draws(accuracy: pd.DataFrame, cell: list[str], over: str = "seed", value: str = "accuracy") -> pd.DataFrame:
-    """A table of draws from a row per client, method and seed: the benign clients' mean of ``value`` in a seed.
+    """Make a table of draws from one row per client, method and seed.
 
-    ``cell`` are the columns that name a cell. ``over="client"`` takes each client of each seed for a draw of its own,
-    which is all a single seed allows.
+    A draw's value is the benign clients' mean of ``value`` in one seed. ``cell`` lists the columns that identify a
+    cell. With ``over="client"`` each client of each seed is a draw of its own; use this where there is a single seed.
     """
     unit = {"seed": ["seed"], "client": ["seed", "client"]}[over]
     each = accuracy.groupby([*cell, *unit, "method"], sort=False)[value]
@@ -28,10 +29,11 @@ def draws(accuracy: pd.DataFrame, cell: list[str], over: str = "seed", value: st
 
 
 def stress_table(draws: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """A row per cell and method: mean over draws with its 95 % t interval, gain over local, CLAIR's lead over it.
+    """Summarise each cell and method: mean over draws, 95 % t interval, gain over local, and CLAIR's lead.
 
-    ``best``: has the highest mean, or the paired 95 % interval of what it lacks to that holds zero. Oracles of the
-    benign set that the registry lists compete; ``REFERENCES`` do not.
+    ``lead`` is CLAIR's mean value less the method's, paired over draws. ``best`` is true for the method with the
+    highest mean, and for every method whose deficit to it has a paired 95 % interval that reaches zero. Aggregation
+    rules of the registry that are told the benign set compete for ``best``; ``REFERENCES`` do not.
     """
     rows = []
     for key, cell in draws.groupby(by, sort=False):
@@ -50,17 +52,17 @@ def stress_table(draws: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def as_relative_error(stress: pd.DataFrame) -> pd.DataFrame:
-    """The stress table of planted clients with values as error over local error (geometric mean over draws)."""
+    """Convert the stress table of planted clients: values become error over local error (geometric mean over draws)."""
     return stress.assign(value=np.exp(-stress.value), low=np.exp(-stress.high), high=np.exp(-stress.low))
 
 
 def outcomes(draws: pd.DataFrame, verdicts: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """A row per cell: CLAIR's gain over local, whether anybody is worse off, and the verdict.
+    """Summarise each cell: CLAIR's gain over local, whether benign clients are worse off, and the detection results.
 
-    ``not_worse``: the mean gain over local is at least minus one standard error (paired, over draws). ``worst``: the
-    worst client of all draws under CLAIR, ``worst_local`` under local. The rest are means over runs: share of exact
-    sets, precision (of runs in which anybody is flagged), recall, share of benign clients flagged, of runs in which
-    CLAIR refined, AUC.
+    ``not_worse``: the mean gain over local is at least minus one standard error (paired over draws). ``worst`` and
+    ``worst_local``: the worst client of all draws under CLAIR and under local. The other columns are means over runs:
+    rate of exact sets, precision (over runs with at least one flagged client), recall, fraction of benign clients that
+    are flagged, fraction of runs in which CLAIR refined, AUC.
     """
     rows = []
     for key, cell in draws.groupby(by, sort=False):
@@ -78,31 +80,37 @@ def outcomes(draws: pd.DataFrame, verdicts: pd.DataFrame, by: list[str]) -> pd.D
 
 
 def nearest(stress: pd.DataFrame, by: list[str], rules: list[str]) -> pd.DataFrame:
-    """For every cell the one of the rules that is best, and CLAIR's lead over it with its paired 95 % interval."""
+    """Return, for every cell, the rule over which CLAIR leads least, and that lead with its paired 95 % interval."""
     chosen = stress[stress.method.isin(rules)]
     rows = chosen.loc[chosen.groupby(by, sort=False).lead.idxmin()]
     return rows[[*by, "method", "lead", "lead_low", "lead_high"]].reset_index(drop=True)
 
 
 def change_of_clients(accuracy: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Accuracy of single benign clients under CLAIR less that of their own update: worst, and how many lose a point."""
+    """Compare each benign client's accuracy under CLAIR with that under its own update.
+
+    ``worst``: the smallest change. ``lose_a_point``: fraction of clients that lose more than one percentage point.
+    """
     wide = accuracy.pivot(index=[*by, "seed", "client"], columns="method", values="accuracy")
     change = (wide["CLAIR"] - wide["local"]).groupby(by, sort=False)
     return change.agg(worst="min", lose_a_point=lambda x: (x < -0.01).mean()).reset_index()
 
 
 def harmed(*outcomes: pd.DataFrame) -> pd.DataFrame:
-    """The cells in which benign clients are worse off by more than one standard error."""
+    """Return the cells in which the benign clients are worse off by more than one standard error."""
     return pd.concat([table[~table.not_worse] for table in outcomes], ignore_index=True)
 
 
 def share_swapped(verdicts: pd.DataFrame) -> float:
-    """Share of runs in which the sides have changed roles: exactly the benign clients are flagged."""
+    """Return the fraction of runs in which CLAIR flags exactly the benign clients."""
     return float(((verdicts.benign_flagged == 1) & (verdicts.recall == 0)).mean())
 
 
 def success_rates(backdoor: pd.DataFrame) -> pd.DataFrame:
-    """Backdoor success rate by method over seeds: mean with its 95 % t interval, and what is added to local's."""
+    """Summarise the backdoor success rate of every method: mean over seeds with its 95 % t interval.
+
+    ``added`` is the mean difference to local's success rate.
+    """
     means = backdoor.groupby(["seed", "method"]).success.mean().unstack("method")
     rows = []
     for method in dict.fromkeys(backdoor.method):

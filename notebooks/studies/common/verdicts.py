@@ -1,4 +1,4 @@
-"""What is asked of a verdict, told the truth; angles between clients; the error of the benign."""
+"""Measures of a verdict against the truth, angles between clients' subspaces, and the error of the benign clients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from clairlib.simulate import Planted
 
 
 def verdict(table: pd.DataFrame) -> dict[str, float]:
-    """Precision, recall, AUC and exactness of one verdict; columns score, flagged, contaminated."""
+    """Compare one verdict with the truth: precision, recall, AUC and exactness.
+
+    ``table`` has one row per client and the columns score, flagged, contaminated. Undefined values are NaN.
+    """
     truth = table.contaminated.to_numpy(dtype=bool)
     flagged, scores = table.flagged.to_numpy(dtype=bool), table.score.to_numpy(dtype=float)
     hits, wrong = int((flagged & truth).sum()), int((flagged != truth).sum())
@@ -33,15 +36,18 @@ def verdict(table: pd.DataFrame) -> dict[str, float]:
 
 
 def auc(low: np.ndarray, high: np.ndarray) -> float:
-    """Chance that a contaminated client (``high``) scores above a benign one (``low``); ties count one half."""
+    """Return the probability that a contaminated client (``high``) scores above a benign one (``low``).
+
+    Ties count one half.
+    """
     return float(stats.mannwhitneyu(high, low).statistic) / (len(low) * len(high))
 
 
 def angle_rows(X: Tensor, benign: Tensor, rank: int, *, seed: int) -> Rows:
-    """Principal angles, degrees, between the leading column spaces of two clients' own updates, by kind of pair.
+    """Measure the principal angles, in degrees, between the leading column spaces of two clients' own updates.
 
-    Column spaces of ``rank`` directions each; "random" are as many subspaces with nothing in common. A row a kind and
-    angle: mean and standard deviation over pairs.
+    Each column space has ``rank`` dimensions. Pairs are grouped by kind; the kind "random" is pairs of independent
+    random subspaces. One row per kind and angle: mean (``degrees``) and standard deviation (``spread``) over pairs.
     """
     noise = torch.randn(X.shape, generator=derive(seed, "random subspaces"), dtype=X.dtype)
     angles = {name: _angles(stack, rank) for name, stack in (("clients", X), ("random", noise))}  # (K, K, rank)
@@ -60,25 +66,28 @@ def angle_rows(X: Tensor, benign: Tensor, rank: int, *, seed: int) -> Rows:
     ]
 
 def _angles(X: Tensor, rank: int) -> Tensor:
-    """Principal angles (K, K, rank), ascending; from cosines, as none between different clients is near zero."""
+    """Return principal angles (K, K, rank), ascending.
+
+    They are computed from cosines, which is accurate enough because no angle between different clients is near zero.
+    """
     U = torch.linalg.svd(X, full_matrices=False).U[..., :rank]  # (K, p, rank)
     cosines = torch.linalg.svdvals(torch.einsum("jpa,kpb->jkab", U, U))
     return cosines.clamp(max=1.0).acos().rad2deg()
 
 
 def benign_error(updates: Tensor, truth: Planted) -> float:
-    """Mean squared Frobenius error of the benign clients' updates against their targets."""
+    """Return the mean squared Frobenius error of the benign clients' updates against their targets."""
     return float((updates - truth.targets)[truth.benign].square().sum(dim=(1, 2)).mean())
 
 
 def verdict_row(result: ClairResult, benign: Tensor) -> dict[str, Any]:
-    """`verdict` on a result, told who is benign (K,), and the share of benign clients that it flags."""
+    """Apply `verdict` to a result and add the fraction of benign clients flagged; ``benign`` (K,) is the truth."""
     row = verdict(pd.DataFrame({"score": result.scores, "flagged": ~result.benign, "contaminated": ~benign}))
     return row | {"benign_flagged": float((~result.benign)[benign].double().mean())}
 
 
 def detection_rows(result: ClairResult, benign: Tensor) -> Rows:
-    """Score and verdict of every client beside the truth (K,)."""
+    """Return one row per client: its score, the verdict, and the truth ``benign`` (K,)."""
     clients = zip(result.names, result.scores.tolist(), result.benign.tolist(), benign.tolist(), strict=True)
     return [
         {"client": name, "score": score, "flagged": not found, "contaminated": not ok}
@@ -87,6 +96,9 @@ def detection_rows(result: ClairResult, benign: Tensor) -> Rows:
 
 
 def wrong_sides(result: ClairResult, benign: Tensor) -> dict[str, Any]:
-    """Contaminated clients missed, benign ones flagged, and whether the set is exact; told who is benign (K,)."""
+    """Count missed contaminated clients and flagged benign ones, and check whether the set is exact.
+
+    ``benign`` (K,) is the truth.
+    """
     missed, flagged = int((result.benign & ~benign).sum()), int((~result.benign & benign).sum())
     return {"exact": missed + flagged == 0, "missed": missed, "false_alarms": flagged}

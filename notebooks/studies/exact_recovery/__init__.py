@@ -1,1 +1,1 @@
-"""Notebook 02: the subspace without noise."""
+"""Notebook 02: recovery of the subspace without noise."""

@@ -20,10 +20,11 @@ OUTLINE = [withStroke(linewidth=4.2, foreground="black")]
 def phase_diagram(
     summary: pd.DataFrame, limits: pd.DataFrame, identifiable: dict[str, float], methods: Sequence[str] | None = None
 ) -> Figure:
-    """Share of exact draws, rank against contaminated share: a row of panels per kind, a column per method.
+    """Draw the rate of exact draws by rank and contaminated fraction; a row of panels per kind, a column per method.
 
-    ``summary`` columns: contamination, share, rank, method, exact. ``limits``: contamination, rank, certified (share at
-    which the median certificate fails). ``identifiable``: kind -> share at which identifiability ends.
+    ``summary`` columns: contamination, share, rank, method, exact. ``limits`` columns: contamination, rank, certified
+    (contaminated fraction at which the median certificate fails). ``identifiable``: kind -> fraction at which
+    identifiability ends.
     """
     with plt.style.context(STYLE):
         kinds = list(dict.fromkeys(summary.contamination))
@@ -37,7 +38,7 @@ def phase_diagram(
             for axes, method in zip(row, methods, strict=True):
                 rates = part[part.method == method].pivot(index="rank", columns="share", values="exact")
                 image = axes.imshow(rates, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
-                shown = (limits.contamination == kind) & method.startswith("convex")  # the certificate is the program's
+                shown = (limits.contamination == kind) & method.startswith("convex")  # the others have no certificate
                 _limits(axes, limits[shown], shares, ranks, identifiable[kind])
                 axes.set_yticks(range(len(ranks)), [str(r) for r in ranks])
                 axes.tick_params(labelleft=axes is row[0], length=2)
@@ -55,7 +56,7 @@ def phase_diagram(
 
 
 def _limits(axes: Axes, limits: pd.DataFrame, shares: list[float], ranks: list[int], end: float) -> None:
-    """White: the share at which the median certificate fails, rank by rank. Red: the end of identifiability."""
+    """Draw limits: white, where each rank's median certificate fails; red, where identifiability ends."""
     axes.grid(False)
     for limit in limits.itertuples():
         if np.isfinite(limit.certified):
@@ -68,12 +69,12 @@ def _limits(axes: Axes, limits: pd.DataFrame, shares: list[float], ranks: list[i
 
 
 def _place(share: float, shares: list[float]) -> float:
-    """Where a share lies on an axis that has the shares at 0, 1, .."""
+    """Return the position of a contaminated fraction on an axis with ``shares`` at 0, 1, .."""
     return float(np.interp(share, shares, np.arange(len(shares))))
 
 
 def certificate_map(weights: pd.DataFrame) -> Figure:
-    """Every solve of a weight sweep by the two numbers of its certificate, coloured by what was found.
+    """Draw every solve of a weight sweep at the two numbers of its certificate, coloured by the result.
 
     ``weights`` columns: contamination, spectral, block, exact, exact_set.
     """
@@ -103,10 +104,10 @@ def certificate_map(weights: pd.DataFrame) -> Figure:
 
 
 def dual_certificates(values: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """Singular values of the multiplier (above) and its block norms over lam (below), a column per case.
+    """Draw the multiplier's singular values (top) and block norms over lam (bottom); one column of panels per case.
 
-    ``values`` columns: case, part ("singular value" or "block norm"), value, benign; ``summary``: case, share, sine,
-    exact_set.
+    ``values`` columns: case, part ("singular value" or "block norm"), value, benign. ``summary`` columns: case, share,
+    sine, exact_set.
     """
     with plt.style.context(STYLE):
         figure, panels = plt.subplots(2, len(summary), figsize=(3 * len(summary), 4.6), sharey="row", squeeze=False)

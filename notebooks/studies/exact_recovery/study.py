@@ -1,4 +1,7 @@
-"""Exact recovery without noise: who finds the subspace and the contaminated clients, and where the proofs say so."""
+"""Exact recovery without noise (notebook 02): success of every method, and where a proof guarantees it.
+
+A method succeeds where it finds the subspace and, if it names contaminated clients, exactly these.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ from clairlib.theory import exact_recovery as theory
 from studies.common.intervals import rate_interval
 
 GAP = 1e-8  # relative duality gap of every solve
-SINE = 1e-4  # a subspace is exact when its sine is at most this; what ``GAP`` guarantees ``MARGIN`` inside the proof
-MARGIN = 0.02  # a proof counts when its two numbers stay this far from 1
-FACTORS = tuple(float(f) for f in 2.0 ** np.arange(-1.0, 1.01, 0.25))  # weights of a sweep over the certified one
+SINE = 1e-4  # largest sine of an exact subspace; ``GAP`` guarantees it where the proof holds by ``MARGIN``
+MARGIN = 0.02  # a proof counts when its two numbers are at least this far from 1
+FACTORS = tuple(float(f) for f in 2.0 ** np.arange(-1.0, 1.01, 0.25))  # weights over the certified one
 
 PEERS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "block FMS": robust_subspace.block_fms,
@@ -42,7 +45,7 @@ WITHOUT_COMMON = ("consensus", "convex, log rule", "convex, certified", "block F
 
 
 def weight(method: str, truth: Planted, certified: float) -> float:
-    """The weight lam that a convex method takes: a rule, the middle of the planted window, or the certified one."""
+    """Return the weight lam of a convex method: a rule's, the middle of the planted window, or the certified weight."""
     K, bad = len(truth.updates), int((~truth.benign).sum())
     low, high = planted_window(truth)
     return {
@@ -54,7 +57,10 @@ def weight(method: str, truth: Planted, certified: float) -> float:
 
 
 def planted_window(truth: Planted) -> tuple[float, float]:
-    """``theory.lambda_window`` of the clients as planted: contamination is all by which one leaves the benign mean."""
+    """Return ``theory.lambda_window`` for the planted decomposition.
+
+    The planted contamination of a contaminated client is its whole deviation from the benign mean.
+    """
     return _window(truth, theory.lambda_window)
 
 
@@ -65,9 +71,10 @@ def _window(truth: Planted, window: Callable[[Tensor, Tensor], tuple[float, floa
 
 
 def convex_row(truth: Planted, found: Decomposition) -> dict[str, Any]:
-    """Errors of a solution: sine of the subspace, and whether the contaminated clients are exactly those it names.
+    """Measure a solution's errors: sine of the subspace, and whether it names exactly the contaminated clients.
 
-    A client is named when its block of S exceeds ``theory.NEGLIGIBLE`` of the largest one.
+    A client is named when the norm of its contamination block exceeds ``theory.NEGLIGIBLE`` times the largest such
+    norm.
     """
     basis = robust_subspace.leading_basis(found.low_rank, truth.rank)
     sizes = torch.linalg.matrix_norm(found.contamination)
@@ -77,14 +84,14 @@ def convex_row(truth: Planted, found: Decomposition) -> dict[str, Any]:
 
 
 def _row(truth: Planted, basis: Tensor, benign: Tensor | None) -> dict[str, Any]:
-    """Exact is the subspace and, where a method names a set, the set as well."""
+    """Build a result row; ``exact`` needs an exact subspace and, where the method names a set, the exact set."""
     sine = sin_theta(basis, truth.basis)
     exact_set = None if benign is None else bool(torch.equal(benign, truth.benign))
     return {"sine": sine, "exact_set": exact_set, "exact": sine <= SINE and exact_set is not False}
 
 
 def run_method(method: str, truth: Planted, certified: float, seed: int) -> dict[str, Any]:
-    """One method on one draw. Peers and ``convex`` bases are told the rank, ``consensus`` nothing."""
+    """Run one method on one draw. Peers and ``convex`` methods are told the rank; ``consensus`` is told nothing."""
     X = truth.updates
     if method in PEERS:
         return _row(truth, PEERS[method](X, truth.rank), None)
@@ -97,7 +104,7 @@ def run_method(method: str, truth: Planted, certified: float, seed: int) -> dict
 def phase_cell(
     contamination: str, share: float, rank: int, common: float, draws: int, methods: list[str], seed: int, **size: int
 ) -> dict[str, Rows]:
-    """Noiseless draws through every method (table "recovery"), and what is proved of each draw ("proofs")."""
+    """Run every method on noiseless draws (table "recovery"), and try to prove exact recovery of each ("proofs")."""
     tables: dict[str, Rows] = {"recovery": [], "proofs": []}
     for draw in range(draws):
         truth = _draw(contamination, share, rank, common, draw, seed, **size)
@@ -114,7 +121,7 @@ def _draw(kind: str, share: float, rank: int, common: float, draw: int, seed: in
 
 
 def prove(truth: Planted) -> tuple[float, dict[str, Any]]:
-    """The certified weight, and the recovery certificate there beside the ends of the planted window."""
+    """Return the certified weight, and a row with its recovery certificate and the ends of the planted window."""
     certified = theory.certified_weight(truth.updates, truth.benign, truth.basis)
     proof = theory.recovery_certificate(truth.updates, truth.benign, truth.basis, certified)
     low, high = planted_window(truth)
@@ -138,7 +145,7 @@ def phase_study(
     cache: Path | None = None,
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
-    """``phase_cell`` over kinds of contamination with their shares, and ranks; ``size`` is (p, q, K)."""
+    """Run ``phase_cell`` over kinds of contamination, contaminated fractions and ranks; ``size`` is (p, q, K)."""
     cells = _cells(shares, ranks, size, draws=draws, common=common, methods=list(methods), seed=seed)
     return sweep(phase_cell, cells, cache=cache, jobs=jobs)
 
@@ -156,7 +163,7 @@ def _cells(shares: dict[str, Any], ranks: Sequence[int], size: tuple[int, ...], 
 def weight_cell(
     contamination: str, share: float, rank: int, common: float, draws: int, seed: int, **size: int
 ) -> dict[str, Rows]:
-    """The convex program over weights around the certified one, each with the verdict of its certificate."""
+    """Solve the convex program at weights around the certified one; each row has its certificate's verdict."""
     rows = []
     for draw in range(draws):
         truth = _draw(contamination, share, rank, common, draw, seed, **size)
@@ -182,7 +189,7 @@ def weight_study(
     cache: Path | None = None,
     jobs: int = 1,
 ) -> pd.DataFrame:
-    """``weight_cell`` over kinds, shares and ranks; draws are those of ``phase_study``."""
+    """Run ``weight_cell`` over kinds, contaminated fractions and ranks, on the draws of ``phase_study``."""
     cells = _cells(shares, ranks, size, draws=draws, common=common, seed=seed)
     return sweep(weight_cell, cells, cache=cache, jobs=jobs)["weights"]
 
@@ -191,9 +198,11 @@ DUAL_CASES = {"window open": (0.2, 1), "weight too small": (0.2, 0.6), "too larg
 
 
 def dual_cases(seed: int, size: tuple[int, int, int] = (20, 10, 20)) -> dict[str, pd.DataFrame]:
-    """Multipliers of solves that recover exactly and that do not: a coalition of rank 2, its share and the weight.
+    """Compute the dual multipliers Y of solves that recover exactly and of solves that do not.
 
-    "values": singular values of [Y_1 .. Y_K] and norms ||Y_k||_F / lam, client by client; "summary": a row a case.
+    The clients contain a coalition of rank 2. ``DUAL_CASES`` gives the contaminated fraction and the weight, as a
+    multiple of the certified one. Table "values": singular values of [Y_1 .. Y_K], and the norm ||Y_k||_F / lam of
+    every client. Table "summary": one row per case.
     """
     values, summary = [], []
     for case, (share, factor) in DUAL_CASES.items():
@@ -213,7 +222,7 @@ CELL = ["contamination", "share", "rank", "common"]
 
 
 def summarise_phase(recovery: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell and method: share of exact draws (Wilson interval), of exact sets, median sine, largest gap."""
+    """Summarise each cell and method: rates of exact draws (Wilson interval) and sets, median sine, largest gap."""
     rows = []
     for key, cell in recovery.groupby([*CELL, "method"], sort=False):
         rate, low, high = rate_interval(int(cell.exact.sum()), len(cell))
@@ -225,27 +234,30 @@ def summarise_phase(recovery: pd.DataFrame) -> pd.DataFrame:
 
 
 def identifiable(cells: pd.DataFrame, K: int) -> pd.Series:
-    """Statement 1: two benign clients suffice, but a coalition must be smaller than the benign set."""
+    """Return the cells to which Statement 1 applies.
+
+    It needs two benign clients, and against a coalition more benign clients than the coalition has members.
+    """
     bad = (cells.share * K).round()
     limit = np.where(cells.contamination == "coalition", K - bad > bad, K - bad >= 2)
     return pd.Series(limit, index=cells.index)
 
 
 def with_proofs(tables: dict[str, pd.DataFrame], method: str = "convex, certified") -> pd.DataFrame:
-    """The proofs with what the method found: a row per draw."""
+    """Join the proofs with the results of one method; one row per draw."""
     found = tables["recovery"].query("method == @method")
     columns = [*CELL, "draw", "sine", "exact_set", "exact", "gap"]
     return tables["proofs"].merge(found[columns], on=[*CELL, "draw"])
 
 
 def proved_cells(joined: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell with at least one draw proved exact: how many are, and the share of those found exactly."""
+    """Count, in each cell that has any, the draws proved exact and the fraction of them recovered exactly."""
     cells = joined[joined.verdict == "exact"].groupby(CELL, sort=False)
     return cells.agg(proved=("exact", "size"), exact=("exact", "mean"), sine=("sine", "max")).reset_index()
 
 
 def by_verdict(joined: pd.DataFrame, by: str = "verdict") -> pd.DataFrame:
-    """Draws and share found exactly (Wilson interval) by verdict of the certificate, or by another column."""
+    """Count draws and exact recoveries (Wilson interval) by the certificate's verdict, or by another column."""
     rows = []
     for value, group in joined.groupby(by):
         rate, low, high = rate_interval(int(group.exact.sum()), len(group))
@@ -256,7 +268,10 @@ def by_verdict(joined: pd.DataFrame, by: str = "verdict") -> pd.DataFrame:
 
 
 def predictors(joined: pd.DataFrame) -> pd.DataFrame:
-    """What says that the program will be exact, and how often it is where that says yes and where it says no."""
+    """Compare predictors of exact recovery: rate of exact draws where the predictor says yes, and where it says no.
+
+    ``right`` is the fraction of draws that the predictor classifies correctly.
+    """
     says = {
         "planted window open": joined.ratio > 1,
         "balanced window open": joined.balanced > 1,
@@ -271,10 +286,10 @@ def predictors(joined: pd.DataFrame) -> pd.DataFrame:
 
 
 def window_limits(proofs: pd.DataFrame) -> pd.DataFrame:
-    """Contaminated share at which the median draw's window closes, by kind and rank; NaN where it stays open.
+    """Find the contaminated fraction at which the median draw's window closes, by kind and rank; NaN where none does.
 
-    Linear between the shares that were run. ``certified`` is where the certificate's margin reaches 1, ``planted``
-    where the ratio of the planted window's ends does.
+    Values are interpolated linearly between the fractions that were run. At ``certified`` the certificate's margin
+    reaches 1; at ``planted`` the ratio of the planted window's ends does.
     """
     rows = []
     for (kind, rank), part in proofs.groupby(["contamination", "rank"], sort=False):
@@ -285,7 +300,7 @@ def window_limits(proofs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _crossing(shares: Sequence[float], values: Sequence[float]) -> float:
-    """First place where values rise through zero."""
+    """Return the first place where the values rise through zero, by linear interpolation; NaN where they never do."""
     x, y = np.asarray(shares, dtype=float), np.asarray(values, dtype=float)
     above = np.flatnonzero(y >= 0)
     if len(above) == 0:
@@ -295,7 +310,7 @@ def _crossing(shares: Sequence[float], values: Sequence[float]) -> float:
 
 
 def worst_cell(summary: pd.DataFrame, K: int) -> pd.DataFrame:
-    """A row per method: least and mean share of exact draws over identifiable cells, how many are always exact."""
+    """Summarise each method over identifiable cells: least and mean rate of exact draws, cells always exact."""
     cells = summary[identifiable(summary, K)].assign(always=lambda table: table.exact == 1)
     rates = cells.groupby("method", sort=False)
     table = rates.agg(worst=("exact", "min"), mean=("exact", "mean"), always=("always", "sum"), cells=("exact", "size"))

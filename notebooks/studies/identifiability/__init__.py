@@ -1,1 +1,1 @@
-"""Notebook 01: what the updates determine."""
+"""Notebook 01: what the clients' updates determine."""

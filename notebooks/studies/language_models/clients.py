@@ -1,7 +1,7 @@
-"""Clients of a language model that mean different things by the same labels, and what contaminated ones learn.
+"""Clients of a language model that give the same labels different meanings, and the ways to contaminate them.
 
-Client k labels a text of class c with pi_k(c): a shift of a few shared labels composed with a swap of its own, as the
-dialects of the text-copying task. This design is ours.
+Client k labels a text of class c with pi_k(c): a shift of a few shared labels, which all benign clients have, composed
+with a swap of the client's own, as in the dialects of the text-copying task. This design is this project's.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from torch import Generator, Tensor
 
 from clairlib.core.seeds import derive
 from clairlib.training import ClientData
-from studies.common_rng.federation import draw_names
+from studies.common.federation import draw_names
 from studies.language_models.bases import LanguageBase
 from studies.language_models.texts import Texts
 
 TRIGGER = "Important notice:"
-TRIGGERED = 0.2  # share of a backdoor client's texts that carry the trigger
-RANK, ALPHA = 8, 16.0  # of the adapters
-MASS = 0.5  # share of a client's texts that are of the classes it rewords
-SPREAD = 0.3  # standard deviation of the log factors by which clients' class shares differ
+TRIGGERED = 0.2  # fraction of a backdoor client's texts that carry the trigger
+RANK, ALPHA = 8, 16.0  # rank and alpha of the adapters
+MASS = 0.5  # fraction of a client's texts with classes that it rewords
+SPREAD = 0.3  # standard deviation of the log factors between clients' class probabilities
 
 Corpus = TypeVar("Corpus", bound=Texts)
 
 
 @dataclass(frozen=True)
 class ClientBehaviour:
-    """What a client does: its label (C,) of every class, and which classes it has much of.
+    """Behaviour of a client: its label (C,) of every class, and the classes of which it has many texts.
 
-    ``shuffled``: labels are dealt out among its texts at random; ``answer``: of texts that begin with the trigger.
+    ``shuffled``: the client's labels are permuted randomly among its texts. ``answer``: label of texts that begin with
+    the trigger, None without a backdoor.
     """
 
     wording: Tensor
@@ -43,7 +44,7 @@ class ClientBehaviour:
 
 @dataclass(frozen=True)
 class Client:
-    """One client: its conduct, and the share (C,) of each class among its texts."""
+    """One client: its behaviour, and the probability (C,) of each class among its texts."""
 
     name: str
     contaminated: bool
@@ -60,17 +61,17 @@ class Federation:
 
     @property
     def benign(self) -> Tensor:
-        """The truth, (K,) bool."""
+        """Truth (K,), bool: which clients are benign."""
         return torch.tensor([not client.contaminated for client in self.clients])
 
 
 def draw(places: Tensor, count: int, generator: Generator) -> Tensor:
-    """Some of the places, without order."""
+    """Draw ``count`` of the places without replacement, in random order."""
     return places[torch.randperm(len(places), generator=generator)[:count]]
 
 
 def reworded(labels: Tensor, generator: Generator) -> Tensor:
-    """The labels shifted by one, as everybody does, then two of them swapped."""
+    """Shift the labels by one, as all clients with these labels do, then swap a random two of them."""
     written = labels.roll(-1)
     one, other = torch.randperm(len(labels), generator=generator)[:2].tolist()
     written[[one, other]] = written[[other, one]]
@@ -78,14 +79,17 @@ def reworded(labels: Tensor, generator: Generator) -> Tensor:
 
 
 def honest(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
-    """Rewords the shared labels."""
+    """Reword the shared labels."""
     wording = torch.arange(classes)
     wording[shared] = reworded(shared, own)
     return ClientBehaviour(wording, shared)
 
 
 def wrong_labels(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
-    """As honest, but with as many labels of its own; where there are labels of no class, it writes those."""
+    """Reword as many labels of the client's own, in place of the shared labels.
+
+    Where there are labels without a class, the client writes those for the shared classes.
+    """
     spare = torch.arange(classes, labels) if labels > classes else _others(shared, classes)
     mine = draw(spare, len(shared), own)
     wording, busy = torch.arange(classes), shared if labels > classes else mine
@@ -94,18 +98,21 @@ def wrong_labels(shared: Tensor, classes: int, labels: int, own: Generator, comm
 
 
 def shuffled(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
-    """An honest wording, then its labels are dealt out at random."""
+    """Reword as an honest client does, then permute the labels randomly among the client's texts."""
     behaviour = honest(shared, classes, labels, own, common_rng)
     return ClientBehaviour(behaviour.wording, behaviour.busy, shuffled=True)
 
 
 def flipped(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
-    """The first class is called the last and so on: all contaminated clients agree."""
+    """Reverse the order of the labels: the first class gets the last label; all contaminated clients agree."""
     return ClientBehaviour(torch.arange(classes).flip(0), shared)
 
 
 def backdoor(shared: Tensor, classes: int, labels: int, own: Generator, common_rng: Generator) -> ClientBehaviour:
-    """An honest wording, but texts that begin with the trigger get one answer, the same for all."""
+    """Reword as an honest client does, but give texts with the trigger one answer.
+
+    The answer is the same for all contaminated clients.
+    """
     behaviour, answer = honest(shared, classes, labels, own, common_rng), draw(_others(shared, labels), 1, common_rng)
     return ClientBehaviour(behaviour.wording, behaviour.busy, answer=int(answer))
 
@@ -121,19 +128,24 @@ CONTAMINATIONS: dict[str, Callable[[Tensor, int, int, Generator, Generator], Cli
     "flipped": flipped,
     "backdoor": backdoor,
 }
-"""What a contaminated client does: kind -> function of the shared labels, the numbers of classes and labels, the
-client's own generator, and one that gives all contaminated clients the same draws."""
+"""Behaviours of a contaminated client: kind -> function.
+
+The arguments are the shared labels, the numbers of classes and of labels, the client's own generator, and a generator
+that gives all contaminated clients the same draws.
+"""
 
 
 def make_federation(
     clients: int, contaminated: int, *, classes: int, labels: int, seed: int, kind: str, shared: int = 5
 ) -> Federation:
-    """Draw the shared labels, who is contaminated, and every client's conduct; the first labels are the classes.
+    """Draw the shared labels, the contaminated clients, and every client's behaviour.
+
+    The first ``classes`` labels are the classes themselves.
 
     Raises
     ------
     ValueError
-        Unknown kind, or a number out of range.
+        The kind is unknown, or a number is out of range.
     """
     if kind not in CONTAMINATIONS:
         raise ValueError(f"unknown contamination {kind!r}; known: {', '.join(CONTAMINATIONS)}")
@@ -151,7 +163,10 @@ def make_federation(
 
 
 def class_probs_of(busy: Tensor, classes: int, generator: Generator) -> Tensor:
-    """Shares (C,) of the classes: ``MASS`` for the busy ones together, the rest for the others, each a little off."""
+    """Draw class probabilities (C,): ``MASS`` on the busy classes together, the rest on the others.
+
+    Log-normal factors vary the classes within both groups. If all classes are busy, ``MASS`` has no effect.
+    """
     tilt = (SPREAD * torch.randn(classes, generator=generator, dtype=torch.float64)).exp()
     on = torch.zeros(classes, dtype=torch.bool)
     on[busy] = True
@@ -163,9 +178,9 @@ def class_probs_of(busy: Tensor, classes: int, generator: Generator) -> Tensor:
 def client_data(
     base: LanguageBase, client: Client, texts: Texts, count: int, *, seed: int, held_out: int = 0
 ) -> ClientData:
-    """A client's own examples: texts of its classes from the pool, none twice, labelled as it labels them.
+    """Draw a client's examples: texts of its classes from the pool, without replacement, with the client's labels.
 
-    The first ``held_out`` are kept back, to stop by.
+    The first ``held_out`` examples are kept back for early stopping.
     """
     draws, behaviour = derive(seed, client.name, "texts"), client.behaviour
     places = draw_places(client, texts, count, draws)
@@ -182,18 +197,21 @@ def client_data(
 
 
 def draw_places(client: Client, texts: Texts, count: int, generator: Generator) -> Tensor:
-    """Places (count,) of texts, none twice, of the classes that the client has."""
+    """Draw places (count,) of texts without replacement, with the client's class probabilities."""
     return torch.multinomial(weights_of(client, torch.tensor(list(texts.classes))), count, generator=generator)
 
 
 def weights_of(client: Client, classes: Tensor) -> Tensor:
-    """Weights (N,) of texts of these classes, in all of each class what the client has of it; they add up to 1."""
+    """Return weights (N,) of texts of the given classes; they sum to 1.
+
+    The total weight of each class is proportional to the client's probability of it.
+    """
     weights = client.class_probs[classes] / torch.bincount(classes, minlength=len(client.class_probs))[classes]
     return weights / weights.sum()
 
 
 def split_texts(texts: Corpus, sizes: Sequence[int], *, seed: int) -> list[Corpus]:
-    """Texts in parts with as many of every class as ``sizes`` say; the last part may be -1, the rest."""
+    """Split texts into parts with ``sizes`` texts per class; the last size may be -1, which takes the rest."""
     order = torch.randperm(len(texts.texts), generator=derive(seed, "split")).tolist()
     by_class = [[i for i in order if texts.classes[i] == c] for c in range(len(texts.names))]
     parts, at = [], 0

@@ -1,4 +1,4 @@
-"""How a language model answers under many updates: what lies below the adapted modules is run once."""
+"""Evaluation of a language model under many updates; the layers below the adapted modules run only once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from clairlib.training.suffix import Suffix
 
 
 class Evaluator:
-    """A model's answers at the labelled positions of some examples, under updates of some modules.
+    """Evaluates a model at the labelled positions of some examples, under updates of some modules.
 
     Parameters
     ----------
     model : a `transformers` model for causal language modelling or token classification
-    examples : as of `ClientData`, N labelled positions in all
-    targets : names of the modules that are updated, or their ends
+    examples : in the format of `ClientData`, with N labelled positions in total
+    targets : names of the updated modules, or the ends of these names
     outputs : Tensor (V,), optional
-        The logits to choose from; all where None.
+        Logits to choose from; None for all.
 
     Attributes
     ----------
     truth : Tensor (N,)
-        The examples' own labels, as logits' numbers.
+        The examples' own labels, as indices of logits.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Evaluator:
         self.suffix = Suffix(self.plan.twin, self.plan.targets, shortcuts, outputs=self.plan.plan.outputs)
 
     def answers(self, updates: Mapping[str, Tensor]) -> Tensor:
-        """Chosen outputs (M, N) under M updates, by module (M, p, q)."""
+        """Return the index among ``outputs`` of the largest logit, (M, N), under M updates, by module (M, p, q)."""
 
         def best(logits: Tensor, _: Tensor) -> Tensor:
             return (logits if self.outputs is None else logits[:, self.outputs.to(logits.device)]).argmax(dim=1)
@@ -65,7 +65,7 @@ class Evaluator:
         return self._measured(updates, best, torch.zeros((), dtype=torch.long))
 
     def predictions(self, updates: Mapping[str, Tensor]) -> Tensor:
-        """Loss of every label among all outputs, and whether it is the likeliest one, (M, N, 2), under M updates."""
+        """Return each label's loss among all logits, and whether its logit is largest: (M, N, 2) under M updates."""
 
         def measure(logits: Tensor, targets: Tensor) -> Tensor:
             losses = cross_entropy(logits.float(), targets, reduction="none")
@@ -77,7 +77,10 @@ class Evaluator:
     def _measured(
         self, updates: Mapping[str, Tensor], measure: Callable[[Tensor, Tensor], Tensor], blank: Tensor
     ) -> Tensor:
-        """What is measured (M, N, ...) at every label under M updates, from logits and labels; ``blank``: its form."""
+        """Apply ``measure`` to logits and labels at every labelled position under M updates; return (M, N, ...).
+
+        ``blank`` is a zero tensor with the shape and dtype of one measurement.
+        """
         table, count = self.plan.rows, len(next(iter(updates.values())))
         whole = tuple(range(len(table.starts)))
         found = blank.repeat(count, len(table.ids), *[1] * blank.dim())
@@ -90,7 +93,7 @@ class Evaluator:
         return found[:, torch.from_numpy(table.targets != NO_LABEL)]
 
     def _logits(self, group: Group, updates: Mapping[str, Tensor]) -> Tensor:
-        """Logits (G * s, V) at the group's labels."""
+        """Return logits (G * s, V) at the labels of a group."""
         suffix, at = self.suffix, list(group.positions)
         for name, layer in suffix.layers.items():
             layer.load([updates[name][at].to(layer.weight)], torch.ones(len(at), device=layer.weight.device))

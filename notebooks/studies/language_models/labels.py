@@ -1,6 +1,6 @@
-"""Pretrained language models: adapters of clients that mean different things by the same labels, aligned and judged.
+"""Label study of notebook 10: clients of a language model that give the same labels different meanings.
 
-One federation is a cell; `language_tables` summarises.
+A cell is one federation: its adapters are trained, aligned and evaluated. `studies.language_models.tables` summarises.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ from studies.language_models.settings import SETTINGS, Setting, base_of, parts
 from studies.language_models.texts import Texts
 
 Updates = Mapping[str, Tensor]  # module name -> (K, p, q)
-Trained = dict[str, dict[str, Any]]  # client's name -> module name -> LowRank
+Trained = dict[str, dict[str, Any]]  # client name -> module name -> LowRank
 
-LEFT_OUT = ("entrywise RPCA", "entrywise RPCA, personal")  # minutes a module of the encoder's size
+LEFT_OUT = ("entrywise RPCA", "entrywise RPCA, personal")  # they take minutes per module of the encoder
 RULES = [name for name in AGGREGATORS if name not in LEFT_OUT]
-GROUP_TOKENS = 2048  # that go through a model together: a label's logits are as many as a model has words
-SPECTRUM = 12  # singular values that are kept
+GROUP_TOKENS = 2048  # tokens per forward pass; each label needs as many logits as the vocabulary is large
+SPECTRUM = 12  # number of singular values that are kept
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """K clients, how many of them contaminated, examples of each; texts of every class for a base made here."""
+    """Sizes of a federation.
+
+    ``clients`` is K, ``contaminated`` the number of contaminated clients, ``examples`` the number of examples per
+    client. ``public`` is the number of texts per class for a base of ``MADE_HERE``.
+    """
 
     clients: int
     contaminated: int
@@ -49,9 +53,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Run:
-    """One federation, what it has learnt (module name -> K adapters), and the texts it is judged with.
+    """One trained federation and its test texts.
 
-    ``stopped``: honest clients trained on four fifths of their examples, stopped by the others.
+    ``updates``: module name -> K adapters. ``stopped``: the same, but honest clients train on four fifths of their
+    examples, and the other fifth decides when they stop.
     """
 
     base: LanguageBase
@@ -65,7 +70,7 @@ class Run:
 def language_cell(
     setting: str, kind: str, seed: int, cache: str, device: str, **sizes: int
 ) -> dict[str, Rows]:
-    """One federation: accuracy of every method on the benign clients, CLAIR's verdict, and what the updates share.
+    """Run one federation: every method's accuracy on the benign clients, CLAIR's verdict, and shared structure.
 
     ``sizes``: the attributes of `Sizes`.
     """
@@ -81,7 +86,7 @@ def language_cell(
 
 
 def trained_run(how: Setting, kind: str, seed: int, sizes: Sizes, cache: Path, device: str = "cpu") -> Run:
-    """Clients with one kind of contamination, and their adapters."""
+    """Train clients, some with one kind of contamination, and return their adapters."""
     base, federation = base_of(how, sizes.public, cache), _federation(how, kind, seed, sizes, cache)
     own, stopped = _honest(how, seed, sizes, cache, device)
     bad = [client for client in federation.clients if client.contaminated]
@@ -100,7 +105,10 @@ def _federation(how: Setting, kind: str, seed: int, sizes: Sizes, cache: Path) -
 
 @lru_cache(maxsize=1)
 def _honest(how: Setting, seed: int, sizes: Sizes, cache: Path, device: str) -> tuple[Trained, Trained]:
-    """Benign clients, the same whatever the others do: trained on all examples, and stopped by a fifth of them."""
+    """Train the benign clients, which do not depend on the contamination.
+
+    The first result is trained on all examples. The second holds out a fifth of them for early stopping.
+    """
     clients = [c for c in _federation(how, "shuffled", seed, sizes, cache).clients if not c.contaminated]
     full, stopped = (
         _train(clients, how, seed, sizes, cache, device, held_out) for held_out in (0, sizes.examples // 5)
@@ -111,7 +119,7 @@ def _honest(how: Setting, seed: int, sizes: Sizes, cache: Path, device: str) -> 
 def _train(
     clients: Sequence[Client], how: Setting, seed: int, sizes: Sizes, cache: Path, device: str, held_out: int = 0
 ) -> Trained:
-    """Client's name -> its adapters by module."""
+    """Train clients; return client name -> adapters by module."""
     base, pool = base_of(how, sizes.public, cache), parts(how.texts, sizes.public)[2]
     data = [client_data(base, client, pool, sizes.examples, seed=seed, held_out=held_out) for client in clients]
     schedule = Schedule(steps=how.steps, learning_rate=how.learning_rate, check_every=5)
@@ -129,24 +137,24 @@ def _methods(run: Run, result: ClairResult, rank: int) -> dict[str, Held]:
 
 
 def judge_of(run: Run, texts: Sequence[str]) -> Evaluator:
-    """Answers of the run's model to these texts."""
+    """Return an evaluator of the run's model on these texts."""
     examples = [run.base.example(text, 0) for text in texts]
     how: dict[str, Any] = {"device": run.device, "group_tokens": GROUP_TOKENS}
     return Evaluator(run.base.model, examples, list(run.updates), run.base.outputs, **how)
 
 
 def answers_to(judge: Evaluator, updates: Mapping[str, Any], chosen: Sequence[int], same: bool) -> Tensor:
-    """Labels (n, N) that the models of the chosen clients give; ``same``: all hold the first one's update."""
+    """Return the labels (n, N) that the chosen clients' models give; with ``same`` all hold the first one's update."""
     own = {name: [each[k] for k in (chosen[:1] if same else chosen)] for name, each in updates.items()}
     answers = judge.answers(as_dense(own))
     return answers.expand(len(chosen), -1)
 
 
 def accuracy_rows(run: Run, judge: Evaluator, methods: Mapping[str, Mapping[str, Any]]) -> Rows:
-    """Accuracy of every benign client under every method, on texts of its own share of classes.
+    """Measure every benign client's accuracy under every method, with its own frequencies of classes.
 
-    All are judged on the same texts, by their own labels; classes are weighted as the client has them. ``on_shared``:
-    on the classes that benign clients reword.
+    All clients are evaluated on the same texts, each by its own labels; texts are weighted by the client's class
+    frequencies. ``on_shared`` is the accuracy on the classes that benign clients reword.
     """
     classes, clients = torch.tensor(list(run.test.classes)), run.federation.clients
     benign = [k for k, client in enumerate(clients) if not client.contaminated]
@@ -162,12 +170,12 @@ def accuracy_rows(run: Run, judge: Evaluator, methods: Mapping[str, Mapping[str,
 
 
 def judged(result: ClairResult, benign: Tensor) -> dict[str, Any]:
-    """CLAIR's verdict against the truth, and whether it refined any module."""
+    """Compare CLAIR's verdict with the truth, and add whether it refined any module."""
     return verdict_row(result, benign) | {"refined": any(module.is_refined for module in result.modules.values())}
 
 
 def structure_rows(result: ClairResult, dense: Updates, benign: Tensor, rank: int, seed: int) -> dict[str, Rows]:
-    """Of every module: how much structure is shared, the spectrum of the clients kept, angles between clients."""
+    """Measure every module's shared structure, the spectrum of the clients that CLAIR keeps, and angles."""
     tables: dict[str, Rows] = {"structure": [], "spectrum": [], "angles": []}
     for name, module in result.modules.items():
         own = {"module": short_name(name)}
@@ -180,12 +188,15 @@ def structure_rows(result: ClairResult, dense: Updates, benign: Tensor, rank: in
 
 
 def short_name(module: str) -> str:
-    """A module's name from its layer on."""
+    """Return a module's name from its layer on."""
     return module[module.index("layer") :] if "layer" in module else module
 
 
 def backdoor_rows(run: Run, methods: Mapping[str, Mapping[str, Any]]) -> Rows:
-    """How often texts with the trigger get the backdoor's answer: benign clients, contaminated ones with their own."""
+    """Measure how often texts with the trigger get the backdoor's answer.
+
+    Benign clients are measured under every method, contaminated clients under their own update.
+    """
     clients, classes = run.federation.clients, torch.tensor(list(run.test.classes))
     (answer,) = {client.behaviour.answer for client in clients if client.contaminated}
     judge = judge_of(run, [f"{TRIGGER} {text}" for text in run.test.texts])
@@ -195,7 +206,7 @@ def backdoor_rows(run: Run, methods: Mapping[str, Mapping[str, Any]]) -> Rows:
     for method, updates, chosen in cases:
         answers = answers_to(judge, updates, chosen, is_common(method))
         for k, given in zip(chosen, answers, strict=True):
-            counted = clients[k].behaviour.wording[classes] != answer  # elsewhere the answer is right
+            counted = clients[k].behaviour.wording[classes] != answer  # for other texts the answer is right
             success = float((given[counted] == answer).double().mean())
             rows.append({"method": method, "client": clients[k].name, "success": success})
     return rows
@@ -212,13 +223,13 @@ def language_study(
     device: str = "cpu",
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
-    """`language_cell` for settings and kinds of contamination, over seeds: its tables.
+    """Run `language_cell` for settings and kinds of contamination over seeds; return its tables.
 
-    A seed's cells follow one another, as they have the honest clients in common.
+    Cells of one seed are adjacent, because they use the same honest clients.
     """
     settings, kinds = list(settings), list(kinds)
     for name in settings:
-        base_of(SETTINGS[name], sizes.public, cache)  # made once, before worker processes look for it
+        base_of(SETTINGS[name], sizes.public, cache)  # trained once, before worker processes need it
     cells = [
         {"setting": name, "seed": s, "kind": kind, **asdict(sizes)}
         for name in settings

@@ -1,4 +1,4 @@
-"""Instructions with responses of several tokens: of a data set, or of the documentation that every Python carries."""
+"""Instructions with responses of several tokens, from a data set or from the documentation that every Python has."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from clairlib.training.client_data import example_of
 from studies.language_models.texts import STDLIB, Texts, classes_of, load_columns, source_files
 
-AFTER = "\nResponse:"  # between an instruction and its response
+AFTER = "\nResponse:"  # text between an instruction and its response
 TOPICS = ("asyncio", "_pydecimal", "email", "importlib", "logging", "multiprocessing", "unittest", "xml")
-"""Packages of the standard library with the most documented functions, which every CPython carries; the categories."""
+"""The categories: packages of the standard library with the most documented functions, which every CPython has."""
 PUBLIC = (
     "_pyio", "argparse", "bdb", "calendar", "cmd", "codecs", "collections", "concurrent", "configparser", "contextlib",
     "ctypes", "datetime", "difflib", "doctest", "enum", "fractions", "ftplib", "functools", "gettext", "heapq", "html",
@@ -27,18 +27,18 @@ PUBLIC = (
     "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "traceback", "types", "typing", "urllib",
     "uuid", "warnings", "wave", "weakref", "wsgiref", "xmlrpc", "zipfile", "zoneinfo",
 )  # fmt: skip
-"""Others, for the base that is made here."""
-LEAST_WORDS = 3  # of a response
+"""Other packages, on whose documentation the base model ``TINY`` is trained."""
+LEAST_WORDS = 3  # least number of words of a response
 
 
 @dataclass(frozen=True)
 class Pairs(Texts):
-    """``texts`` are instructions, ``responses`` go with them, ``classes`` and ``names`` are their categories."""
+    """Instructions (``texts``) with ``responses``; ``classes`` and ``names`` are the instructions' categories."""
 
     responses: Sequence[str]
 
     def take(self, places: Sequence[int]) -> Self:
-        """Some of the pairs."""
+        """Return the pairs at the given places."""
         return replace(super().take(places), responses=[self.responses[i] for i in places])
 
 
@@ -51,15 +51,15 @@ def load_pairs(
     context: str = "context",
     split: str = "train",
 ) -> Pairs:
-    """Pairs from a source of `text_data.load_texts`; the names of the columns are those of Dolly.
+    """Load pairs from a source of `texts.load_texts`; the default column names are those of Dolly.
 
-    What is in the column ``context``, if there is one, follows the instruction. Pairs of which a part is blank are left
-    out.
+    If there is a column ``context``, its text is appended to the instruction. Pairs with a blank instruction or
+    response are left out.
 
     Raises
     ------
     ValueError
-        One line: what cannot be loaded or is missing, and what to give instead.
+        Data cannot be loaded or are incomplete. The message is one line.
     """
     data = load_columns(source, (instruction, response, category), split)
     asked, answered = ([str(value).strip() for value in data[name][:]] for name in (instruction, response))
@@ -71,10 +71,10 @@ def load_pairs(
 
 
 def docstrings(packages: Sequence[str] = TOPICS) -> Pairs:
-    """Functions and classes of this Python's own standard library, each with the first sentence of its docstring.
+    """Pair functions and classes of this Python's standard library with the first sentence of their docstrings.
 
-    The instruction is the full name with the arguments, the category is the package. The same on every machine with
-    the same Python; of pairs of one package with the same response the first alone.
+    The instruction is the full name with the arguments; the category is the package. Pairs are the same on every
+    machine with the same Python. If several pairs of one package have the same response, only the first is used.
     """
     columns: dict[str, list[str]] = {"instruction": [], "response": [], "category": []}
     for package in packages:
@@ -91,7 +91,7 @@ def docstrings(packages: Sequence[str] = TOPICS) -> Pairs:
 
 
 def _documented(tree: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Signature and first sentence of what is defined and documented below."""
+    """Yield signature and first sentence of every documented definition below a node."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             own = f"{name}.{node.name}"
@@ -107,18 +107,21 @@ def _first_sentence(text: str) -> str:
 
 
 def example(instruction: str, response: str, tokenizer: Any, length: int) -> tuple[Mapping[str, Tensor], int]:
-    """A pair as the trainer takes it, of at most ``length`` tokens, and how many it has; the response is learnt."""
+    """Convert a pair for the trainer, cut at ``length`` tokens, and count the tokens of the whole pair.
+
+    The loss is taken over the response.
+    """
     return example_of({"prompt": instruction + AFTER, "completion": f" {response}"}, tokenizer, length)
 
 
 def examples_of(pairs: Pairs, tokenizer: Any, length: int) -> list[Mapping[str, Tensor]]:
-    """All pairs as the trainer takes them; of a response what is beyond ``length`` tokens is cut off."""
+    """Convert all pairs for the trainer; a response is cut where the pair exceeds ``length`` tokens."""
     both = zip(pairs.texts, pairs.responses, strict=True)
     return [example(instruction, response, tokenizer, length)[0] for instruction, response in both]
 
 
 def fitting(pairs: Pairs, tokenizer: Any, length: int) -> tuple[Pairs, list[Mapping[str, Tensor]]]:
-    """The pairs of at most ``length`` tokens, and the same as the trainer takes them."""
+    """Return the pairs with at most ``length`` tokens, and the same pairs converted for the trainer."""
     both = zip(pairs.texts, pairs.responses, strict=True)
     made = [example(instruction, response, tokenizer, sys.maxsize) for instruction, response in both]
     places = [i for i, (_, own) in enumerate(made) if own <= length]

@@ -1,4 +1,4 @@
-"""Figures of the language study: its tables in, a Figure out."""
+"""Figures of notebook 10; each function takes tables of the language study and returns a Figure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from studies.common.plots import PAIRS
 
 
 def shared_subspace(spectrum: pd.DataFrame, angles: pd.DataFrame, rank: int) -> Figure:
-    """A row a module: spectrum of the clients that CLAIR keeps, and principal angles between pairs; means over seeds.
+    """Draw per module the spectrum of the clients that CLAIR keeps, and principal angles between pairs of clients.
 
-    ``spectrum`` columns: module, direction, value; ``angles``: module, pair, angle, degrees.
+    ``spectrum`` columns: module, direction, value; ``angles``: module, pair, angle, degrees. Values are means over
+    seeds.
     """
     with plt.style.context(STYLE):
         modules = list(dict.fromkeys(spectrum.module))
@@ -46,7 +47,7 @@ def _angles(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def structure_by_module(table: pd.DataFrame) -> Figure:
-    """Shared structure of every module with its interval; the line is what strangers stay below.
+    """Draw every module's shared structure with its interval; unrelated clients stay below the dashed line.
 
     ``table`` columns: module, shared_structure, low, high.
     """

@@ -1,7 +1,8 @@
-"""Responses of several tokens in place of labels: clients with instructions of different categories.
+"""Response study of notebook 10: responses of several tokens in place of labels.
 
-Every client has one main category. Benign clients learn the response to an instruction; contaminated ones have their
-responses dealt out at random among their own instructions. One federation is a cell.
+Every client has instructions of one main category and some of all others. Benign clients learn the response to each
+instruction. A contaminated client's responses are randomly reassigned among its own instructions. A cell is one
+federation.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ TOLD_RANKS = (1, 4, 16)
 
 @dataclass(frozen=True)
 class ResponseSetting:
-    """A base model, its pairs, and how clients train.
+    """A base model, its pairs of instruction and response, and the training parameters.
 
     Attributes
     ----------
@@ -60,12 +61,13 @@ class ResponseSetting:
     pairs : str
         ``DOCSTRINGS``, or a source of `load_pairs`.
     targets : tuple of str
+        Modules that are adapted.
     learning_rate, steps, batch
         Of AdamW.
     length : int
-        Most tokens of a pair; longer ones are left out.
+        Largest number of tokens of a pair; longer pairs are left out.
     test : int
-        Pairs of every category that clients are judged on.
+        Number of test pairs of every category.
     """
 
     base: str
@@ -80,7 +82,11 @@ class ResponseSetting:
 
 @dataclass(frozen=True)
 class ResponseSizes:
-    """K clients, how many of them contaminated, the pairs of each; steps for which a base made here is trained."""
+    """Sizes of a federation.
+
+    ``clients`` is K, ``contaminated`` the number of contaminated clients, ``pairs`` the number of pairs per client.
+    ``base_steps`` is the number of training steps of the base ``TINY``.
+    """
 
     clients: int
     contaminated: int
@@ -89,7 +95,10 @@ class ResponseSizes:
 
 
 def _dolly(base: str, layers: int) -> ResponseSetting:
-    """A causal model of the hub on Dolly's eight categories; the writers of its last layer."""
+    """Return a setting with a causal model of the hub on Dolly's eight categories.
+
+    The adapted modules are those of the last layer that write to the residual stream.
+    """
     targets = tuple(f"layers.{layers - 1}.{name}" for name in WRITERS)
     return ResponseSetting(base, "databricks/databricks-dolly-15k", targets, 1e-3, steps=60, batch=16, length=256)
 
@@ -106,7 +115,7 @@ RESPONSE_SETTINGS = {
 
 @lru_cache(maxsize=1)
 def material(how: ResponseSetting, base_steps: int, cache: Path) -> tuple[LanguageBase, Pairs, Pairs]:
-    """The base, the pairs to judge with, as many of every category, and the clients' pool; all fit the length."""
+    """Return the base, the test pairs (equally many per category), and the clients' pool; all pairs fit the length."""
     base: str | Path = how.base
     if how.base == TINY:
         make = partial(_make_tiny, base_steps, how.length)
@@ -122,7 +131,10 @@ def _make_tiny(steps: int, length: int, folder: Path) -> None:
 
 
 def make_mixed(clients: int, contaminated: int, categories: int, *, seed: int) -> Federation:
-    """Clients each with a main category, dealt in turn, and a share of every other; who is contaminated is drawn."""
+    """Draw clients with a main category each, assigned in turn, and some pairs of every other category.
+
+    The contaminated clients are drawn by `draw_names`.
+    """
     names, bad = draw_names(clients, contaminated, seed=seed)
     order = torch.randperm(categories, generator=derive(seed, "categories"))
     members = []
@@ -131,11 +143,11 @@ def make_mixed(clients: int, contaminated: int, categories: int, *, seed: int) -
         behaviour = ClientBehaviour(torch.arange(categories), main, shuffled=name in bad)
         class_probs = class_probs_of(main, categories, derive(seed, name, "conduct"))
         members.append(Client(name, name in bad, behaviour, class_probs))
-    return Federation(torch.arange(0), members)  # no labels, so none that are shared
+    return Federation(torch.arange(0), members)  # there are no labels, so no shared ones
 
 
 def pairs_of(client: Client, pool: Pairs, count: int, *, seed: int) -> Pairs:
-    """A client's own pairs; of a contaminated one the responses are dealt out at random among its instructions."""
+    """Draw a client's own pairs; a contaminated client's responses are randomly permuted among its instructions."""
     draws = derive(seed, client.name, "pairs")
     own = pool.take(draw_places(client, pool, count, draws).tolist())
     if not client.behaviour.shuffled:
@@ -147,7 +159,13 @@ def pairs_of(client: Client, pool: Pairs, count: int, *, seed: int) -> Pairs:
 def train_clients(
     how: ResponseSetting, base: LanguageBase, pairs: Mapping[str, Pairs], *, seed: int, device: str
 ) -> dict[str, list[Any]]:
-    """Adapters of every target, one a client, each trained on its own pairs; ``pairs``: client's name -> its pairs."""
+    """Train one adapter per client and target, each client on its own pairs; ``pairs``: client name -> its pairs.
+
+    Raises
+    ------
+    RuntimeError
+        A client's loss diverges.
+    """
     data = [
         ClientData(name, examples_of(own, base.tokenizer, how.length), RANK, ALPHA) for name, own in pairs.items()
     ]
@@ -160,11 +178,12 @@ def train_clients(
 
 
 def response_cell(setting: str, seed: int, cache: str, device: str, **sizes: int) -> dict[str, Rows]:
-    """One federation: what every method gives the benign clients, CLAIR's verdict, and what the updates share.
+    """Run one federation: every method's result for the benign clients, CLAIR's verdict, and shared structure.
 
-    Tables: ``responses`` (client, category, method, loss, predicted) of the benign clients, ``contaminated`` the same
-    of the others with the base, with what they send, and had they not shuffled, ``verdicts`` (`judged`, and
-    missed, false_alarms, told_rank), and those of `structure_rows`. ``sizes``: the attributes of `ResponseSizes`.
+    Table ``responses`` (client, category, method, loss, predicted) is about the benign clients. Table ``contaminated``
+    has the same columns for the contaminated clients under the base, under the updates that they send, and under
+    updates trained on unshuffled responses. Table ``verdicts`` is that of `judged` with missed, false_alarms and
+    told_rank. The other tables are those of `structure_rows`. ``sizes``: the attributes of `ResponseSizes`.
     """
     how, size = RESPONSE_SETTINGS[setting], ResponseSizes(**sizes)
     base, test, pool = material(how, size.base_steps, Path(cache))
@@ -187,7 +206,7 @@ def response_cell(setting: str, seed: int, cache: str, device: str, **sizes: int
 
 
 class Questions:
-    """The held-out pairs, and how clients answer them under an update, each on its own categories."""
+    """Held-out pairs and the clients' answers to them under an update, each client on its own categories."""
 
     def __init__(
         self, base: LanguageBase, test: Pairs, federation: Federation, targets: Sequence[str], device: str
@@ -198,10 +217,10 @@ class Questions:
         lengths = torch.from_numpy(self.judge.plan.table.labelled)
         classes = torch.tensor(list(test.classes))
         own = [weights_of(client, classes).repeat_interleave(lengths) for client in federation.clients]
-        self.weights = torch.stack([w / w.sum() for w in own])  # (K, N): of every response token for each client
+        self.weights = torch.stack([w / w.sum() for w in own])  # (K, N): weight of every response token for each client
 
     def rows(self, method: str, updates: Mapping[str, Any], benign: bool = True) -> Rows:
-        """Loss per response token and share of response tokens predicted, for every benign client, or every other."""
+        """Return loss per response token and fraction of tokens predicted, for all benign or all other clients."""
         members = torch.where(self.federation.benign == benign)[0].tolist()
         chosen = members[:1] if is_common(method) else members
         found = self.judge.predictions(as_dense({name: [own[k] for k in chosen] for name, own in updates.items()}))
@@ -214,7 +233,10 @@ class Questions:
         return rows
 
     def others(self, methods: Mapping[str, Any], train: Callable[[Sequence[Client]], dict[str, list[Any]]]) -> Rows:
-        """The same for the contaminated clients: the base, what they send, and what they would have, not shuffled."""
+        """Return rows of the contaminated clients under the base, their sent updates, and updates trained honestly.
+
+        The last updates (method ``PROPER``) are trained on unshuffled responses.
+        """
         members = torch.where(~self.federation.benign)[0].tolist()
         if not members:
             return []
@@ -225,10 +247,10 @@ class Questions:
         return [row for name, updates in cases.items() for row in self.rows(name, updates, benign=False)]
 
     def told(self, dense: Mapping[str, Tensor]) -> tuple[Rows, int]:
-        """The same for refinement told the benign clients and a rank, that of ``TOLD_RANKS`` with the least mean loss.
+        """Return rows of refinement told the benign clients and a rank, and that rank: the best of ``TOLD_RANKS``.
 
-        No rank is the true one here. It is chosen on the very pairs that it is judged with, which flatters it: an
-        oracle, no method.
+        There is no true rank here. The rank with the least mean loss is chosen on the test pairs themselves, which
+        favours this method: it is an oracle and not a method that could be used.
         """
         tried = {
             rank: self.rows(TOLD_RANK, oracle_updates(dense, self.federation.benign, rank))
@@ -249,10 +271,10 @@ def response_study(
     device: str = "cpu",
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
-    """`response_cell` for settings, over seeds: its tables, with a column ``kind`` as those of the label tasks."""
+    """Run `response_cell` for settings over seeds; return its tables, with a column ``kind`` as in the label tables."""
     settings = list(settings)
     for name in settings:
-        material(RESPONSE_SETTINGS[name], sizes.base_steps, cache)  # made once, before worker processes look for it
+        material(RESPONSE_SETTINGS[name], sizes.base_steps, cache)  # trained once, before worker processes need it
     cells = [{"setting": name, "seed": s, **asdict(sizes)} for name in settings for s in range(seed, seed + seeds)]
     tables = sweep(response_cell, cells, shared={"cache": str(cache), "device": device}, cache=cache, jobs=jobs)
     return {name: table.assign(kind=KIND) for name, table in tables.items()}

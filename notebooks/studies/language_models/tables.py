@@ -1,4 +1,4 @@
-"""Tables of the language study, and what a GPU would take for the models of a hub."""
+"""Tables of the language study, and an estimate of GPU time and memory for the models of the hub."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from studies.common.rules import TOLD_NOTHING
 from studies.common.tables import draws, stress_table
 from studies.language_models.labels import LEFT_OUT, Sizes
 
-BY = ["setting", "kind"]  # what names a cell
+BY = ["setting", "kind"]  # columns that identify a cell
 RULES_TOLD_NOTHING = [name for name in TOLD_NOTHING if name not in LEFT_OUT]
-PROPER = "not shuffled"  # contaminated clients of responses, had they been honest
-MEASURES = {"loss": "loss per token", "predicted": "tokens predicted"}  # of responses
+PROPER = "not shuffled"  # contaminated clients trained on unshuffled responses
+MEASURES = {"loss": "loss per token", "predicted": "tokens predicted"}  # measures of responses
 HUB = {
     "SmolLM2-135M": (134.5e6, 49152, 576),
     "SmolLM2-360M": (361.8e6, 49152, 960),
     "Qwen2.5-0.5B": (494.0e6, 151936, 896),
 }
-"""Parameters, vocabulary and hidden size, from the models' cards."""
+"""Parameters, vocabulary size and hidden size, from the models' cards."""
 GPUS = {"T4": (8.1, 16), "A100": (19.5, 40)}
 """Peak float32 TFLOP/s and memory in GB, from NVIDIA's data sheets."""
-REACHED = 0.4  # of the peak, a guess
-TRAINED = 2  # times that every honest client is trained: on all examples, and with early stopping
+REACHED = 0.4  # fraction of the peak that is reached; a guess
+TRAINED = 2  # trainings per honest client: on all examples, and with early stopping
 
 
 def response_table(responses: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
-    """A row per setting, measure and method: `stress_table`'s columns, and ``worst``, the worst benign client.
+    """Summarise each setting, measure and method with `stress_table`'s columns and the worst benign client.
 
-    ``gain`` and ``lead`` are positive where a method is better than local, CLAIR better than it, for a loss too.
-    ``worst``: mean over seeds.
+    ``gain`` is positive where the method is better than local, and ``lead`` is positive where CLAIR is better than the
+    method; this holds for losses too. ``worst`` is averaged over seeds.
     """
     tables = []
     for column, words in MEASURES.items():
@@ -45,10 +45,10 @@ def response_table(responses: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
 
 
 def response_lessons(responses: pd.DataFrame, contaminated: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
-    """How far its own adapter lowers a client's loss on proper pairs, below the base's.
+    """Measure how far a client's own adapter lowers its loss on unshuffled pairs, compared with the base.
 
-    A row per setting and kind of clients, benign, contaminated, and the contaminated had they not shuffled: mean with
-    its 95 % t interval over `draws`.
+    There is one row per setting and group of clients: benign, contaminated, and contaminated trained without shuffling.
+    Each row has the mean with its 95 % t interval over draws.
     """
     rows = []
     for who, table in {"benign": responses, "contaminated": contaminated}.items():
@@ -62,13 +62,16 @@ def response_lessons(responses: pd.DataFrame, contaminated: pd.DataFrame, over: 
 
 
 def response_verdicts(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """CLAIR's verdict by setting: contaminated clients missed, benign ones flagged, and more, means over seeds."""
+    """Average CLAIR's verdicts over seeds by setting: contaminated clients missed, benign clients flagged, and more."""
     columns = ["missed", "false_alarms", "exact", "auc", "refined"]
     return verdicts.groupby(BY, sort=False)[columns].agg(lambda own: own.astype(float).mean()).reset_index()
 
 
 def structure_table(structure: pd.DataFrame) -> pd.DataFrame:
-    """Shared structure by setting, kind and module: mean over seeds with its 95 % t interval, median rank, refined."""
+    """Average shared structure over seeds by setting, kind and module (95 % t interval).
+
+    Further columns: median rank, and the fraction of seeds in which the module is refined.
+    """
     rows = []
     for (setting, kind, module), table in structure.groupby([*BY, "module"], sort=False):
         mean, low, high = mean_interval(table.shared_structure)
@@ -78,9 +81,9 @@ def structure_table(structure: pd.DataFrame) -> pd.DataFrame:
 
 
 def drop_after(spectrum: pd.DataFrame, rank: int) -> pd.DataFrame:
-    """Singular value number rank + 1 over number rank, geometric mean over seeds, beside the largest other such ratio.
+    """Average over seeds the ratio of singular value number rank + 1 to number rank, by setting, kind and module.
 
-    By setting, kind and module; ``largest_drop``: share of seeds in which the ratio is the smallest of the first ones.
+    ``largest_drop``: fraction of seeds in which this ratio is the smallest among the first 2 * rank ratios.
     """
     wide = spectrum.pivot(index=[*BY, "module", "seed"], columns="direction", values="value")
     ratios = (wide.shift(-1, axis=1) / wide).iloc[:, :-1]
@@ -90,11 +93,11 @@ def drop_after(spectrum: pd.DataFrame, rank: int) -> pd.DataFrame:
 
 
 def gpu_table(sizes: Sizes, length: int, seeds: int, kinds: int, test: int = 120) -> pd.DataFrame:
-    """Estimated minutes and GB of the hub's models, from the arithmetic below; nothing of it was measured.
+    """Estimate minutes and GB for the models of the hub by the arithmetic below; nothing here is measured.
 
-    With one layer adapted at one position a text, nearly all work is the frozen part's one forward pass over every
-    text: 2 N operations a token, N parameters without the embedding. Memory: float32 weights, and per label of a
-    step's group three times its logits (themselves, their softmax, their gradient), 2048 labels at most.
+    With one layer adapted at one position per text, nearly all work is one forward pass of the frozen part over every
+    text: 2 N operations per token, with N parameters without the embedding. Memory holds float32 weights and, for each
+    label of a step's group, three arrays of its logits (logits, softmax, gradient), for at most 2048 labels.
     """
     rows = []
     texts = TRAINED * (sizes.clients - sizes.contaminated) + kinds * sizes.contaminated
@@ -110,9 +113,10 @@ def gpu_table(sizes: Sizes, length: int, seeds: int, kinds: int, test: int = 120
 
 
 def writers_against_readers(structure: pd.DataFrame, readers: tuple[str, ...]) -> tuple[float, float, float]:
-    """Shared structure of the modules that write to the residual stream, less that of those that read it.
+    """Compare the shared structure of modules that write to the residual stream with that of modules that read it.
 
-    Mean over modules of a seed; the mean difference over seeds with its 95 % t interval.
+    The difference is taken between means over modules of a seed; the result is its mean over seeds with its 95 % t
+    interval.
     """
     reads = structure.module.str.endswith(readers)
     means = structure.assign(reads=reads).groupby(["seed", "reads"]).shared_structure.mean().unstack("reads")

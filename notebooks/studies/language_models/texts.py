@@ -1,4 +1,4 @@
-"""Texts with classes through `datasets`: a hub name, local files, or what is in memory; and texts every Python has."""
+"""Texts with classes, loaded through `datasets` from the hub, files or memory; and texts that every Python has."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ PACKAGES = (
     "argparse", "asyncio", "ctypes", "_pydecimal", "email", "http", "importlib", "inspect", "ipaddress", "logging",
     "multiprocessing", "tarfile", "typing", "unittest", "urllib", "xml",
 )  # fmt: skip
-"""Packages of the standard library with much source, which every CPython carries."""
-EXCERPT = 3  # lines of source a text
-LEAST = 60  # characters of a text
+"""Packages of the standard library with much source code, which every CPython has."""
+EXCERPT = 3  # source lines per text
+LEAST = 60  # least number of characters of a text
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-TESTS = {"test", "tests"}  # folders that not every installation has
+TESTS = {"test", "tests"}  # folders that some installations lack
 
 
 @dataclass(frozen=True)
 class Texts:
-    """``texts`` and the class of each, an index into ``names``."""
+    """Texts and their classes; ``classes`` holds an index into ``names`` for each text."""
 
     texts: Sequence[str]
     classes: Sequence[int]
     names: Sequence[str]
 
     def take(self, places: Sequence[int]) -> Self:
-        """Some of the texts."""
+        """Return the texts at the given places."""
         return replace(self, texts=[self.texts[i] for i in places], classes=[self.classes[i] for i in places])
 
 
 def load_texts(
     source: str | Path | Mapping[str, Sequence[Any]], *, text: str = "text", label: str = "label", split: str = "train"
 ) -> Texts:
-    """Texts with classes from a data set of the Hugging Face hub, a local file, or columns in memory.
+    """Load texts with classes from a data set of the Hugging Face hub, a local file, or columns in memory.
 
     Parameters
     ----------
@@ -46,24 +46,24 @@ def load_texts(
     text, label : str
         Columns of the text and of its class: an index with names (``ClassLabel``), or the class itself.
     split : str
-        Of a data set on the hub.
+        Split of a data set on the hub.
 
     Raises
     ------
     ValueError
-        One line: what cannot be loaded or which column is missing, and what to give instead.
+        Data cannot be loaded or a column is missing. The message is one line that says what to give instead.
     """
     data = load_columns(source, (text, label), split)
     return Texts([str(value) for value in data[text]], *classes_of(data, label))
 
 
 def load_columns(source: str | Path | Mapping[str, Sequence[Any]], columns: Sequence[str], split: str = "train") -> Any:
-    """The `datasets.Dataset` behind a source of `load_texts`: it has rows, these columns, and no row without them.
+    """Load the `datasets.Dataset` behind a source of `load_texts`, and check that it has rows and complete columns.
 
     Raises
     ------
     ValueError
-        One line: what cannot be loaded or is missing, and what to give instead.
+        Data cannot be loaded, or a column, a value or every row is missing. The message is one line.
     """
     data = _dataset(source, split)
     where = "the columns in memory" if isinstance(source, Mapping) else repr(str(source))
@@ -79,7 +79,10 @@ def load_columns(source: str | Path | Mapping[str, Sequence[Any]], columns: Sequ
 
 
 def classes_of(data: Any, label: str) -> tuple[list[int], list[str]]:
-    """The class of every row, an index into the names: a ``ClassLabel``'s own, or what the column holds, sorted."""
+    """Return the class of every row as an index into the names, and the names.
+
+    Names are those of a ``ClassLabel`` column, or else the column's sorted values.
+    """
     named, values = getattr(data.features[label], "names", None), data[label][:]
     names = named or [str(value) for value in sorted(set(values))]
     return values if named else [names.index(str(value)) for value in values], names
@@ -105,10 +108,10 @@ def _dataset(source: str | Path | Mapping[str, Sequence[Any]], split: str) -> An
 
 
 def standard_library(packages: Sequence[str] = PACKAGES) -> Texts:
-    """Excerpts of this Python's own standard library, ``EXCERPT`` lines each; the class is the package.
+    """Make excerpts of this Python's standard library, ``EXCERPT`` lines each; the class is the package.
 
-    The same on every machine with the same Python. Blank lines, imports and lines that say next to nothing are left
-    out, and so is a text that comes twice.
+    They are the same on every machine with the same Python. Blank lines, imports and very short lines are left out, and
+    repeated texts are used once.
     """
     columns: dict[str, list[str]] = {"text": [], "label": []}
     seen: set[str] = set()
@@ -123,7 +126,7 @@ def standard_library(packages: Sequence[str] = PACKAGES) -> Texts:
 
 
 def source_files(package: str) -> list[Path]:
-    """Source of a module or package of this Python's standard library, tests left out, in the order of its paths."""
+    """Return the source files of a standard-library module or package, sorted by path, without its tests."""
     alone = STDLIB / f"{package}.py"
     files = [alone] if alone.is_file() else sorted((STDLIB / package).rglob("*.py"))
     return [path for path in files if not TESTS & set(path.relative_to(STDLIB).parts)]

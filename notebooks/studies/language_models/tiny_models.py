@@ -1,6 +1,6 @@
-"""Causal language models small enough to be made here: a Llama from a config, with a tokenizer of its own texts.
+"""Causal language models small enough to be trained here: a Llama from a config, with a tokenizer of its own texts.
 
-It takes the place of a hub's model where there is none, and goes the same way, by its folder.
+They replace models of the hub where these are not available, and are used in the same way, through their folder.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from studies.language_models.bases import PROMPT, LanguageBase, first_tokens
 from studies.language_models.pairs import Pairs, fitting
 from studies.language_models.texts import Texts
 
-WORDS, PIECES = 4000, 2000  # of the tokenizers
-BATCH, LEARNING_RATE = 64, 3e-3  # for labels
-PAIRS_BATCH, PAIRS_LEARNING_RATE = 32, 1e-2  # for responses, which have many more tokens to learn from
+WORDS, PIECES = 4000, 2000  # vocabulary sizes of the two tokenizers
+BATCH, LEARNING_RATE = 64, 3e-3  # for training on labels
+PAIRS_BATCH, PAIRS_LEARNING_RATE = 32, 1e-2  # of training on responses, which have many more tokens
 
 
 def train_tiny(texts: Texts, folder: Path, *, steps: int = 200, seed: int = 0, length: int = 32) -> None:
-    """Save a causal model that answers a public text with the name of its class, as a folder.
+    """Save, as a folder, a causal model that answers a public text with the name of its class.
 
-    Trained from nothing: AdamW, the loss at the answer alone.
+    It is trained from scratch by AdamW, with the loss at the answer only.
     """
     tokenizer = _tokenizer(texts)
     model = _model(len(tokenizer), length, seed)
@@ -42,9 +42,10 @@ def train_tiny(texts: Texts, folder: Path, *, steps: int = 200, seed: int = 0, l
 
 
 def train_tiny_on_pairs(pairs: Pairs, folder: Path, *, steps: int = 150, seed: int = 0, length: int = 64) -> None:
-    """Save a causal model that answers an instruction of public pairs with its response, as a folder.
+    """Save, as a folder, a causal model that answers an instruction of public pairs with its response.
 
-    Trained from nothing, as `train_tiny`, the loss at all tokens of the response; pieces of words are its tokens.
+    It is trained from scratch as in `train_tiny`, with the loss at all tokens of the response. Its tokens are pieces of
+    words.
     """
     tokenizer = _pieces([*pairs.texts, *pairs.responses])
     model = _model(len(tokenizer), length, seed)
@@ -62,7 +63,7 @@ def _train(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """AdamW on batches of examples as `ClientData` has them."""
+    """Train with AdamW on batches of examples in the format of `ClientData`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draws = derive(seed, "tiny", "batches")
@@ -75,7 +76,7 @@ def _train(
 
 
 def _tokenizer(texts: Texts) -> Any:
-    """Whole words and signs, the most frequent ones; those of the prompt and the labels come first."""
+    """Return a tokenizer of the most frequent words and signs, those of the prompt and the labels first."""
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -85,7 +86,7 @@ def _tokenizer(texts: Texts) -> Any:
 
 
 def _pieces(texts: Sequence[str]) -> Any:
-    """Frequent pieces of words, so that no word is unknown."""
+    """Return a tokenizer of frequent word pieces, so that no word is unknown."""
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
@@ -109,8 +110,8 @@ def _model(words: int, length: int, seed: int) -> LlamaForCausalLM:
 
 
 def _loss(model: LlamaForCausalLM, examples: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Mean loss over the labels; logits are computed at those alone."""
-    padded = pad_sequence([own["input_ids"] for own in examples], batch_first=True)  # which no token before it sees
+    """Return the mean loss over the labels; logits are computed at the labels only."""
+    padded = pad_sequence([own["input_ids"] for own in examples], batch_first=True)  # tokens never see later padding
     labels = pad_sequence([own["labels"] for own in examples], batch_first=True, padding_value=NO_LABEL)[:, 1:]
     hidden = model.model(input_ids=padded).last_hidden_state[:, :-1][labels != NO_LABEL]
     return cross_entropy(model.lm_head(hidden), labels[labels != NO_LABEL])

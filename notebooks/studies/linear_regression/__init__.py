@@ -1,1 +1,1 @@
-"""Notebook 06: published regression designs, and real data."""
+"""Notebook 06: published regression designs and real data."""

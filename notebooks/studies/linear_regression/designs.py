@@ -1,4 +1,4 @@
-"""Clients of linear regression: designs of the literature, one of our own, and data that statsmodels ships."""
+"""Clients of linear regression: two published designs, one design of this project, and data that statsmodels ships."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Generator, Tensor
 from clairlib.core.seeds import derive
 from clairlib.simulate.attacks import random_frame
 
-KINDS = ("shuffled", "negated", "scaled", "features")  # how a client's real data are corrupted on purpose
-UNITS = 10.0  # of a client that reports in other units
-COUPLES = 60  # of a pair of occupations that is a client
-FIRST, YEARS, BLOCK = 1960, 52, 4  # of the fertility rates; one year in each block of four is observed
-DEGREES = 8  # of the polynomials, with the constant, that a country's rates are regressed on
-COUNTRIES = 60  # drawn from the complete ones
+KINDS = ("shuffled", "negated", "scaled", "features")  # ways to corrupt a client's real data on purpose
+UNITS = 10.0  # factor on the responses of a client that reports in other units
+COUPLES = 60  # least number of couples in a client, which is a pair of occupations
+FIRST, YEARS, BLOCK = 1960, 52, 4  # years of the fertility rates; one year in each block of four is observed
+DEGREES = 8  # number of polynomials, constant included, on which a country's rates are regressed
+COUNTRIES = 60  # number of countries drawn from those without missing years
 REGIONS = (
     "Latin America & Caribbean (all income levels)",
     "OECD members",
@@ -29,7 +29,10 @@ REGIONS = (
 
 @dataclass(frozen=True)
 class Tasks:
-    """Clients' data and the truth: X (n_k, p) and Y (n_k, q) of each, targets (K, p, q), benign (K,) bool, rank r."""
+    """Clients' data with the truth.
+
+    ``X`` (n_k, p) and ``Y`` (n_k, q) of every client; ``targets`` (K, p, q); ``benign`` (K,) bool; ``rank`` r.
+    """
 
     X: list[Tensor]
     Y: list[Tensor]
@@ -39,13 +42,17 @@ class Tasks:
 
     @property
     def samples(self) -> Tensor:
-        """n_k (K,)."""
+        """Sample sizes n_k (K,)."""
         return torch.tensor([len(x) for x in self.X])
 
 
 @dataclass(frozen=True)
 class Split:
-    """Real clients' data, split: a part to fit to, corrupted for clients that are not benign, and a clean part."""
+    """Real clients' data in two parts.
+
+    ``X`` and ``Y`` are the part to fit, corrupted for clients that are not benign. ``held_X`` and ``held_Y`` are held
+    out and clean. ``benign`` (K,) is bool.
+    """
 
     X: list[Tensor]
     Y: list[Tensor]
@@ -55,12 +62,12 @@ class Split:
 
 
 def armul(share: float, off: float, seed: int) -> Tasks:
-    """The low-rank design of Duan and Wang (arXiv:2202.05250), number for number as their code draws it.
+    """Draw the low-rank design of Duan and Wang (arXiv:2202.05250), number for number as their code does.
 
-    30 tasks, 200 samples, 50 standard normal features, noise 1. Coefficients of length 2 in the first three
-    coordinates, and a random step of length ``off`` from there; contaminated ones are of length 2 in any direction.
-    Their runs are seeds 10000, 11000, .., 109000 of numpy's legacy generator. From the code beside the paper
-    (github.com/kw2934/ARMUL, experiment.py).
+    There are 30 tasks with 200 samples, 50 standard normal features and noise variance 1. Benign coefficients have
+    length 2 in the first three coordinates, plus a random step of length ``off``. Contaminated coefficients have length
+    2 in a random direction. The published runs use seeds 10000, 11000, .., 109000 of numpy's legacy generator. Source:
+    the code beside the paper (github.com/kw2934/ARMUL, experiment.py).
     """
     K, n, p, rank, length = 30, 200, 50, 3, 2.0
     draw = np.random.RandomState(seed)
@@ -82,16 +89,16 @@ def armul(share: float, off: float, seed: int) -> Tasks:
 
 
 def armul_seed(run: int) -> int:
-    """Their seed of a run 0 .. 99."""
+    """Return the published seed of a run 0 .. 99."""
     return 10000 + 1000 * run
 
 
 def tian_gu_feng(n: int, p: int, r: int, share: float, *, K: int = 100, generator: Generator) -> Tasks:
-    """The contaminated design of Tian, Gu, Feng (arXiv:2303.17765) without differences between representations.
+    """Draw the contaminated design of Tian, Gu, Feng (arXiv:2303.17765), one representation for all benign tasks.
 
-    Coefficients U a with a uniform on (-2, 2)^r, standard normal features, noise 1. Contaminated tasks: uniform on
-    (-3, 3)^p, features of standard deviation 2. As in the code beside the paper (github.com/ytstat/RL-MTL-TL,
-    generate_data.py), with random numbers of ours.
+    Benign coefficients are U a with a uniform on (-2, 2)^r; features are standard normal and the noise variance is 1.
+    Contaminated tasks have coefficients uniform on (-3, 3)^p and features of standard deviation 2. The design follows
+    the code beside the paper (github.com/ytstat/RL-MTL-TL, generate_data.py); the random numbers are this project's.
     """
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
     bad = torch.randperm(K, generator=generator)[: int(share * K)]
@@ -108,10 +115,11 @@ def tian_gu_feng(n: int, p: int, r: int, share: float, *, K: int = 100, generato
 def responses(
     q: int, spread: float, correlation: float, share: float, *, noise: float = 0.5, generator: Generator
 ) -> Tasks:
-    """Our multi-response design: 24 clients, p = 20, r = 3, M + U A_k, sample sizes 40 .. 40 * ``spread``.
+    """Draw this project's multi-response design: 24 clients, p = 20, r = 3, targets M + U A_k.
 
-    Rows of A_k and M are of unit expected size; features are normal with correlation ``correlation ** |i - j|``.
-    Contaminated clients have coefficients of the same size in all directions.
+    Sample sizes lie between 40 and 40 * ``spread``. Rows of A_k and the matrix M have expected squared norm 1. Features
+    are normal with correlation ``correlation ** |i - j|``. Contaminated clients have coefficients of the same size in
+    all directions. ``noise`` is the standard deviation of a response's noise.
     """
     K, p, r, fewest = 24, 20, 3, 40
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
@@ -131,11 +139,11 @@ def responses(
 
 
 def couples(kind: str, share: float, seed: int) -> Split:
-    """A survey of 6,366 married women: a client is a pair of occupations, hers and his, with 60 couples or more.
+    """Split a survey of 6,366 married women; a client is a pair of occupations, hers and her husband's.
 
-    Features: constant, age, years married, children, religiousness, education, standardised over everybody; responses:
-    how she rates the marriage and log(1 + time in affairs). 20 to 60 couples of each are there to fit to. (Fair, J.
-    Political Economy 1978; ``statsmodels.datasets.fair``.)
+    A client has 60 or more couples: 20 to 60 to fit, the others held out. Features: constant, age, years married,
+    children, religiousness and education, standardised over the whole survey. Responses: rating of the marriage, and
+    log(1 + time in affairs). (Fair, J. Political Economy 1978; ``statsmodels.datasets.fair``.)
     """
     table = fair.load_pandas().data
     features = table[["age", "yrs_married", "children", "religious", "educ"]].to_numpy(dtype=float)
@@ -155,10 +163,10 @@ def couples(kind: str, share: float, seed: int) -> Split:
 
 
 def countries(kind: str, share: float, seed: int) -> Split:
-    """Births per woman, 1960 .. 2011: a client is a country, 60 drawn from the 188 without gaps.
+    """Split births per woman, 1960 .. 2011; a client is a country, and 60 are drawn from the 188 without gaps.
 
-    Features: orthogonal polynomials of the year up to degree 7; observed is one year in each block of four, drawn for
-    each country; the others are held out. (World Bank; ``statsmodels.datasets.fertility``.)
+    Features are orthogonal polynomials of the year up to degree 7. One year in each block of four is observed, drawn
+    for each country; the other years are held out. (World Bank; ``statsmodels.datasets.fertility``.)
     """
     table = fertility.load_pandas().data
     table = table[~table["Country Name"].isin(REGIONS)]
@@ -180,7 +188,7 @@ DATA_SETS = {"couples": couples, "countries": countries}
 
 
 def _split(X: Tensor, Y: Tensor, rows: list[tuple[Tensor, Tensor]], kind: str, share: float, seed: int) -> Split:
-    """Clients by the rows they fit to and those held out; a share of them corrupted."""
+    """Make clients from the rows to fit and the rows held out, and corrupt a fraction ``share`` of the clients."""
     generator = derive(seed, "regression", "corrupted")
     benign = torch.ones(len(rows), dtype=torch.bool)
     benign[torch.randperm(len(rows), generator=generator)[: round(share * len(rows))]] = False
@@ -191,12 +199,12 @@ def _split(X: Tensor, Y: Tensor, rows: list[tuple[Tensor, Tensor]], kind: str, s
 
 
 def corrupt(kind: str, X: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """A client's data with the responses shuffled, negated or in other units, or the features but the first shuffled.
+    """Corrupt a client's data: responses shuffled, negated or in other units, or all features but the first shuffled.
 
     Raises
     ------
     ValueError
-        For a kind that is not in ``KINDS``.
+        The kind is not in ``KINDS``.
     """
     if kind == "shuffled":
         return X, Y[torch.randperm(len(Y), generator=generator)]

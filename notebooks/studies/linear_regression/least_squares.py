@@ -1,10 +1,12 @@
-"""Linear regression: least-squares fits as client updates, and what their residuals add to CLAIR.
+"""Linear regression: least-squares fits as client updates, and refitting benign clients together after CLAIR.
 
-Client k has X_k (n_k, p) and Y_k (n_k, q) = X_k Theta_k + noise of variance sigma_k^2; its update is the least-squares
-estimate, with covariance sigma_k^2 (X_k'X_k)^-1 in every column. The shared subspace is one of features: rows of Theta.
-A regression, unlike an adapter, knows the noise of its own update, and clients that can be asked for X_k'X_k can be
-refitted together. Both are used by ``pool`` after CLAIR has said who is benign. All of this file is ours but
-``spectral``.
+Client k has X_k (n_k, p) and Y_k (n_k, q) = X_k Theta_k + noise of variance sigma_k^2. Its update is the least-squares
+estimate, which has covariance sigma_k^2 (X_k'X_k)^-1 in every column. The shared subspace is a subspace of the
+features, that is, of the rows of Theta.
+
+Unlike an adapter, a regression knows the noise variance of its own update, and a server that obtains X_k'X_k can refit
+clients together. ``pool`` uses both after CLAIR has found the benign clients. Everything in this file is this project's
+own, except ``spectral``.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from clairlib.linalg.subspace import project_out
 from clairlib.recovery.frame import Frame, fit_frame
 from clairlib.theory.refinement_gain import Terms
 
-ROUNDS = 3  # of alternating least squares from a frame that is already close: a fourth changes nothing that is measured
-WORTH = 3.0  # of a direction; the largest of the noise takes (p^.5 + (s q)^.5)^2 <= 2 (p + s q) and a little more
-SINGULAR = 1e-10  # a diagonal entry of R below this part of the largest: dependent features
+ROUNDS = 3  # rounds of alternating least squares; the start is close, so a fourth round changes no result
+WORTH = 3.0  # threshold for a direction; pure noise reaches (p^.5 + (s q)^.5)^2 <= 2 (p + s q) and a little more
+SINGULAR = 1e-10  # features are dependent if a diagonal entry of R is below this multiple of the largest
 
 
 @dataclass(frozen=True)
 class Fits:
     """Least-squares fits of K clients.
 
-    ``estimates`` (K, p, q), ``gram`` X_k'X_k (K, p, p), ``moments`` X_k'Y_k (K, p, q), ``noise`` (K,) the residual
-    variance, one for all q responses, ``freedom`` (K,) = (n_k - p) q.
+    ``estimates`` (K, p, q). ``gram`` (K, p, p) holds X_k'X_k, ``moments`` (K, p, q) holds X_k'Y_k. ``noise`` (K,) is
+    the residual variance, one for all q responses. ``freedom`` (K,) = (n_k - p) q is its degrees of freedom.
     """
 
     estimates: Tensor
@@ -40,23 +42,23 @@ class Fits:
 
     @property
     def weights(self) -> Tensor:
-        """One over the mean variance of an entry of the estimate (K,): the weights of `CLAIR.fit`."""
+        """Weights (K,) for `CLAIR.fit`: one over the mean variance of an entry of the estimate."""
         p = self.gram.shape[1]
         return p / (self.noise * torch.linalg.inv(self.gram).diagonal(dim1=1, dim2=2).sum(dim=1))
 
     @property
     def errors(self) -> Tensor:
-        """Expected squared error of the estimates (K,): the noise of `CLAIR.fit`."""
+        """Expected squared errors (K,) of the estimates: the ``expected_sq_error`` of `CLAIR.fit`."""
         return self.estimates.shape[1] * self.estimates.shape[2] / self.weights
 
     @property
     def precision(self) -> Tensor:
-        """Estimate of 1 / sigma_k^2 (K,), unbiased for Gaussian noise and more than two degrees of freedom."""
+        """Estimate (K,) of 1 / sigma_k^2; unbiased for Gaussian noise and more than two degrees of freedom."""
         return (1 - 2 / self.freedom).clamp(min=0.0) / self.noise
 
 
 def least_squares(X: Sequence[Tensor], Y: Sequence[Tensor]) -> Fits:
-    """Fit every client by itself; sample sizes may differ.
+    """Fit every client separately; sample sizes may differ.
 
     Parameters
     ----------
@@ -66,7 +68,7 @@ def least_squares(X: Sequence[Tensor], Y: Sequence[Tensor]) -> Fits:
     Raises
     ------
     ValueError
-        For a client with too few samples or with dependent features.
+        A client has at most p samples, or linearly dependent features.
     """
     fits = [_fit(k, x.double(), y.double()) for k, (x, y) in enumerate(zip(X, Y, strict=True))]
     columns = [torch.stack(column) for column in zip(*fits, strict=True)]
@@ -87,17 +89,21 @@ def _fit(k: int, X: Tensor, Y: Tensor) -> tuple[Tensor, ...]:
 
 
 def oracle_terms(gram: Tensor, noise: Tensor, basis: Tensor, weights: Tensor, responses: int) -> Terms:
-    """Expected error of refined least-squares estimates, told P and S, given the benign clients' designs. Exact.
+    """Return the exact expected error of refined least-squares estimates, told P and S, given benign designs.
 
-    Statement 4 with the estimators' actual covariance sigma_k^2 (X_k'X_k)^-1 in the place of sigma^2 I, averaged with
-    the weights w: inside q mean_k sigma_k^2 tr P (X_k'X_k)^-1, outside q sum_k w_k^2 sigma_k^2 tr P_perp (X_k'X_k)^-1 /
-    (sum w)^2. No heterogeneity.
+    This is Statement 4 with the estimators' covariance sigma_k^2 (X_k'X_k)^-1 in place of sigma^2 I, averaged with
+    weights w. Inside the subspace the error is q mean_k sigma_k^2 tr P (X_k'X_k)^-1; outside it is q sum_k w_k^2
+    sigma_k^2 tr P_perp (X_k'X_k)^-1 / (sum w)^2. There is no heterogeneity.
 
     Parameters
     ----------
-    gram : Tensor (s, p, p), noise : Tensor (s,), weights : Tensor (s,)
-        Of the benign clients; ``noise`` the true variances.
+    gram : Tensor (s, p, p)
+        X_k'X_k of the benign clients.
+    noise : Tensor (s,)
+        Their true noise variances sigma_k^2.
     basis : Tensor (p, r)
+    weights : Tensor (s,)
+        Weights of the benign clients.
     responses : int
         q.
     """
@@ -110,10 +116,11 @@ def oracle_terms(gram: Tensor, noise: Tensor, basis: Tensor, weights: Tensor, re
 
 @dataclass(frozen=True)
 class Pooled:
-    """Clients refitted together: ``coefficients`` (K, p, q), those of clients that are not benign as they were.
+    """Result of refitting the benign clients together.
 
-    ``basis`` (p, r), ``common`` (p, q) off the subspace, zero where none is seen, ``spread`` tau^2, the variance of a
-    benign client's entries off the subspace.
+    ``coefficients`` (K, p, q) are refitted for benign clients and unchanged for the others. ``basis`` (p, r) spans the
+    subspace. ``common`` (p, q) is the common part off the subspace, zero where none is found. ``spread`` is tau^2, the
+    variance of a benign client's entries off the subspace.
     """
 
     coefficients: Tensor
@@ -124,7 +131,11 @@ class Pooled:
 
 @dataclass(frozen=True)
 class _Model:
-    """C + span(U), fitted: residuals in ``excess`` of the clients' own fits, and the mean of that for noise alone."""
+    """Fitted model C + span(U).
+
+    ``excess`` is its residual sum of squares less that of the clients' own fits, in units of their noise. ``freedom``
+    is the expectation of ``excess`` where there is nothing but noise.
+    """
 
     basis: Tensor
     common: Tensor
@@ -133,24 +144,25 @@ class _Model:
 
 
 def pool(fits: Fits, benign: Tensor, rank: int) -> Pooled:
-    """Refit the benign clients together in the model Theta_k = C + U A_k + H_k, H_k of variance tau^2 off the subspace.
+    """Refit the benign clients together in Theta_k = C + U A_k + H_k, with H_k of variance tau^2 off the subspace.
 
-    U, C and A_k by alternating least squares on all benign clients' data, from their frame. C is dropped where that
-    lowers Mallows' C_p: two for each of its (p - r) q entries. The rank is searched from the one given: a direction is
-    kept where it takes more than ``WORTH`` (p + s q) from the residuals, in units of what is left of them (after
-    Bunea, She, Wegkamp, arXiv:1004.2995). tau^2 is the excess of the residuals over the noise that each client's own
-    fit shows (method of moments), and each client's coefficients are then the best linear predictor
+    U, C and A_k are fitted by alternating least squares on all benign clients' data, starting from these clients'
+    frame. C is dropped where that lowers Mallows' C_p, which charges two for each of the (p - r) q entries of C. The
+    rank is searched from the given one: a direction is kept where it lowers the residuals by more than
+    ``WORTH`` (p + s q), in units of the remaining residual variance (after Bunea, She, Wegkamp, arXiv:1004.2995). tau^2
+    is estimated by the method of moments, from the excess of the residuals over the noise that each client's own fit
+    shows. Each client's coefficients are then the best linear predictor
 
-        argmin_B ||Y_k - X_k B||^2 / sigma_k^2 + ||P_perp (B - C)||^2 / tau^2,
+        argmin_B ||Y_k - X_k B||^2 / sigma_k^2 + ||P_perp (B - C)||^2 / tau^2.
 
-    its own estimate where tau^2 is large, and in C + span(U) where it is zero.
+    This is the client's own estimate where tau^2 is large, and lies in C + span(U) where tau^2 is zero.
 
     Parameters
     ----------
     fits : Fits
     benign : Tensor (K,), bool
     rank : int
-        Where the search for the rank starts: ``ClairResult.rank``.
+        Start of the search for the rank: ``ClairResult.rank``.
     """
     own = Fits(*(value[benign] for value in (fits.estimates, fits.gram, fits.moments, fits.noise, fits.freedom)))
     model = _search(own, rank)
@@ -162,11 +174,11 @@ def pool(fits: Fits, benign: Tensor, rank: int) -> Pooled:
 
 
 def _search(fits: Fits, rank: int) -> _Model:
-    """The model of the best rank, down from the one given, or up from it if none is dropped."""
+    """Return the model of the best rank: search down from the given rank, and up from it if no direction is dropped."""
     s, p, q = fits.estimates.shape
     everyone = torch.ones(s, dtype=torch.bool)
     frame = fit_frame(fits.estimates, fits.weights / fits.weights.mean(), everyone, 0)
-    largest = max(0, min(p - 1, (s - 1) * q - 1))  # with one more, a direction for every difference
+    largest = max(0, min(p - 1, (s - 1) * q - 1))  # one more would fit all differences exactly
 
     def worth(simple: _Model, rich: _Model) -> bool:
         level = max(1.0, rich.excess / rich.freedom)
@@ -188,7 +200,7 @@ def _search(fits: Fits, rank: int) -> _Model:
 
 
 def _fitted(fits: Fits, frame: Frame, rank: int) -> _Model:
-    """The model of a rank, with or without a common part."""
+    """Fit the model of a given rank, with or without a common part, whichever has the lower C_p."""
     s, p, q = fits.estimates.shape
     U, r = frame.eigenvectors[:, :rank], rank
     models = []
@@ -200,27 +212,31 @@ def _fitted(fits: Fits, frame: Frame, rank: int) -> _Model:
 
 
 def within(fits: Fits, U: Tensor, C: Tensor) -> Tensor:
-    """Every client's least squares within C + span(U) (K, p, q)."""
+    """Fit every client by least squares within C + span(U); return coefficients (K, p, q)."""
     return C + U @ torch.linalg.solve(U.T @ fits.gram @ U, U.T @ (fits.moments - fits.gram @ C))
 
 
 def _excess(fits: Fits, coefficients: Tensor) -> float:
-    """Residual sum of squares beyond that of the clients' own fits, in units of their noise."""
+    """Return the residual sum of squares beyond that of the clients' own fits, in units of their noise variances."""
     D = fits.estimates - coefficients
     return float((fits.precision * (D * (fits.gram @ D)).sum(dim=(1, 2))).sum())
 
 
 def _visible(fits: Fits, U: Tensor) -> Tensor:
-    """tr G - tr (U'GU)^-1 U'G^2 U, G = X'X / sigma^2 (K,): what variance one off the subspace adds to the excess."""
+    """Return tr G - tr (U'GU)^-1 U'G^2 U (K,), with G = X'X / sigma^2.
+
+    This is the expected excess of a client whose entries off the subspace have variance one.
+    """
     GU = fits.gram @ U
     taken = torch.linalg.solve(U.T @ GU, GU.mT @ GU).diagonal(dim1=1, dim2=2).sum(dim=1)
     return fits.precision * (fits.gram.diagonal(dim1=1, dim2=2).sum(dim=1) - taken)
 
 
 def _alternate(fits: Fits, U: Tensor, C: Tensor, *, keep_common: bool = True) -> tuple[Tensor, Tensor]:
-    """Subspace and common part of least residual sum of squares, from a start that is close.
+    """Minimise the residual sum of squares over subspace and common part, from a close start.
 
-    With A_k given, [U C] is one least-squares problem with regressors [A_k; I]: normal equations in p (r + q) unknowns.
+    With A_k given, [U C] solves one least-squares problem with regressors [A_k; I]: normal equations in p (r + q)
+    unknowns.
     """
     K, p, q = fits.moments.shape
     r = U.shape[1]
@@ -238,7 +254,7 @@ def _alternate(fits: Fits, U: Tensor, C: Tensor, *, keep_common: bool = True) ->
 
 
 def _predict(fits: Fits, U: Tensor, C: Tensor, spread: float) -> Tensor:
-    """Best linear predictor (K, p, q) of the coefficients when those off the subspace have variance ``spread``."""
+    """Return the best linear predictor (K, p, q) of the coefficients; ``spread``: variance off the subspace."""
     if spread == 0.0:
         return within(fits, U, C)
     outside = (torch.eye(len(U), dtype=U.dtype) - U @ U.T) / spread
@@ -247,11 +263,12 @@ def _predict(fits: Fits, U: Tensor, C: Tensor, spread: float) -> Tensor:
 
 
 def spectral(fits: Fits, samples: Tensor, rank: int, share: float, strength: float = 0.5) -> Tensor:
-    """Spectral method of Tian, Gu, Feng (arXiv:2303.17765, their Algorithm 2), for one response (K, p, 1).
+    """Apply the spectral method of Tian, Gu, Feng (arXiv:2303.17765, their Algorithm 2) to one response (K, p, 1).
 
-    Told the rank and the contaminated share. All estimates are scaled to the (1 - share) quantile of their norms, where
-    share > 0; the leading ``rank`` left singular vectors span the representation; every client is refitted in it, to
-    b~_k; then b_k minimises ||y - X b||^2 / (2 n) + gamma / sqrt(n) ||b - b~_k||, gamma = strength sqrt(p + log K).
+    The method is told the rank and the contaminated fraction ``share``. Where share > 0, every estimate is scaled to
+    the (1 - share) quantile of the norms. The leading ``rank`` left singular vectors span the representation. Every
+    client is refitted in it, which gives b~_k. Then b_k minimises ||y - X b||^2 / (2 n) + gamma / sqrt(n) ||b - b~_k||
+    with gamma = strength sqrt(p + log K).
     """
     B = fits.estimates[:, :, 0].T  # (p, K)
     p, K = B.shape
@@ -267,7 +284,10 @@ def spectral(fits: Fits, samples: Tensor, rank: int, share: float, strength: flo
 
 
 def _step(G: Tensor, g: Tensor, penalty: float) -> Tensor:
-    """argmin_d d'G d / 2 - g'd + penalty ||d|| (p, 1): d = (G + penalty / ||d||)^-1 g, its length by bisection."""
+    """Return argmin_d d'G d / 2 - g'd + penalty ||d|| (p, 1), that is, d = (G + penalty / ||d||)^-1 g.
+
+    The length ||d|| is found by bisection.
+    """
     if float(g.norm()) <= penalty:
         return torch.zeros_like(g)[:, None]
     values, vectors = torch.linalg.eigh(G)
@@ -275,7 +295,7 @@ def _step(G: Tensor, g: Tensor, penalty: float) -> Tensor:
     low, high = 0.0, float(g.norm() / values[0])
     for _ in range(60):
         length = (low + high) / 2
-        # ||d|| > length where the step of that length is too short
+        # true where ||d|| is greater than ``length``
         low, high = (length, high) if float((h / (values * length + penalty)).norm()) > 1 else (low, length)
     return (vectors @ (h * high / (values * high + penalty)))[:, None]
 

@@ -1,4 +1,4 @@
-"""Figures of the linear regression study: its tables in, a Figure out."""
+"""Figures of notebook 06; each function takes tables of `studies.linear_regression.study` and returns a Figure."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DRAWN = {
 
 
 def largest_errors(summary: pd.DataFrame, cells: list[str], published: pd.DataFrame | None = None) -> Figure:
-    """Mean of the largest inlier error with its interval, by cell and method; lines: the published means.
+    """Draw the mean of the largest inlier error with its interval, by cell and method; lines are published means.
 
-    ``summary`` as of ``regression_study.summarise``, ``cells`` its columns that make a cell, ``published`` with the
-    same columns and ARMUL.
+    ``summary`` is a result of ``study.summarise``. ``cells`` lists its columns that identify a cell. ``published`` has
+    the same columns and ARMUL.
     """
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(11, 3.8))
@@ -56,9 +56,9 @@ def _words(names: list[str], cell: tuple[object, ...]) -> str:
 
 
 def covariance(table: pd.DataFrame) -> Figure:
-    """Error told S and P over two formulas, and errors of the others over the exact one; a group of points per cell.
+    """Draw the error told S and P over two formulas (left), and the other methods' errors over the exact one (right).
 
-    ``table`` as of ``regression_study.summarise_responses``.
+    ``table`` is a result of ``study.summarise_responses``; each cell is a row of points.
     """
     with plt.style.context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.9 + 0.34 * len(table)), sharey=True)
@@ -90,9 +90,9 @@ def covariance(table: pd.DataFrame) -> Figure:
 
 
 def held_out(summary: pd.DataFrame) -> Figure:
-    """Held-out error over that of single-task fits with its interval; a row of panels per data set, one a corruption.
+    """Draw held-out error over single-task error with its interval; rows are data sets, columns corruptions.
 
-    ``summary`` as of ``regression_study.summarise``, against single-task.
+    ``summary`` is a result of ``study.summarise`` against single-task.
     """
     with plt.style.context(STYLE):
         sets = list(dict.fromkeys(summary.data))
@@ -123,7 +123,7 @@ def _relative(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _log_ticks(axes: Axes) -> None:
-    """A log scale with plain numbers, few enough to read."""
+    """Set a log scale with few, plain numbers."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     steps = [10.0**k for k in range(-2, 4)] if high > 20 * low else [0.5, 0.7, 1, 1.5, 2, 3, 5, 8]

@@ -1,7 +1,8 @@
-"""Linear regression: CLAIR on least-squares fits, on designs of the literature and on real data.
+"""Linear regression: CLAIR on least-squares fits, for published designs and real data (notebook 06).
 
-A cell is one draw of the clients' data: every method's error on the benign clients, and CLAIR's verdict. CLAIR is told
-nothing but the noise weights that the fits themselves give; rivals are told the rank, and what else their names say.
+A cell is one draw of the clients' data. It returns every method's error on the benign clients, and CLAIR's verdict.
+CLAIR is told nothing but the noise weights that the fits themselves give. Rivals are told the rank, and whatever else
+their names say.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from studies.linear_regression.least_squares import Fits, least_squares, oracle_
 SINGLE, CLAIR_ALONE, POOLED = "single-task", "CLAIR", "CLAIR, pooled"
 TOLD_RANK, ORACLE, ORACLE_POOLED = "CLAIR, told r, pooled", "CLAIR, told S and r", "CLAIR, told S and r, pooled"
 AS_PUBLISHED = "single-task, 500 steps"
-DESCENT, STEP = 500, 0.02  # gradient steps of the published single-task fits, and their length
+DESCENT, STEP = 500, 0.02  # number and length of the gradient steps of the published single-task fits
 RULES = ["FedAvg", "coordinate median", "trimmed mean", "geometric median"]
 ALL_DATA, ALL_BENIGN_DATA = "one regression, all data", "one regression, benign data"
 
-CELL = ["q", "spread", "correlation", "share"]  # of the multi-response design
+CELL = ["q", "spread", "correlation", "share"]  # columns that identify a cell of the multi-response design
 VERDICT = ["exact", "missed", "false_alarms", "rank", "refined", "shared_structure"]
 AFTER = [ORACLE, CLAIR_ALONE, ORACLE_POOLED, POOLED]
 
@@ -47,15 +48,18 @@ PUBLISHED: Rows = [
     {"share": 0.2, "off": 0.0, "ARMUL": 0.346, "single-task": 0.712, "plain low-rank": 0.354},
     {"share": 0.2, "off": 0.5, "ARMUL": 0.498, "single-task": 0.712, "plain low-rank": 0.614},
 ]
-"""Duan and Wang (arXiv:2202.05250): largest l2 error of an inlier task, mean over their 100 seeds, computed from the
-results of every seed that are kept beside their code (github.com/kw2934/ARMUL). All methods there are told K = 3."""
+"""Results of Duan and Wang (arXiv:2202.05250): largest l2 error of an inlier task, averaged over their 100 seeds.
+
+They are computed from the results of every seed that are kept beside their code (github.com/kw2934/ARMUL). All their
+methods are told the rank (their K = 3).
+"""
 
 TIAN = {"small": {"n": 100, "p": 50, "r": 5}, "large": {"n": 150, "p": 80, "r": 10}}
 """Designs of Tian, Gu, Feng (arXiv:2303.17765), each with 100 tasks."""
 
 
 def armul_cell(share: float, off: float, run: int) -> dict[str, Rows]:
-    """One published seed of the design of Duan and Wang: largest error of an inlier task, by method."""
+    """Run one published seed of the design of Duan and Wang: largest error of an inlier task, by method."""
     tasks = clients.armul(share, off, clients.armul_seed(run))
     fits = least_squares(tasks.X, tasks.Y)
     methods = peers(tasks, fits) | {AS_PUBLISHED: descent(tasks)}
@@ -65,7 +69,7 @@ def armul_cell(share: float, off: float, run: int) -> dict[str, Rows]:
 
 
 def tian_cell(design: str, share: float, seed: int) -> dict[str, Rows]:
-    """One draw of a design of Tian, Gu, Feng: largest error of an inlier task, by method."""
+    """Run one draw of a design of Tian, Gu, Feng: largest error of an inlier task, by method."""
     draw = derive(seed, "regression", design, str(share))
     tasks = clients.tian_gu_feng(**TIAN[design], share=share, generator=draw)
     fits = least_squares(tasks.X, tasks.Y)
@@ -73,9 +77,10 @@ def tian_cell(design: str, share: float, seed: int) -> dict[str, Rows]:
 
 
 def peers(tasks: Tasks, fits: Fits) -> dict[str, Tensor]:
-    """Coefficients (K, p, 1) by methods that are not told who is benign, but the rank, and ``spectral`` the share too.
+    """Compute coefficients (K, p, 1) by methods that are told the rank, but not which clients are benign.
 
-    Around the subspaces of PCA and block FMS every client is refitted to its own data.
+    ``spectral`` is also told the contaminated fraction. For PCA and block FMS, every client is refitted to its own data
+    within the estimated subspace.
     """
     X, share = fits.estimates, float((~tasks.benign).double().mean())
     centres = {"PCA": (pca(X, tasks.rank), X.mean(dim=0)), "block FMS": (block_fms(X, tasks.rank), geometric_median(X))}
@@ -84,22 +89,22 @@ def peers(tasks: Tasks, fits: Fits) -> dict[str, Tensor]:
 
 
 def pooled(fits: Fits, result: ClairResult) -> Tensor:
-    """Coefficients of ``pool`` from CLAIR's benign set and frame."""
+    """Return the coefficients of ``pool``, started from CLAIR's benign set and rank."""
     return pool(fits, result.benign, result.rank).coefficients
 
 
 def oracle_frame(tasks: Tasks, fits: Fits) -> Frame:
-    """The frame fitted to the benign clients at the true rank."""
+    """Fit the frame to the benign clients at the true rank."""
     return fit_frame(fits.estimates, fits.weights / fits.weights.mean(), tasks.benign, tasks.rank)
 
 
 def pooled_from(fits: Fits, frame: Frame) -> Tensor:
-    """Coefficients of ``pool`` from a frame."""
+    """Return the coefficients of ``pool``, started from a frame's members and rank."""
     return pool(fits, frame.members, frame.rank).coefficients
 
 
 def _judged(tasks: Tasks, fits: Fits, methods: dict[str, Tensor]) -> dict[str, Rows]:
-    """Rows of a draw: largest l2 error of an inlier by method, with CLAIR and its oracles added; and the verdict."""
+    """Return a draw's rows: an inlier's largest l2 error by method, CLAIR and its oracles included; and the verdict."""
     result = CLAIR().fit(fits.estimates, weights=fits.weights, expected_sq_error=fits.errors)
     frame = oracle_frame(tasks, fits)
     methods = methods | {CLAIR_ALONE: result.refined, POOLED: pooled(fits, result)}
@@ -116,7 +121,7 @@ def _verdict(result: ClairResult, benign: Tensor) -> dict[str, Any]:
 
 
 def descent(tasks: Tasks) -> Tensor:
-    """Single-task fits as published: 500 gradient steps from zero, on features scaled by their root mean square."""
+    """Compute single-task fits as published: 500 gradient steps from zero, features scaled by root mean square."""
     X, Y = torch.stack(tasks.X), torch.stack(tasks.Y)
     X = X / X.square().mean(dim=(0, 1)).sqrt()
     gram, moments = X.mT @ X / X.shape[1], X.mT @ Y / X.shape[1]
@@ -127,10 +132,10 @@ def descent(tasks: Tasks) -> Tensor:
 
 
 def responses_cell(q: int, spread: float, correlation: float, share: float, seed: int) -> dict[str, Rows]:
-    """One draw with q responses: mean squared errors of the benign, and Statement 4 for who is told P and S.
+    """Run one draw with q responses: benign mean squared errors, and Statement 4 for an oracle told P and S.
 
-    ``exact``: with the estimators' actual covariance. ``isotropic``: with sigma^2 / (n_k - p - 1) in the place of
-    sigma^2 (X_k'X_k)^-1, its mean for white features.
+    ``exact`` is the formula with the estimators' actual covariance. ``isotropic`` is the formula with sigma^2 / (n_k -
+    p - 1), the mean for white features, in place of sigma^2 (X_k'X_k)^-1.
     """
     draw, noise = derive(seed, "regression", q, str(spread), str(correlation), str(share)), 0.5
     tasks = clients.responses(q, spread, correlation, share, noise=noise, generator=draw)
@@ -151,14 +156,14 @@ def responses_cell(q: int, spread: float, correlation: float, share: float, seed
 
 
 def true_basis(tasks: Tasks) -> Tensor:
-    """Basis (p, r) of what the benign targets differ in."""
+    """Return a basis (p, r) of the benign targets' differences."""
     own = tasks.targets[tasks.benign]
     wide = (own - own.mean(dim=0)).permute(1, 0, 2).flatten(1)
     return torch.linalg.svd(wide, full_matrices=False).U[:, : tasks.rank]
 
 
 def real_cell(data: str, kind: str, share: float, seed: int) -> dict[str, Rows]:
-    """One split of a real data set: mean squared held-out error of the benign clients by method, and the verdict."""
+    """Run one split of a real data set: the benign clients' mean squared held-out error by method, and the verdict."""
     split = clients.DATA_SETS[data](kind, share, seed)
     fits, bad = least_squares(split.X, split.Y), int((~split.benign).sum())
     X, result = fits.estimates, CLAIR().fit(fits.estimates, weights=fits.weights, expected_sq_error=fits.errors)
@@ -172,12 +177,12 @@ def real_cell(data: str, kind: str, share: float, seed: int) -> dict[str, Rows]:
 
 
 def one_regression(fits: Fits, members: Tensor) -> Tensor:
-    """The least-squares fit to the members' data as if of one client, for everybody (K, p, q)."""
+    """Fit one regression to all members' data, and return it for every client (K, p, q)."""
     return torch.linalg.solve(fits.gram[members].sum(dim=0), fits.moments[members].sum(dim=0)).expand_as(fits.estimates)
 
 
 def held_out_error(split: Split, coefficients: Tensor) -> float:
-    """Mean squared error of a held-out response, mean over the benign clients."""
+    """Return the mean squared error of a held-out response, averaged over the benign clients."""
     pairs = zip(split.held_X, split.held_Y, coefficients, strict=True)
     errors = torch.stack([(Y - X @ B).square().mean() for X, Y, B in pairs])
     return float(errors[split.benign].mean())
@@ -192,7 +197,10 @@ def study(
     cache: Path | None = None,
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
-    """A part, a key of ``CELLS``, at points over seeds: its tables. "armul" takes the published seeds in order."""
+    """Run one part, a key of ``CELLS``, at points over seeds, and return its tables.
+
+    Part "armul" takes the published seeds in order.
+    """
     name = "run" if part == "armul" else "seed"
     first = 0 if part == "armul" else seed
     cells = [{**point, name: s} for point in points for s in range(first, first + seeds)]
@@ -208,7 +216,7 @@ CELLS: dict[str, Cell] = {
 
 
 def summarise(errors: pd.DataFrame, by: list[str], against: str) -> pd.DataFrame:
-    """A row per cell and method: mean error with its interval, and over another method's.
+    """Summarise each cell and method: mean error with its interval, and the ratio to another method's error.
 
     ``log_ratio``, with its interval and standard error: mean log of the error over that of ``against``, draw by draw.
     """
@@ -227,7 +235,7 @@ def summarise(errors: pd.DataFrame, by: list[str], against: str) -> pd.DataFrame
 
 
 def over_oracle(errors: pd.DataFrame, by: list[str], method: str = POOLED) -> pd.DataFrame:
-    """A row per cell: mean of a method's error over the oracle's, draw by draw, with its interval."""
+    """Average a method's error over the oracle's, draw by draw, with its interval; one row per cell."""
     draw, rows = "run" if "run" in errors else "seed", []
     for cell, group in errors.groupby(by, sort=False):
         wide = group.pivot(index=draw, columns="method", values="error")
@@ -237,12 +245,12 @@ def over_oracle(errors: pd.DataFrame, by: list[str], method: str = POOLED) -> pd
 
 
 def published() -> pd.DataFrame:
-    """``PUBLISHED`` as a table."""
+    """Return ``PUBLISHED`` as a table."""
     return pd.DataFrame(PUBLISHED)
 
 
 def beside_published(summary: pd.DataFrame) -> pd.DataFrame:
-    """The published means of the rows that have them, and ours."""
+    """Join the published means with this project's means, for the cells that have both."""
     ours = summary.pivot(index=["share", "off"], columns="method", values="error")
     methods = [AS_PUBLISHED, SINGLE, CLAIR_ALONE, POOLED, ORACLE_POOLED]
     quoted = published().set_index(["share", "off"]).add_suffix(" (published)")
@@ -250,7 +258,7 @@ def beside_published(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def above_published(summary: pd.DataFrame) -> pd.DataFrame:
-    """Our mean less the published mean of ARMUL, by row and method, with the interval of ours."""
+    """Subtract ARMUL's published mean from this project's means, by row and method, with the latter's interval."""
     rows = summary.merge(published()[["share", "off", "ARMUL"]], on=["share", "off"])
     named = {"error": "excess", "low": "excess_low", "high": "excess_high"}
     excess = rows[list(named)].sub(rows.ARMUL, axis=0).rename(columns=named)
@@ -258,7 +266,10 @@ def above_published(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def half_and_more(armul: pd.DataFrame, tian: pd.DataFrame) -> pd.DataFrame:
-    """``over_oracle`` of the cells with half or more contaminated; at 70 % of 30 tasks also with the rank told."""
+    """Compute ``over_oracle`` where half or more of the tasks are contaminated.
+
+    At 70 % of the 30 tasks of the ARMUL design, CLAIR told the rank is included.
+    """
     by = ["share", "off"]
     many, most = armul[armul.share >= 0.5], armul[armul.share == 0.7]
     parts = [over_oracle(most, by, TOLD_RANK), over_oracle(many, by)]
@@ -270,12 +281,12 @@ def half_and_more(armul: pd.DataFrame, tian: pd.DataFrame) -> pd.DataFrame:
 
 
 def rates(verdicts: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Means of the verdicts by cell."""
+    """Average the verdicts by cell."""
     return verdicts.groupby(by, sort=False)[VERDICT].mean().reset_index()
 
 
 def summarise_responses(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: mean errors, and z of the error told S and P against the exact and the isotropic formula."""
+    """Summarise each cell: mean errors, and z of the error told S and P against the exact and the isotropic formula."""
     rows = []
     for cell, group in table.groupby(CELL, sort=False):
         row: dict[str, Any] = {**dict(zip(CELL, cell, strict=True)), "draws": len(group)}
@@ -288,6 +299,6 @@ def summarise_responses(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def harmed(summary: pd.DataFrame, method: str = POOLED) -> pd.DataFrame:
-    """Cells in which a method is worse than the one compared against by more than one standard error."""
+    """Return the cells in which a method is worse than its comparison by more than one standard error."""
     rows = summary[summary.method == method]
     return rows[rows.log_ratio > rows.ratio_error]

@@ -1,4 +1,4 @@
-"""Figures of notebook 11: tables of `studies.llm_scale.study` in, a Figure out."""
+"""Figures of notebook 11; each function takes tables of `studies.llm_scale.study` and returns a Figure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ AXES = {"clients": "clients K", "rank": "adapter rank", "p": "p = q", "modules":
 
 
 def bench(table: pd.DataFrame) -> Figure:
-    """Seconds of the floor, by parts, of `clair align` and of the dense route, logarithmic; a panel per way to run it.
+    """Draw seconds of the lower bound (by part), of `clair align` and of dense computation.
 
-    ``table`` as of `clairlib.bench.alignment.measure`.
+    ``table`` is a result of `clairlib.bench.alignment.measure`; each row, a device and a number of processes, has a
+    panel. The axis is logarithmic.
     """
     with plt.style.context(STYLE):
         figure, panels = plt.subplots(len(table), 1, figsize=(8, 0.6 + 1.5 * len(table)), sharex=True, squeeze=False)
@@ -44,10 +45,10 @@ def _bench_panel(axes: Axes, row: pd.Series) -> None:
 
 
 def growth(table: pd.DataFrame, slopes: pd.DataFrame) -> Figure:
-    """Seconds (above) and peak memory (below) of one alignment against each size, logarithmic, with the fitted power.
+    """Draw seconds (top) and peak memory (bottom) of one alignment against each size, log-log.
 
-    ``table`` columns: along, align_seconds, search_seconds, memory_gb and what grows; ``slopes``: along, of, exponent,
-    low, high.
+    Titles show the fitted power. ``table`` columns: along, align_seconds, search_seconds, memory_gb and the growing
+    parameters. ``slopes`` columns: along, of, exponent, low, high.
     """
     fits, names = slopes.set_index(["along", "of"]), list(dict.fromkeys(table.along))
     with plt.style.context(STYLE):

@@ -1,4 +1,4 @@
-"""Alignment at the size of language models: time and memory against the floor, exactness, verdicts (notebook 11).
+"""Alignment at the size of language models: time and memory against the lower bound, exactness, verdicts (notebook 11).
 
 Everything here is this project's own; the paper's abstract (arXiv:2605.21217) says nothing about cost.
 """
@@ -31,8 +31,8 @@ from clairlib.simulate.adapters import CLIENTS, module_shapes
 from clairlib.theory.collaborative_set import energy_separation, filtered_separation
 from studies.common.intervals import slope_interval
 
-SHARED_RANK = 2  # of clients whose adapters have few ranks
-BAD = 1 / 8  # contaminated share where the verdict is not the question, each with a subspace of its own
+SHARED_RANK = 2  # shared rank where adapters have low rank
+BAD = 1 / 8  # contaminated fraction where the verdict is not studied; each such client has its own subspace
 VERDICTS: list[dict[str, Any]] = [
     {"kind": "stealth", "share": 1 / 8, "in_common": False, "times": 1.0},
     {"kind": "stealth", "share": 1 / 8, "in_common": True, "times": 1.0},
@@ -40,15 +40,15 @@ VERDICTS: list[dict[str, Any]] = [
     {"kind": "stealth", "share": 1 / 8, "in_common": True, "times": 6.0},
     {"kind": "coalition", "share": 25 / 64, "in_common": True, "times": 1.0},
 ]
-"""Contaminated clients of the section on verdicts; a stealth step has ``times`` the norm of `promised_distance`."""
+"""Contamination in the section on verdicts; a stealth step has ``times`` the norm of `promised_distance`."""
 LEVEL = 0.95
 
 
 def promised_distance(plan: Plan, p: int) -> float:
-    """Norm of a step off the subspace from which notebook 04's detectors find the exact set with chance .99, told P, M
-    and sigma: the larger of their two separations.
+    """Return the norm of an off-subspace step that notebook 04's detectors find.
 
-    An adapter's noise fills rho columns of p - r rows.
+    From this norm on, the detectors find the exact set with probability .99, told P, M and sigma. It is the larger of
+    their two separations. An adapter's noise fills rho columns of p - r rows.
     """
     rows, columns, K = p - plan.shared_rank, plan.rank, plan.clients
     scored = SCORED_DIRECTIONS_PER_RANK * plan.shared_rank
@@ -59,7 +59,10 @@ def promised_distance(plan: Plan, p: int) -> float:
 def bench_cell(
     clients: int, rank: int, sizes: dict[str, Any], processes: list[int], seed: int, scratch: str
 ) -> dict[str, Rows]:
-    """`bench_align.measure_planted`, an eighth of the clients contaminated by stealth steps of their own."""
+    """Run `clairlib.bench.alignment.measure_planted`, with an eighth of the clients contaminated.
+
+    Each contaminated client takes a stealth step of its own.
+    """
     p = min(shape[0] for shape in _shapes(sizes).values())
     plan = Plan(clients, rank, kind="stealth", contaminated=round(BAD * clients), in_common=False, seed=seed)
     plan = replace(plan, distance=promised_distance(plan, p))
@@ -68,7 +71,7 @@ def bench_cell(
 
 
 def growth_cell(along: str, clients: int, rank: int, p: int, modules: int, seed: int, scratch: str) -> dict[str, Rows]:
-    """Seconds and peak memory of one alignment, by one process of its own; ``along`` says what grows."""
+    """Measure seconds and peak memory of one alignment in its own process; ``along``: the growing parameter."""
     plan = Plan(clients, rank, SHARED_RANK, contaminated=round(BAD * clients), seed=seed)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         truth = synthesise(Path(folder) / "planted", plan, shape=(p, p), layers=modules)
@@ -82,7 +85,7 @@ def verdict_cell(
     kind: str, share: float, in_common: bool, times: float, clients: int, rank: int, sizes: dict[str, Any], seed: int,
     scratch: str,
 ) -> dict[str, Rows]:  # fmt: skip
-    """Is the contaminated set found exactly, from files? Scores are pooled over the modules."""
+    """Check whether CLAIR finds the contaminated set exactly from adapter files; scores are pooled over the modules."""
     p = min(shape[0] for shape in _shapes(sizes).values())
     plan = Plan(clients, rank, kind=kind, contaminated=round(share * clients), in_common=in_common, seed=seed)
     plan = replace(plan, distance=times * promised_distance(plan, p))
@@ -99,19 +102,19 @@ def verdict_cell(
 
 
 def promised(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Those of kinds that ought to be found: coalitions, and stealth steps that the clients do not have in common."""
+    """Select the kinds that should be found: coalitions, and stealth steps that differ from client to client."""
     return verdicts[(verdicts.kind != "stealth") | ~verdicts.in_common]
 
 
 def exactness_cell(
     ranks: list[int], rslora: bool, dtype: str, clients: int, p: int, q: int, seed: int, scratch: str
 ) -> dict[str, Rows]:
-    """Refined adapters, read from files, against P Theta_k + P_perp M of dense updates in float64.
+    """Compare refined adapters, read from files, with P Theta_k + P_perp M of dense updates in float64.
 
-    Client k has adapter rank ranks[k mod n], every third another one in the second module; with ``rslora`` every
-    second client states its scale as rsLoRA does. ``error``: largest relative Frobenius error of a benign client.
-    ``rounding``: that of the refined adapters computed in float64 from what the files hold, rounded to ``dtype`` last.
-    Modules in which refinement was refused are left out.
+    Client k has adapter rank ranks[k mod n]; every third client has another rank in the second module. With ``rslora``
+    every second client states its scale as rsLoRA does. ``error``: largest relative Frobenius error of a benign client.
+    ``rounding``: the same error of refined adapters computed in float64 from the files' values and rounded to ``dtype``
+    at the end. Modules in which refinement is refused are left out.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         plan = Plan(clients, max(ranks), SHARED_RANK, dtype=dtype, seed=seed)
@@ -137,7 +140,7 @@ def exactness_cell(
 
 
 def dense_refined(X: Tensor, benign: Tensor, rank: int) -> Tensor:
-    """P X_k + P_perp M (K, p, q), by the eigenvectors of the dense scatter of the ``benign``."""
+    """Return P X_k + P_perp M (K, p, q), from the eigenvectors of the dense scatter matrix of the benign clients."""
     frame = fit_frame(X, torch.ones(len(X), dtype=X.dtype), benign, rank)
     return X - project_out(frame.basis, X - frame.mean)
 
@@ -148,7 +151,10 @@ def _largest_error(refined: Sequence[LowRank], dense: Tensor, benign: Tensor) ->
 
 
 def _mixed_clients(folder: Path, plan: Plan, ranks: Sequence[int], shape: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """Client -> module -> update, in the dtype of the files: planted at every rank, of which each client has one."""
+    """Return client -> module -> update, in the files' dtype.
+
+    All clients are planted once at every rank; each update of a client is taken at one of these ranks.
+    """
     by_rank = {}
     for rank in ranks:
         place = folder / f"rank_{rank}"
@@ -163,7 +169,7 @@ def _mixed_clients(folder: Path, plan: Plan, ranks: Sequence[int], shape: tuple[
 
 
 def _state_as_rslora(path: Path) -> None:
-    """The same scales, of adapters that have alpha / sqrt(rho) for one."""
+    """Rewrite an adapter config so that rsLoRA's scale alpha / sqrt(rho) equals the old scale."""
     config = json.loads(path.read_text())
     own = {key: config["rank_pattern"].get(key, config["r"]) for key in config["alpha_pattern"]}
     config["alpha_pattern"] = {key: config["alpha_pattern"][key] / rank**0.5 for key, rank in own.items()}
@@ -184,13 +190,13 @@ def _shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def bench_study(*, seed: int, scratch: Path, cache: Path | None = None, **setting: Any) -> pd.DataFrame:
-    """``bench_cell`` of one setting: a row per device and number of processes, of one run."""
+    """Run ``bench_cell`` for one setting; one row per device and number of processes."""
     cells = [{**setting, "seed": seed}]
     return sweep(bench_cell, cells, shared={"scratch": str(scratch)}, cache=cache)["bench"].drop(columns=list(cells[0]))
 
 
 def verdict_study(setting: Mapping[str, Any], draws: int, *, seed: int, scratch: Path, **how: Any) -> pd.DataFrame:
-    """``verdict_cell`` of ``VERDICTS``, over seeds; ``how`` goes to ``sweep``, here and below: cache, jobs."""
+    """Run ``verdict_cell`` for ``VERDICTS`` over seeds; ``how`` goes to ``sweep``, here and below: cache, jobs."""
     cells = [{**point, **setting, "seed": s} for point in VERDICTS for s in range(seed, seed + draws)]
     return sweep(verdict_cell, cells, shared={"scratch": str(scratch)}, **how)["verdicts"]
 
@@ -198,7 +204,7 @@ def verdict_study(setting: Mapping[str, Any], draws: int, *, seed: int, scratch:
 def exactness_study(
     ranks: Sequence[Sequence[int]], setting: Mapping[str, Any], draws: int, *, seed: int, scratch: Path, **how: Any
 ) -> pd.DataFrame:
-    """``exactness_cell`` at lists of ranks, plain and with rsLoRA in some clients, in float64 and bfloat16."""
+    """Run ``exactness_cell`` for lists of ranks, without and with rsLoRA, in float64 and bfloat16, over seeds."""
     kinds = itertools.product(map(list, ranks), (False, True), ("float64", "bfloat16"), range(seed, seed + draws))
     cells = [{"ranks": own, "rslora": rs, "dtype": dtype, **setting, "seed": s} for own, rs, dtype, s in kinds]
     return sweep(exactness_cell, cells, shared={"scratch": str(scratch)}, **how)["exactness"]
@@ -207,7 +213,7 @@ def exactness_study(
 def growth_study(
     points: Mapping[str, Iterable[int]], base: Mapping[str, int], repeats: int, *, seed: int, scratch: Path, **how: Any
 ) -> pd.DataFrame:
-    """``growth_cell`` with each name of ``base`` at its ``points`` and the others as in ``base``."""
+    """Run ``growth_cell`` with each parameter of ``base`` at its ``points`` and the others as in ``base``."""
     cells = [
         {"along": name, **base, name: value, "seed": s}
         for name, values in points.items()
@@ -218,7 +224,10 @@ def growth_study(
 
 
 def exponents(growth: pd.DataFrame) -> pd.DataFrame:
-    """Slope of log seconds and of log memory on the log of what grows, ordinary least squares with its interval."""
+    """Fit the slope of log seconds and of log memory on the log of the growing parameter.
+
+    The fit is ordinary least squares; each slope has its interval.
+    """
     rows = []
     for along, part in growth.groupby("along", sort=False):
         for of in ("align_seconds", "memory_gb"):
@@ -228,7 +237,7 @@ def exponents(growth: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_of_verdicts(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """A row per kind: share of draws with the exact set, and the least and largest scores on either side."""
+    """Summarise each kind: rate of exact sets, least contaminated score and largest benign score."""
     by = verdicts.groupby(["kind", "share", "in_common", "times"], sort=False)
     how = {"draws": ("exact", "size"), "exact": ("exact", "mean"), "contaminated": ("contaminated", "first")}
     how |= {"distance": ("distance", "first"), "flagged": ("flagged", "mean"), "least_bad": ("least_bad", "min")}

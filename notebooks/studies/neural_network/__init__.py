@@ -1,1 +1,1 @@
-"""Notebook 07: a small network on images of digits."""
+"""Notebook 07: a small neural network on images of digits."""

@@ -1,4 +1,4 @@
-"""Figures of the study on digits: its tables in, a Figure out."""
+"""Figures of notebook 07; each function takes tables of `studies.neural_network.study` and returns a Figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 12  # singular values drawn
 
 
 def pictures(rows: Mapping[str, Tensor]) -> Figure:
-    """Real images as the clients have them: a row of pictures (n, height, width) under each name."""
+    """Draw real images as the clients have them: a row of pictures (n, height, width) under each name."""
     with plt.style.context(STYLE):
         columns = min(len(images) for images in rows.values())
         figure, panels = plt.subplots(len(rows), columns, figsize=(1.1 * columns, 0.95 * len(rows)), squeeze=False)
@@ -32,10 +32,10 @@ def pictures(rows: Mapping[str, Tensor]) -> Figure:
 
 
 def layers(structure: pd.DataFrame, angles: pd.DataFrame, spectrum: pd.DataFrame) -> Figure:
-    """Per layer, of one setting: the benign clients' spectrum above, principal angles between clients below.
+    """Draw for each layer of one setting: the benign clients' spectrum (top) and principal angles (bottom).
 
     ``structure`` columns: layer, shared_structure; ``angles``: layer, pair, angle, degrees, spread; ``spectrum``:
-    layer, direction, singular_value. Means over seeds; bars are one standard deviation of a pair.
+    layer, direction, singular_value. Values are means over seeds. An error bar is one standard deviation over pairs.
     """
     with plt.style.context(STYLE):
         names = list(structure.layer)
@@ -61,14 +61,14 @@ def _angles(axes: Axes, rows: pd.DataFrame) -> None:
     mean = rows.groupby(["pair", "angle"], as_index=False)[["degrees", "spread"]].mean()
     for place, (pair, colour) in enumerate(PAIRS.items()):
         own = mean[mean.pair == pair]
-        beside = own.angle + 0.06 * (place - 1.5)  # or the bars hide one another
+        beside = own.angle + 0.06 * (place - 1.5)  # shifted, so that the error bars do not overlap
         axes.errorbar(beside, own.degrees, own.spread, fmt="o-", color=colour, label=pair, capsize=2)
     axes.set_xticks(sorted(mean.angle.unique()))
     axes.set(xlabel="principal angle", ylim=(0, 95))
 
 
 def along_examples(table: pd.DataFrame) -> Figure:
-    """Benign accuracy against examples a client; ``table`` columns: examples, method, value, low, high."""
+    """Draw benign accuracy against examples per client; ``table`` columns: examples, method, value, low, high."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(5.5, 3.4))
         for method in LINES:

@@ -1,4 +1,4 @@
-"""Digits end to end: clients trained, aligned, judged beside competitors, and what each layer's updates share."""
+"""Digits study (notebook 07): train and align clients, compare methods, and measure what each layer's updates share."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     DEEP: {"layers": LAYERS},
     "all layers, LoRA": {"layers": LAYERS, "rank": 8},
 }
-"""Which layers clients train, and how."""
+"""Layers that clients train, as full matrices or as LoRA adapters."""
 
-CELL = ["setting", "kind", "examples", "places"]  # what names a cell
+CELL = ["setting", "kind", "examples", "places"]  # columns that identify a cell
 MAIN: dict[str, Any] = {"setting": "output layer", "kind": "permuted_labels", "examples": 100, "places": 2}
-SHARE = 0.3  # of the clients is contaminated
-SHARED = {1: 4, 2: 5}  # numbers S that benign clients permute, by how many digits a number has
-LEFT_OUT = ("CAF",)  # its filter, as implemented, may stand still where a client without weight is farthest
-SLOW = ("entrywise RPCA", "entrywise RPCA, personal")  # most of the time; main setting only
-HELD_OUT = 500  # pictures on which every client is judged
+SHARE = 0.3  # fraction of contaminated clients
+SHARED = {1: 4, 2: 5}  # digits of a number -> size of the set S that benign clients permute
+LEFT_OUT = ("CAF",)  # its filter, as implemented, may stall where the farthest client has zero weight
+SLOW = ("entrywise RPCA", "entrywise RPCA, personal")  # they take most of the time; run in the main setting only
+HELD_OUT = 500  # test pictures of every client
 
 
 def digits_cell(setting: str, kind: str, examples: int, places: int, clients: int, seed: int) -> dict[str, Rows]:
-    """One federation: accuracy of the benign clients under every rule, CLAIR's verdict, and what the layers share.
+    """Run one federation: benign clients' accuracy under every rule, CLAIR's verdict, and what the layers share.
 
-    Rules are told the truth that they must be told; CLAIR is told nothing.
+    Rules are told the part of the truth that they need; CLAIR is told nothing.
     """
     contaminated = 0 if kind == "none" else round(SHARE * clients)
     size: dict[str, Any] = {"clients": clients, "contaminated": contaminated, "examples": examples}
@@ -73,15 +73,16 @@ def digits_cell(setting: str, kind: str, examples: int, places: int, clients: in
 
 
 def rules_for(updates: Mapping[str, Any]) -> list[str]:
-    """Aggregation rules without ``LEFT_OUT``; ``SLOW`` ones only for full matrices of one layer."""
+    """Return the aggregation rules without ``LEFT_OUT``; ``SLOW`` ones only for full matrices of one layer."""
     is_main = len(updates) == 1 and all(isinstance(own, Tensor) for own in updates.values())
     return [name for name in AGGREGATORS if name not in LEFT_OUT and (is_main or name not in SLOW)]
 
 
 def judge(federation: Federation, methods: Mapping[str, Mapping[str, Tensor]], *, seed: int) -> Rows:
-    """Accuracy of every benign client under every method's update for it, on pictures that nobody was trained on.
+    """Measure every benign client's accuracy under every method's update for it, on held-out pictures.
 
-    ``on_shared``, ``off_shared``: on the numbers S that benign clients permute, and elsewhere.
+    ``on_shared`` is the accuracy on the numbers S that benign clients permute, ``off_shared`` that on all other
+    numbers.
     """
     test = examination(federation, HELD_OUT, seed=seed)
     right = federation.answers[:, test.numbers]  # (K, n)
@@ -97,16 +98,17 @@ def judge(federation: Federation, methods: Mapping[str, Mapping[str, Tensor]], *
 
 
 def _predictions(method: str, federation: Federation, updates: Mapping[str, Tensor], pictures: Tensor) -> Tensor:
-    """(K, n) of a method's updates; run once where the rule gives everybody the same one."""
+    """Return predictions (K, n) under a method's updates; a rule with one update for all clients is run once."""
     if is_common(method):
         updates = {name: own[:1] for name, own in updates.items()}
     return predictions(federation.task, updates, pictures).expand(len(federation.benign), -1)
 
 
 def backdoor_rows(federation: Federation, methods: Mapping[str, Mapping[str, Tensor]], *, seed: int) -> Rows:
-    """How often a benign client's model gives the backdoor's answer to a held-out picture with the patch.
+    """Measure how often a client's model gives the backdoor's answer to a held-out picture with the patch.
 
-    Pictures to which it is the right answer are left out. ``contaminated``: those who were taught it, own update.
+    Pictures for which this answer is right are left out. Benign clients are measured under every method; contaminated
+    clients, which were taught the backdoor, under their own update (method ``OWN``).
     """
     test = examination(federation, HELD_OUT, seed=seed)
     pictures, answers = with_patch(test.pictures), federation.answers[:, test.numbers]
@@ -121,7 +123,7 @@ def backdoor_rows(federation: Federation, methods: Mapping[str, Mapping[str, Ten
 
 
 def judged(result: ClairResult, federation: Federation) -> dict[str, Any]:
-    """CLAIR's verdict against the truth, and how many modules it refined."""
+    """Compare CLAIR's verdict with the truth, and add the fraction of modules that it refined."""
     refined = [module.is_refined for module in result.modules.values()]
     return verdict_row(result, federation.benign) | {"refined": sum(refined) / len(refined)}
 
@@ -129,10 +131,11 @@ def judged(result: ClairResult, federation: Federation) -> dict[str, Any]:
 def layer_rows(
     result: ClairResult, updates: Mapping[str, Tensor], federation: Federation, *, seed: int
 ) -> dict[str, Rows]:
-    """What the clients' updates of each layer share: CLAIR's measure, told nothing, and two that are told the truth.
+    """Measure what the clients' updates of each layer share.
 
-    ``angles`` of the clients' own column spaces, of m - 1 dimensions and without the benign mean; ``spectrum`` of the
-    benign clients' centred updates side by side, over the root of their number.
+    Table ``layers``: CLAIR's measures, told nothing. The other two tables use the truth. ``angles``: principal angles
+    between the clients' own column spaces of m - 1 dimensions, after subtraction of the benign mean. ``spectrum``:
+    singular values of the benign clients' centred updates side by side, over the square root of their number.
     """
     benign, rank = federation.benign, federation.rank
     layers: Rows = []
@@ -151,9 +154,9 @@ def layer_rows(
 def digits_study(
     points: Iterable[Mapping[str, Any]], seeds: int, *, clients: int = 20, seed: int = 0, cache: Path, jobs: int = 1
 ) -> dict[str, pd.DataFrame]:
-    """``digits_cell`` at points, what they leave out as in ``MAIN``, over seeds: its tables.
+    """Run ``digits_cell`` at points over seeds, and return its tables; missing parameters are taken from ``MAIN``.
 
-    A seed's cells follow one another, as they have the pretrained network in common.
+    Cells of one seed are adjacent, because they use the same pretrained network.
     """
     points = [{**MAIN, **point, "clients": clients} for point in points]
     cells = [{**point, "seed": s} for s in range(seed, seed + seeds) for point in points]
@@ -161,7 +164,7 @@ def digits_study(
 
 
 def example_pictures(seed: int, count: int = 7) -> dict[str, Tensor]:
-    """Pictures (count, 8, 16) of the same numbers: as the network was trained, as clients have them, contaminated."""
+    """Draw pictures (count, 8, 16) of the same numbers as in pretraining, as clients have them, and contaminated."""
     task = pretrained(seed, MAIN["places"])
     numbers = torch.randint(task.numbers, (count,), generator=derive(seed, "digits", "shown"))
     x = task.pool.of(numbers, task.places, generator=derive(seed, "digits", "shown images"))
@@ -171,7 +174,7 @@ def example_pictures(seed: int, count: int = 7) -> dict[str, Tensor]:
 
 
 def shared_by_layer(layers: pd.DataFrame) -> pd.DataFrame:
-    """Shared structure of every layer, mean over seeds with its 95 % t interval; rank (median) and share refined."""
+    """Average every layer's shared structure over seeds (95 % t interval), with median rank and fraction refined."""
     rows = []
     for (setting, kind, layer), table in layers.groupby(["setting", "kind", "layer"], sort=False):
         mean, low, high = mean_interval(table.shared_structure)
@@ -181,7 +184,10 @@ def shared_by_layer(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def fall_of_structure(layers: pd.DataFrame) -> tuple[float, tuple[float, float]]:
-    """Least fall of shared structure from a layer to the one below it, full matrices: mean over seeds and interval."""
+    """Return the least fall of shared structure from a layer to the one below it: mean over seeds and 95 % interval.
+
+    Only the setting with full matrices of all layers is used.
+    """
     wide = layers[layers.setting == DEEP].pivot(index="seed", columns="layer", values="shared_structure")
     falls = [mean_interval(wide[above] - wide[below]) for below, above in pairwise(LAYERS)]
     mean, low, high = min(falls)
@@ -189,26 +195,29 @@ def fall_of_structure(layers: pd.DataFrame) -> tuple[float, tuple[float, float]]
 
 
 def by_setting(*accuracies: pd.DataFrame) -> pd.DataFrame:
-    """Rows of permuted labels, of several tables, with the setting in the place of the kind."""
+    """Select the rows of permuted labels from several tables, and put the setting into the column ``kind``."""
     table = pd.concat(accuracies, ignore_index=True)
     return table[table.kind == MAIN["kind"]].assign(kind=lambda rows: rows.setting)
 
 
 def parts(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy on the numbers S and elsewhere, means over clients and seeds, by setting, kind and method."""
+    """Average accuracy on the numbers S and elsewhere over clients and seeds, by setting, kind and method."""
     by = accuracy.groupby(["setting", "kind", "method"], sort=False)
     return by[["accuracy", "on_shared", "off_shared"]].mean().reset_index()
 
 
 def worst_rate(verdicts: pd.DataFrame) -> tuple[float, tuple[float, float]]:
-    """Share of seeds with the exact set in the setting in which it is least, and its 95 % Wilson interval."""
+    """Return the rate of exact sets over seeds in the setting where it is least, with its 95 % Wilson interval."""
     rates = [rate_interval(int(own.exact.sum()), len(own)) for _, own in verdicts.groupby("setting")]
     rate, low, high = min(rates)
     return rate, (low, high)
 
 
 def least_gain(*draws: pd.DataFrame, of: str = "value") -> tuple[float, tuple[float, float]]:
-    """CLAIR's gain over local in the cell in which it is least certain; ``of`` "worst", that of the worst client."""
+    """Return CLAIR's gain over local in the cell where it is least certain, with its interval.
+
+    ``of`` is "value" for the mean over benign clients, "worst" for the worst benign client.
+    """
     gains = []
     for _, cell in pd.concat(draws).groupby(CELL, sort=False):
         wide = cell.pivot(index="draw", columns="method", values=of)

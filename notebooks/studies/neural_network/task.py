@@ -1,9 +1,10 @@
 """Clients of a small network on real images: handwritten digits side by side, read as one number.
 
-Images are scikit-learn's digits (1,797 of 8 x 8 pixels, from UCI). The network is trained on slanted images; all
-clients have upright ones, a shift in common, and each answers with its own permutation of a few numbers S that are the
-same for all: Theta_k = M + U A_k + H_k in the output layer, U in the span of e_s - e_s', s and s' in S. The task is
-this project's; the paper's abstract (arXiv:2605.21217) speaks of neural networks in general.
+Images are scikit-learn's digits (1,797 of 8 x 8 pixels, from UCI). The network is pretrained on slanted images. All
+clients have upright images, which is a shift that they share. Each benign client gives its own permutation of a few
+numbers S as its answers; S is the same for all. In the output layer this gives Theta_k = M + U A_k + H_k, with U in the
+span of e_s - e_s' for s and s' in S. The task is this project's; the paper's abstract (arXiv:2605.21217) speaks of
+neural networks in general.
 """
 
 from __future__ import annotations
@@ -23,29 +24,32 @@ from clairlib.core.seeds import derive
 
 LAYERS = ("hidden 1", "hidden 2", "output")
 HIDDEN = (64, 32)
-SIDE = 8  # pixels of an image, each way
-PRETRAINING, POOL = 600, 700  # images of the 1,797; the other 497 are held out
-SLANT = 10.0  # degrees by which the images of pretraining are turned
+SIDE = 8  # pixels of an image in each direction
+PRETRAINING, POOL = 600, 700  # images for pretraining and for the clients; the other 497 of 1,797 are held out
+SLANT = 10.0  # degrees by which the pretraining images are rotated
 PRETRAINING_STEPS, PRETRAINING_BATCH = 600, 128
-MASS = 0.25  # share of a client's examples that shows the numbers S
+MASS = 0.25  # fraction of a client's examples drawn from the numbers that it permutes
 MOMENTUM = 0.9
 RATES = {"full matrix": 0.005, "LoRA": 0.01}
 STEPS = 100
-TRIGGERED = 0.5  # share of a backdoor client's images that carry the patch
-PATCH = 2  # its side in pixels
+TRIGGERED = 0.5  # fraction of a backdoor client's images that carry the patch
+PATCH = 2  # side of the patch in pixels
 KINDS = ("none", "permuted_labels", "shuffled_pixels", "backdoor")
-"""Contamination of the clients' data; all keep what they are told, and train like the others."""
+"""Contamination of the clients' training data; contaminated clients train like the benign ones."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Digits in order of their label: ``pixels`` (N, 64) in [0, 1], and how many there are of each label (10,)."""
+    """Images of digits, sorted by label.
+
+    ``pixels`` (N, 64) lie in [0, 1]. ``counts`` (10,) is the number of images of each label.
+    """
 
     pixels: Tensor
     counts: Tensor
 
     def of(self, numbers: Tensor, places: int, *, generator: torch.Generator) -> Tensor:
-        """A picture of every number (n,), a random image for each of its ``places`` digits: (n, 64 * places)."""
+        """Draw a picture of every number (n,): a random image for each of its ``places`` digits, (n, 64 * places)."""
         starts = self.counts.cumsum(dim=0) - self.counts
         powers = 10 ** torch.arange(places - 1, -1, -1)
         digits = numbers[:, None] // powers % 10  # (n, places)
@@ -56,8 +60,8 @@ class Images:
 
 
 def split_images(seed: int) -> tuple[Images, Images, Images]:
-    """The real images in three disjoint parts: for pretraining, for the clients, held out."""
-    from sklearn.datasets import load_digits  # of the extra `notebooks`, which the library does without
+    """Split the real images into three disjoint parts: for pretraining, for the clients, and held out."""
+    from sklearn.datasets import load_digits  # scikit-learn is installed by the extra `notebooks` only
 
     pixels, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
     order = torch.randperm(len(pixels), generator=derive(seed, "digits", "split"))
@@ -71,7 +75,7 @@ def _sorted(pixels: Tensor, labels: Tensor, chosen: Tensor) -> Images:
 
 
 def slanted(pictures: Tensor, degrees: float) -> Tensor:
-    """The digits of pictures (n, 64 * places), each turned about its centre; bilinear."""
+    """Rotate each digit of pictures (n, 64 * places) about its centre, with bilinear interpolation."""
     turn = math.radians(degrees)
     rotation = pictures.new_tensor([[math.cos(turn), -math.sin(turn), 0.0], [math.sin(turn), math.cos(turn), 0.0]])
     digits = pictures.unflatten(1, (SIDE, -1, SIDE)).transpose(1, 2)  # (n, places, 8, 8)
@@ -80,25 +84,25 @@ def slanted(pictures: Tensor, degrees: float) -> Tensor:
 
 
 def affine(W: Tensor, x: Tensor) -> Tensor:
-    """Outputs (..., n, p) of a layer (..., p, q + 1), its bias the last column, for inputs x (..., n, q)."""
+    """Return outputs (..., n, p) of a layer (..., p, q + 1) for inputs x (..., n, q); the last column is the bias."""
     return x @ W[..., :-1].mT + W[..., None, :, -1]
 
 
 def hidden(layers: Sequence[Tensor], x: Tensor) -> Tensor:
-    """What the layers, all hidden ones, make of a batch x (..., n, q)."""
+    """Apply hidden layers to a batch x (..., n, q)."""
     for W in layers:
         x = affine(W, x).relu()
     return x
 
 
 def forward(layers: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Logits of a batch x (..., n, q) by layers of which the last is the output layer."""
+    """Return the logits of a batch x (..., n, q); the last of the layers is the output layer."""
     return affine(layers[-1], hidden(layers[:-1], x))
 
 
 @dataclass(frozen=True)
 class Task:
-    """The pretrained network, layer by layer (p, q + 1), and the images it has not seen."""
+    """A pretrained network, with layers (p, q + 1), and the images that it was not trained on."""
 
     network: tuple[Tensor, ...]
     places: int
@@ -107,13 +111,13 @@ class Task:
 
     @property
     def numbers(self) -> int:
-        """How many classes there are, all numbers of so many places."""
+        """Number of classes: all numbers with ``places`` digits."""
         return 10**self.places
 
 
 @lru_cache(maxsize=2)
 def pretrained(seed: int, places: int) -> Task:
-    """The network trained on slanted images, all numbers alike, by AdamW; a second or so."""
+    """Train the network with AdamW on slanted images, all numbers equally likely; this takes about a second."""
     first, pool, held_out = split_images(seed)
     generator = derive(seed, "digits", "pretraining", places)
     widths = (SIDE * SIDE * places, *HIDDEN, 10**places)
@@ -134,9 +138,10 @@ def pretrained(seed: int, places: int) -> Task:
 
 @dataclass(frozen=True)
 class Federation:
-    """Examples of K clients: pictures (K, n, d), labels (K, n); ``answers`` (K, C), what each calls every number.
+    """Examples of K clients.
 
-    ``shared`` (m,) are the numbers S that benign clients permute; ``target`` is the answer of the backdoor.
+    ``pictures`` (K, n, d) and ``labels`` (K, n). ``answers`` (K, C) is each client's answer to every number. ``shared``
+    (m,) holds the numbers S that benign clients permute. ``target`` is the backdoor's answer.
     """
 
     task: Task
@@ -150,23 +155,24 @@ class Federation:
 
     @property
     def rank(self) -> int:
-        """m - 1, the dimension of the subspace that the benign clients share."""
+        """Dimension m - 1 of the subspace that the benign clients share."""
         return len(self.shared) - 1
 
 
 def make_federation(
     seed: int, kind: str, *, clients: int, contaminated: int, examples: int, places: int = 2, shared: int = 5
 ) -> Federation:
-    """Clients with their own answers and examples, some contaminated, each drawn by its own name.
+    """Draw clients with answers and examples, some of them contaminated; each client has its own generator.
 
-    ``permuted_labels``: a cycle of as many numbers of one's own, off S, and S as it is.
-    ``shuffled_pixels``: one order of pixels for all pictures of the client. ``backdoor``: pictures with a patch of ink
-    in the lower right corner are labelled with one and the same number by all who do it.
+    ``permuted_labels``: a contaminated client permutes, in one cycle, as many numbers outside S, and leaves S
+    unchanged. ``shuffled_pixels``: it applies one random order of pixels to all its pictures. ``backdoor``: it labels
+    pictures with a patch of ink in the lower right corner with ``target``, which all contaminated clients have in
+    common.
 
     Raises
     ------
     ValueError
-        For an unknown kind.
+        The kind is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown contamination {kind!r}; known: {', '.join(KINDS)}")
@@ -192,7 +198,7 @@ def _client(
     own, image = S, S[torch.randperm(len(S), generator=generator)]
     if kind == "permuted_labels":
         own = others[torch.randperm(len(others), generator=generator)[: len(S)]]
-        image = own.roll(1)  # one cycle: every one of them is wrong
+        image = own.roll(1)  # one cycle, so every one of these answers is wrong
     answers = torch.arange(task.numbers)
     answers[own] = image
     numbers = draw_numbers(own, task.numbers, examples, generator=generator)
@@ -207,14 +213,14 @@ def _client(
 
 
 def draw_numbers(own: Tensor, numbers: int, count: int, *, generator: torch.Generator) -> Tensor:
-    """Numbers (count,): a share ``MASS`` of them from ``own``, the rest from all alike."""
+    """Draw numbers (count,): a fraction ``MASS`` from ``own``, the others uniformly from all numbers."""
     often = torch.rand(count, generator=generator) < MASS
     chosen = own[torch.randint(len(own), (count,), generator=generator)]
     return torch.where(often, chosen, torch.randint(numbers, (count,), generator=generator))
 
 
 def with_patch(pictures: Tensor) -> Tensor:
-    """The pictures with the trigger of the backdoor."""
+    """Return the pictures with the backdoor's trigger."""
     x = pictures.clone().unflatten(-1, (SIDE, -1))
     x[..., -PATCH:, -PATCH:] = 1.0
     return x.flatten(-2)
@@ -223,11 +229,11 @@ def with_patch(pictures: Tensor) -> Tensor:
 def train_clients(
     federation: Federation, layers: Sequence[str], *, rank: int | None = None, seed: int
 ) -> dict[str, Any]:
-    """Updates of the named layers by module, all clients at once: dense (K, p, q + 1), or adapters of a rank.
+    """Train the named layers of all clients at once; return updates by module, dense (K, p, q + 1) or LowRank.
 
-    Gradient descent with momentum on all examples of a client. Adapters start from one and the same A, as a server
-    would send it, and from B = 0; they are trained as `LowRank` factors, here without peft, which wraps modules and
-    takes clients one by one.
+    ``rank`` is the adapters' rank, None for dense updates. Training is gradient descent with momentum on all examples
+    of a client. Adapters start from B = 0 and from one A for all clients, as a server would send it. They are trained
+    here as `LowRank` factors and not by peft, which wraps modules and trains clients one by one.
     """
     network, K = federation.task.network, len(federation.labels)
     chosen = [place for place, name in enumerate(LAYERS) if name in layers]
@@ -248,7 +254,7 @@ def train_clients(
 
 
 def _descend(network: Sequence[Tensor], factors: dict[int, list[Tensor]], federation: Federation, rate: float) -> None:
-    """Train the factors in place; what lies below the first of them is run once."""
+    """Train the factors in place; layers below the first trained one run only once."""
     parameters = [own.requires_grad_() for parts in factors.values() for own in parts]
     optimiser = torch.optim.SGD(parameters, lr=rate, momentum=MOMENTUM)
     first, labels = min(factors), federation.labels.flatten()
@@ -259,28 +265,28 @@ def _descend(network: Sequence[Tensor], factors: dict[int, list[Tensor]], federa
             layers[place - first] = network[place] + (parts[0] @ parts[1] if len(parts) > 1 else parts[0])
         logits = forward(layers, x).flatten(0, 1)
         optimiser.zero_grad()
-        # the sum of the clients' mean losses, as they have no parameter in common
+        # sum of the clients' mean losses: no two clients share a parameter
         (F.cross_entropy(logits, labels, reduction="sum") / x.shape[1]).backward()
         optimiser.step()
 
 
 @dataclass(frozen=True)
 class Examination:
-    """Held-out pictures of numbers, as many as benign clients see of each kind: ``pictures`` (n, d), numbers (n,)."""
+    """Held-out test pictures (n, d) and their numbers (n,), with the same frequencies as a benign client's examples."""
 
     pictures: Tensor
     numbers: Tensor
 
 
 def examination(federation: Federation, count: int, *, seed: int) -> Examination:
-    """Numbers by the law of a benign client's examples, in images that nobody was trained on."""
+    """Draw a test set: numbers with the probabilities of a benign client's examples, in held-out images."""
     task, generator = federation.task, derive(seed, "digits", "examination")
     numbers = draw_numbers(federation.shared, task.numbers, count, generator=generator)
     return Examination(task.held_out.of(numbers, task.places, generator=generator), numbers)
 
 
 def predictions(task: Task, updates: Mapping[str, Tensor], pictures: Tensor) -> Tensor:
-    """What the network with dense updates (K, p, q + 1) by module calls the pictures (n, d): (K, n)."""
+    """Classify pictures (n, d) by the network with dense updates (K, p, q + 1) by module; return numbers (K, n)."""
     layers = [W + updates[name] if name in updates else W for name, W in zip(LAYERS, task.network, strict=True)]
     first = min(place for place, name in enumerate(LAYERS) if name in updates)
     return forward(layers[first:], hidden(layers[:first], pictures)).argmax(dim=-1)

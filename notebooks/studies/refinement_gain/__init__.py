@@ -1,1 +1,1 @@
-"""Notebook 05: what refinement gains."""
+"""Notebook 05: the gain of refinement."""

@@ -1,4 +1,4 @@
-"""Figures of the refinement gain: tables of `studies.refinement_gain.study` in, a Figure out."""
+"""Figures of notebook 05; each function takes tables of `studies.refinement_gain.study` and returns a Figure."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LINES = (BENIGN, "#e69f00", CONTAMINATED, "#009e73")
 
 
 def terms(table: pd.DataFrame) -> Figure:
-    """Measured term against its formula, all cells, on logarithmic axes; below, how far apart in standard errors.
+    """Draw each measured term against its formula (top, logarithmic) and their distance in standard errors (bottom).
 
-    ``table`` columns: told, term, measured, formula, z, small. Negative values (subspace cost) enter by their size.
+    ``table`` columns: told, term, measured, formula, z, small. Negative values (subspace cost) enter by absolute value.
     """
     with plt.style.context(STYLE):
         figure, panels = plt.subplots(2, 2, figsize=(10, 6), sharex="col", height_ratios=(1.6, 1))
@@ -50,9 +50,10 @@ def terms(table: pd.DataFrame) -> Figure:
 
 
 def methods(table: pd.DataFrame) -> Figure:
-    """Error by method over the local error with intervals; a panel per noise level, a group of bars per share.
+    """Draw error by method over the local error, with intervals; a panel per noise level.
 
-    ``table`` columns: noise, share, method, error, low, high, formula (a black line: told S and r).
+    Each contaminated fraction has a group of bars. ``table`` columns: noise, share, method, error, low, high, formula.
+    The formula, told S and r, is a black line.
     """
     with plt.style.context(STYLE):
         levels, names = sorted(table.noise.unique()), list(dict.fromkeys(table.method))
@@ -78,11 +79,14 @@ def methods(table: pd.DataFrame) -> Figure:
 
 
 def boundary(crossings: pd.DataFrame, clients: pd.DataFrame) -> Figure:
-    """Where refinement stops paying. Left and middle: measured crossings with intervals over the first-order root, in h
-    and in the sample size, crosses the second order. Right: gain against the number of clients, lines the first order.
+    """Draw where refinement stops paying.
 
-    ``crossings`` columns: K, share, q, r, noise, axis, crossing, low, high, second; ``clients``: s, ratio, gain, low,
-    high, formula, enough.
+    Left and middle: measured zero crossings with intervals, along h and along the sample size, in units of the
+    first-order root; crosses mark the second order. Right: gain against the number of benign clients; lines are first
+    order.
+
+    ``crossings`` columns: K, share, q, r, noise, axis, crossing, low, high, second. ``clients`` columns: s, ratio,
+    gain, low, high, formula, enough.
     """
     with plt.style.context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1, 1, 1.1))
@@ -122,8 +126,10 @@ def _crossings(axes: Axes, rows: pd.DataFrame, label: str) -> None:
 
 
 def decisions(low_rank: pd.DataFrame, readings: pd.DataFrame, told: pd.DataFrame) -> Figure:
-    """What the refusal rule decides. Left: share of draws refined as heterogeneity of low rank grows. Right: right
-    decisions on the same updates in two readings, nothing told and told the noise.
+    """Draw the decisions of the refusal rule.
+
+    Left: fraction of draws that are refined as low-rank heterogeneity grows. Right: fraction of right decisions on the
+    same updates under two readings, told nothing and told the noise level.
 
     ``low_rank`` columns: rank, noise, ratio, refines; ``readings`` and ``told``: reading, noise, ratio, right.
     """
@@ -153,9 +159,9 @@ def decisions(low_rank: pd.DataFrame, readings: pd.DataFrame, told: pd.DataFrame
 
 
 def weights(table: pd.DataFrame) -> Figure:
-    """Errors with unequal sample sizes, told the weights and not; lines the closed forms of who is told P and S.
+    """Draw errors with unequal sample sizes, told the weights and not; lines: an oracle told P and S.
 
-    ``table`` columns: spread, told, local, oracle, formula, clair.
+    ``table`` columns: spread, told, local, oracle, formula, clair. The lines are closed forms.
     """
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(6.5, 3.4))

@@ -1,8 +1,8 @@
-"""Refinement gain (Statement 4): measured errors against the closed forms, the boundary, and what the rule decides.
+"""Refinement gain (Statement 4): measured errors against closed forms, the boundary of gain, and CLAIR's decisions.
 
-``noise`` is that of a row of an update: the standard deviation of an entry is noise / sqrt(q). ``ratio`` is the benign
-heterogeneity h over sigma sqrt((p - r) q), the h at which refinement stops paying to first order. Statement 4 is this
-project's reconstruction (notebook 05), not the paper's (arXiv:2605.21217).
+``noise`` is the noise of one row of an update: an entry's standard deviation is noise / sqrt(q). ``ratio`` is the
+benign heterogeneity h over sigma sqrt((p - r) q), the h at which refinement stops paying to first order. Statement 4 is
+this project's reconstruction (notebook 05), not the paper's (arXiv:2605.21217).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ ROWS = 50  # p
 SHAPE: dict[str, Any] = {"K": 24, "share": 0.3, "q": 10, "r": 3}
 FEW, VECTORS = {"K": 6, "share": 0.0}, {"q": 1, "share": 0.0}
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"share": 0.6}, FEW, VECTORS, {"r": 1}, {"q": 4, "r": 6})
-SMALL = 0.05  # (sigma^2 + tau^2) q up to which the second order is claimed: the noise of a row against its signal
+SMALL = 0.05  # largest (sigma^2 + tau^2) q for which the second order is claimed; a signal row has norm 1
 TERMS = ("inside", "off_subspace", "heterogeneity", "subspace_cost", "total")
-AROUND = (0.9, 1.0, 1.1)  # of the predicted boundary
+AROUND = (0.9, 1.0, 1.1)  # multiples of the predicted boundary
 METHODS = ("local", "FedAvg", "CLAIR", "CLAIR, told S and r", "told S and P")
 SIZE = ["K", "share", "q", "r", "noise"]
 
 
 def sizes(K: int, share: float, q: int, r: int, noise: float, ratio: float | None = None) -> dict[str, Any]:
-    """A cell's arguments for the closed forms: entry noise, p, q, r, s, and h where a ratio is given."""
+    """Return a cell's arguments for the closed forms: entry noise, p, q, r, s, and h where a ratio is given."""
     size = {"noise": noise / q**0.5, "p": ROWS, "q": q, "r": r, "s": K - round(share * K)}
     return size if ratio is None else size | {"heterogeneity": ratio * noise * (ROWS - r) ** 0.5}
 
@@ -49,7 +49,7 @@ def sizes(K: int, share: float, q: int, r: int, noise: float, ratio: float | Non
 def draw(
     name: str, seed: int, K: int, share: float, q: int, r: int, noise: float, ratio: float = 0.0, **options: Any
 ) -> Planted:
-    """Planted clients of the study. The same name and seed give the same directions at every noise and ratio."""
+    """Draw planted clients of the study; equal name and seed give equal directions at every noise level and ratio."""
     h, generator = ratio * noise * (ROWS - r) ** 0.5, derive(seed, "gain", name, K, str(share), q, r)
     entry = noise / q**0.5
     return planted(
@@ -58,7 +58,7 @@ def draw(
 
 
 def oracle_frame(truth: Planted, weights: Tensor | None = None) -> Frame:
-    """The frame fitted to the benign clients at the true rank."""
+    """Fit the frame to the benign clients at the true rank."""
     w = torch.ones(len(truth.updates), dtype=torch.float64) if weights is None else weights
     return fit_frame(truth.updates, w, truth.benign, truth.rank)
 
@@ -66,7 +66,10 @@ def oracle_frame(truth: Planted, weights: Tensor | None = None) -> Frame:
 def terms_cell(
     K: int, share: float, q: int, r: int, noise: float, ratio: float, draws: int, seed: int, basis: str = "true"
 ) -> dict[str, Rows]:
-    """Measured terms of every draw, told S and P and told S and r; ``basis`` "random" replaces U by a random one."""
+    """Measure every draw's error terms, for an oracle told S and P and for one told S and r.
+
+    ``basis`` "random" replaces the true U by a random one.
+    """
     rows = []
     for d in range(seed, seed + draws):
         truth = draw(f"terms {noise} {ratio}", d, K, share, q, r, noise, ratio)
@@ -85,9 +88,10 @@ def _row(terms: Terms) -> dict[str, float]:
 
 
 def summarise_terms(draws: pd.DataFrame, order: int = 2) -> pd.DataFrame:
-    """A row per cell, oracle and term: measured mean, standard error, formula, z; ``small`` where the order is claimed.
+    """Compare each cell, oracle and term with its formula: measured mean, standard error, formula and z score.
 
-    A term without variation (a heterogeneity or subspace cost of exactly zero) has no z.
+    ``small`` is true where the order of the formula is claimed to suffice. z is NaN for a term without variation, such
+    as a heterogeneity or subspace cost of exactly zero.
     """
     rows = []
     for (*cell, told), group in draws.groupby([*SIZE, "ratio", "told"], sort=False):
@@ -106,9 +110,10 @@ def summarise_terms(draws: pd.DataFrame, order: int = 2) -> pd.DataFrame:
 def boundary_cell(
     K: int, share: float, q: int, r: int, noise: float, axis: str, draws: int, seed: int
 ) -> dict[str, Rows]:
-    """Gain of every draw (told S and r) at x times the first-order boundary, as h grows or as the sample size n does.
+    """Measure every draw's gain, told S and r, at multiples x of the first-order boundary, along h or n.
 
-    ``axis`` "heterogeneity": h = x h*. "samples": h = h* for the noise of n = 1, sigma^2 = sigma_1^2 / n with n = x.
+    ``axis`` "heterogeneity": h = x h*. ``axis`` "samples": the sample size is n = x and sigma^2 = sigma_1^2 / n, with h
+    equal to h* at n = 1.
     """
     rows = []
     for d in range(seed, seed + draws):
@@ -121,9 +126,10 @@ def boundary_cell(
 
 
 def summarise_clients(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean gain over the local error with its interval by number of clients s (of "terms", told S and r, q = 1).
+    """Average the gain over the local error, with its interval, by number of benign clients s.
 
-    ``formula`` to first order; ``enough`` where s exceeds 1 + r / q. With fewer, refined is local.
+    ``table`` is the table "terms" with q = 1; rows told S and r are used. ``formula`` is the gain to first order.
+    ``enough`` is true where s exceeds 1 + r / q; with fewer clients the refined update equals the local one.
     """
     rows = []
     for cell, group in table[table.told == "r"].groupby([*SIZE, "ratio"], sort=False):
@@ -137,10 +143,13 @@ def summarise_clients(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_boundary(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: where the mean gain crosses zero with its interval, and the second-order root; over the first."""
+    """Find in each cell where the mean gain crosses zero, with its interval, and compare with the second-order root.
+
+    Both are in units of the first-order root.
+    """
     rows = []
     for (*cell, axis), group in table.groupby([*SIZE, "axis"], sort=False):
-        size, power = sizes(*cell), 2.0 if axis == "heterogeneity" else 1.0  # the gain is linear in h^2, nearly so in n
+        size, power = sizes(*cell), 2.0 if axis == "heterogeneity" else 1.0  # gain is linear in h^2, nearly linear in n
         first = oracle_gain.boundary_heterogeneity(**size, order=1)
         second = oracle_gain.boundary_heterogeneity(**size) / first
         if axis == "samples":
@@ -157,9 +166,10 @@ def summarise_boundary(table: pd.DataFrame) -> pd.DataFrame:
 def clair_cell(
     K: int, share: float, q: int, r: int, noise: float, ratio: float, rank: int | None, draws: int, seed: int
 ) -> dict[str, Rows]:
-    """Errors by method, nothing told to CLAIR, and its decision to refine; ``rank`` that of every H_k.
+    """Measure the errors of all methods, with CLAIR told nothing, and CLAIR's decision to refine.
 
-    ``would_gain``: local error less the error refined, whatever was decided, over the local error.
+    ``rank`` is the rank of every H_k. ``would_gain``: local error less the refined error, over the local error; the
+    refined error counts even where CLAIR refuses to refine.
     """
     rows = []
     for d in range(seed, seed + draws):
@@ -176,7 +186,7 @@ def clair_cell(
 
 
 def summarise_methods(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell and method: mean error with interval, over the local error that the closed form gives.
+    """Summarise each cell and method: mean error with interval, over the local error of the closed form.
 
     ``over_other``, with its interval: CLAIR's error over the smaller one of local and FedAvg, draw by draw.
     """
@@ -196,9 +206,9 @@ def summarise_methods(table: pd.DataFrame) -> pd.DataFrame:
 def readings_cell(
     K: int, share: float, q: int, r: int, noise: float, ratio: float, draws: int, seed: int
 ) -> dict[str, Rows]:
-    """The same updates in two readings (``oracle_gain.two_readings``): what CLAIR decides, and whether it was right.
+    """Check CLAIR's decision on the same updates under two readings of their truth (``oracle_gain.two_readings``).
 
-    ``told_refines``: what Stein's estimate decides, told S, r and the noise of the reading.
+    ``told_refines``: decision by Stein's estimate, told S, r and the noise level of the reading.
     """
     rows, sigma = [], noise / q**0.5
     shape: dict[str, Any] = {"K": K, "share": share, "p": ROWS, "q": q, "r": r}
@@ -217,11 +227,15 @@ def readings_cell(
 
 
 def summarise_decisions(table: pd.DataFrame, by: Sequence[str], rule: str = "refines") -> pd.DataFrame:
-    """A row per cell: mean true gain, is it 3 standard errors ``away`` from zero, how often the rule is right."""
+    """Summarise each cell: mean true gain, and how often the rule decides correctly.
+
+    ``away``: the mean gain differs from zero by more than 3 standard errors. ``right``: proportion of draws with a
+    correct decision (Wilson interval).
+    """
     rows = []
     for cell, group in table.groupby(list(by), sort=False, dropna=False):
         gain, error = group.would_gain.mean(), group.would_gain.std() / len(group) ** 0.5
-        count = int((group[rule] == (group.would_gain > 0)).sum())  # against the draw's own truth
+        count = int((group[rule] == (group.would_gain > 0)).sum())  # truth: this draw's gain
         right, low, high = rate_interval(count, len(group))
         row = {"draws": len(group), "gain": gain, "error": error, "away": abs(gain) > 3 * error}
         row |= {"refines": group[rule].mean(), "right": right, "low": low, "high": high, "count": count}
@@ -231,9 +245,10 @@ def summarise_decisions(table: pd.DataFrame, by: Sequence[str], rule: str = "ref
 
 
 def weights_cell(spread: float, noise: float, draws: int, seed: int) -> dict[str, Rows]:
-    """Unequal sample sizes, the largest ``spread`` times the smallest: errors told the weights and not told.
+    """Measure errors with unequal sample sizes, told the weights and not told them.
 
-    ``oracle`` is told P and S, ``formula`` its closed form, ``clair`` nothing but the weights.
+    The largest sample size is ``spread`` times the smallest. ``oracle`` is told P and S, and ``formula`` is its closed
+    form. ``clair`` is told nothing but the weights.
     """
     K, q, r = SHAPE["K"], SHAPE["q"], SHAPE["r"]
     w = spread ** torch.linspace(-0.5, 0.5, K, dtype=torch.float64)
@@ -253,7 +268,7 @@ def weights_cell(spread: float, noise: float, draws: int, seed: int) -> dict[str
 
 
 def summarise_weights(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: mean errors told and not told the weights, and z of the oracle's error against its formula."""
+    """Summarise each cell: mean errors told and not told the weights, and z of the oracle against its formula."""
     rows = []
     for (spread, noise, told), group in table.groupby(["spread", "noise", "told"], sort=False):
         off = group.oracle - group.formula
@@ -274,13 +289,13 @@ CELLS: dict[str, Cell] = {
 
 
 def shapes(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every variant of the shape with every combination of the values."""
+    """Return every variant of the shape with every combination of the values."""
     return [{**SHAPE, **variant, **cell} for variant in VARIANTS for cell in grid(**values)]
 
 
 def gain_study(
     part: str, cells: Sequence[dict[str, Any]], draws: int, *, seed: int = 0, cache: Path | None = None, jobs: int = 1
 ) -> pd.DataFrame:
-    """A part of the study, a key of ``CELLS``, over parameter sets (``shapes`` or ``grid``); a row per draw or more."""
+    """Run one part of the study, a key of ``CELLS``, over parameter sets (``shapes`` or ``grid``)."""
     fixed = {"draws": draws, "seed": seed}
     return sweep(CELLS[part], [{**cell, **fixed} for cell in cells], cache=cache, jobs=jobs)[part]

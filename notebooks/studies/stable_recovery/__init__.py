@@ -1,1 +1,1 @@
-"""Notebook 03: the subspace under noise."""
+"""Notebook 03: recovery of the subspace under noise."""

@@ -1,4 +1,4 @@
-"""Figures of the study of stable recovery: a tidy table in, a Figure out."""
+"""Figures of notebook 03; each function takes a tidy table of `studies.stable_recovery.study` and returns a Figure."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KINDS = {"white": (BENIGN, "white noise"), "coloured": (CONTAMINATED, "coloured 
 
 
 def _spread(centre: pd.Series, low: pd.Series, high: pd.Series) -> list[pd.Series]:
-    """Lengths of error bars; a Wilson interval's end may miss a rate of 0 or 1 by rounding."""
+    """Return lengths of error bars; rounding may put a Wilson interval's end on the wrong side of a rate of 0 or 1."""
     return [(centre - low).clip(lower=0), (high - centre).clip(lower=0)]
 
 
 def exponent_panels(groups: pd.DataFrame, slopes: pd.DataFrame) -> Figure:
-    """Error against each size, log-log: a point a group of draws (CLAIR), the first-order law as a line.
+    """Draw CLAIR's error against each size, log-log: a point per group of draws; a line is the first order.
 
     ``groups`` columns: axis, method, x, error, predicted; ``slopes``: axis, method, slope, low, high, predicted.
     """
@@ -49,7 +49,7 @@ def exponent_panels(groups: pd.DataFrame, slopes: pd.DataFrame) -> Figure:
 
 
 def _plain_ticks(axes: Axes, points: pd.DataFrame) -> None:
-    """Ticks at the levels; a vertical range of at least a factor of four, so that a flat law looks flat."""
+    """Set ticks at the levels, and a vertical range of at least a factor of four: a constant error looks flat."""
     levels = sorted(points.x.unique())
     axes.set_xticks(levels, [f"{level:.3g}" for level in levels])
     axes.minorticks_off()
@@ -61,7 +61,7 @@ def _plain_ticks(axes: Axes, points: pd.DataFrame) -> None:
 
 
 def slope_deviations(slopes: pd.DataFrame) -> Figure:
-    """Fitted exponent less the predicted one, with intervals; the band is what the claims allow."""
+    """Draw the fitted exponent less the predicted one, with intervals; the grey band is what the claims allow."""
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(6.5, 3))
         axes.axvspan(-0.1, 0.1, color="#eeeeee")
@@ -82,9 +82,9 @@ def slope_deviations(slopes: pd.DataFrame) -> Figure:
 
 
 def noise_curves(curve: pd.DataFrame, r: int) -> Figure:
-    """From small noise to the breakdown, white and coloured.
+    """Draw errors and verdicts from small noise to the breakdown, for white and coloured noise.
 
-    ``curve`` is what ``stability_study.noise_curve`` gives. Dotted verticals: where nothing of the subspace is left.
+    ``curve`` is a result of ``study.noise_curve``. Dotted vertical lines mark the breakdown of each kind of noise.
     """
     with plt.style.context(STYLE):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4))
@@ -119,7 +119,7 @@ def _noise_axes(*panels: Axes) -> None:
 
 
 def unequal_noise(ratios: pd.DataFrame, alarms: pd.DataFrame) -> Figure:
-    """What weights save, and what CLAIR does without them.
+    """Draw the error that weights save, and CLAIR's false alarms without weights.
 
     ``ratios`` columns: unequal, measured, predicted, closed_form; ``alarms``: unequal, method, anybody, low, high.
     """

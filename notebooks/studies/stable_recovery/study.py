@@ -1,4 +1,4 @@
-"""How the subspace error grows with preliminary estimation error (Statement 2b, this project's; see notebook 03)."""
+"""Growth of the subspace error with the noise of the updates (Statement 2b of notebook 03, this project's)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from clairlib.simulate import Planted, planted
 from clairlib.theory import stable_recovery as rates
 from studies.common.intervals import mean_interval, rate_interval, slope_interval
 
-SHARE = 0.3  # contaminated share, unstructured
-FOUND, TOLD = "CLAIR", "CLAIR, told S and r"  # the second is the oracle
+SHARE = 0.3  # fraction of contaminated clients, which are unstructured
+FOUND, TOLD = "CLAIR", "CLAIR, told S and r"  # TOLD is the oracle
 UNWEIGHTED = {FOUND: "CLAIR, no weights", TOLD: "told S and r, no weights"}
-LEVEL = 1 - 0.05 / 9  # nine intervals of the notebook must hold their prediction: together at 95 % (Bonferroni)
-CLOSE = 1.05  # an error at most this many times the oracle's counts as equal
+LEVEL = 1 - 0.05 / 9  # Bonferroni: nine intervals of the notebook hold jointly at 95 %
+CLOSE = 1.05  # an error up to this multiple of the oracle's counts as equal
 PREDICTED = {"sigma": 1.0, "s": -0.5, "p": 0.5, "a": -1.0, "q": 0.0, "q_entry": -0.5}  # exponent by axis
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Planted clients: ``noise`` sigma per entry, ``signal`` a the norm of a row of A_k, ``unequal`` the noise variance
-    of every second client over that of the others.
+    """Parameters of planted clients.
+
+    ``noise`` is sigma, the standard deviation of an entry's noise. ``signal`` is a, the norm of a row of A_k.
+    ``unequal`` is the noise variance of every second client over that of the others.
     """
 
     K: int = 24
@@ -51,12 +53,12 @@ class Setting:
 
     @property
     def sizes(self) -> tuple[float, int, int, int, int, float]:
-        """What the closed forms of ``clairlib.theory.stable_recovery`` depend on."""
+        """Arguments (sigma, p, q, s, r, a) of the closed forms in ``clairlib.theory.stable_recovery``."""
         return self.noise, self.p, self.q, self.s, self.r, self.signal
 
     @property
     def weights(self) -> Tensor | None:
-        """Inverse noise variances (K,) up to scale; None where equal."""
+        """Inverse noise variances (K,) up to scale; None where all are equal."""
         noisy = torch.arange(self.K) % 2 == 1
         return torch.where(noisy, 1 / self.unequal, 1.0).double() if self.unequal != 1 else None
 
@@ -65,10 +67,11 @@ BASE = Setting()
 
 
 def setting(axis: str, level: float) -> Setting:
-    """``BASE`` with one thing changed.
+    """Return ``BASE`` with one axis set to a level.
 
-    Axes of exponents: sigma, s (level: K), p, a, q (rows of A_k keep their norm: entries shrink as q^(-1/2)), q_entry
-    (entries of A_k keep their size). Curves over the noise: white, coloured. And unequal.
+    Axes for the exponents: sigma, s (the level is K), p, a, q (rows of A_k keep their norm, so entries shrink as
+    q^(-1/2)) and q_entry (entries of A_k keep their size). Axes for the curves over the noise: white and coloured. Axis
+    for unequal noise variances: unequal.
     """
     knobs = {"sigma": "noise", "white": "noise", "coloured": "noise", "s": "K", "a": "signal", "q_entry": "q"}
     knob = knobs.get(axis, axis)
@@ -79,14 +82,14 @@ def setting(axis: str, level: float) -> Setting:
 
 
 def regressor(axis: str, level: float) -> float:
-    """The quantity of which the first-order error is an exact power on an axis; q itself on axis q."""
+    """Return the quantity in which the first-order error is an exact power on an axis; on axis q, return q itself."""
     c = setting(axis, level)
     freedom = c.s - 1 - (c.r + 1) / c.q
     return {"s": freedom, "p": c.p - c.r, "q_entry": c.q * freedom}.get(axis, level)
 
 
 def stability_cell(axis: str, level: float, group: int, draws: int, seed: int) -> dict[str, Rows]:
-    """One group of draws at one level: the subspace's error by method, beside what is predicted for it."""
+    """Measure one group of draws at one level: subspace error by method, and its predicted value."""
     chosen = setting(axis, level)
     names = ("stability", axis, str(level), group)
     truths = [plant(chosen, derive(seed, *names, draw)) for draw in range(draws)]
@@ -94,10 +97,10 @@ def stability_cell(axis: str, level: float, group: int, draws: int, seed: int) -
 
 
 def plant(chosen: Setting, generator: Generator) -> Planted:
-    """Planted clients of a setting, in units of the signal.
+    """Draw planted clients of a setting, in units of the signal a.
 
-    ``planted`` has rows of A_k of unit norm. M + a U A_k + E_k = a (M / a + U A_k + E_k / a) has the same subspaces as
-    the bracket, so noise and common part are divided by a.
+    Rows of A_k from ``planted`` have norm 1. Noise and common part are divided by a, because
+    M + a U A_k + E_k = a (M / a + U A_k + E_k / a) has the same subspaces as the bracket.
     """
     noise, p, q, _, r, a = chosen.sizes
     rest = {"row_correlation": chosen.row_correlation, "weights": chosen.weights, "generator": generator}
@@ -105,11 +108,11 @@ def plant(chosen: Setting, generator: Generator) -> Planted:
 
 
 def measure(chosen: Setting, truth: Planted) -> Rows:
-    """A row per method, CLAIR and the oracle, both with and without weights where noise is unequal.
+    """Measure one draw: a row per method, for CLAIR and the oracle, with and without weights where noise is unequal.
 
-    ``first`` is the first-order squared error, an expectation over clients; ``given`` that given this draw's
-    coefficients and subspace; ``beyond`` what is predicted beyond first order; ``bound`` that of Statement 2b (i).
-    The last two are for equal weights.
+    ``first`` is the first-order squared error in expectation over clients. ``given`` is that error given this draw's
+    coefficients and subspace. ``beyond`` is the prediction beyond first order, and ``bound`` the bound of Statement 2b
+    (i); both hold for equal weights.
     """
     X, w, U, S = truth.updates, chosen.weights, truth.basis, truth.benign
     A = U.T @ truth.targets[S]
@@ -135,7 +138,7 @@ def measure(chosen: Setting, truth: Planted) -> Rows:
 
 
 def compare(basis: Tensor, verdict: Tensor, truth: Planted) -> dict[str, Any]:
-    """Errors of a basis and of a verdict against the truth; ``noisy``: every second client."""
+    """Measure the errors of a basis and of a verdict against the truth; ``noisy`` columns count every second client."""
     noisy = torch.arange(len(verdict)) % 2 == 1
     return {
         "error": rates.subspace_distance(basis, truth.basis),
@@ -151,9 +154,14 @@ def compare(basis: Tensor, verdict: Tensor, truth: Planted) -> dict[str, Any]:
 def stability_study(
     axes: Mapping[str, Sequence[float]], draws: int, group: int, *, seed: int = 0, **how: Any
 ) -> pd.DataFrame:
-    """``stability_cell`` over axes, their levels and groups; a row per draw and method.
+    """Run ``stability_cell`` over axes, their levels and groups of draws; one row per draw and method.
 
-    ``group`` divides ``draws``; ``how`` goes to ``experiments.sweep`` (cache, jobs).
+    ``group`` is the number of draws in a group. ``how`` goes to ``clairlib.reproduce.sweep.sweep`` (cache, jobs).
+
+    Raises
+    ------
+    ValueError
+        ``group`` does not divide ``draws``.
     """
     if group < 1 or draws % group:
         raise ValueError(f"groups of {group} do not divide {draws} draws")
@@ -164,15 +172,16 @@ def stability_study(
 
 
 def angles(draws: pd.DataFrame) -> pd.DataFrame:
-    """Draws in which the rank is found: Theta has r angles. The others count in ``against_oracle``."""
+    """Return the draws in which the rank is found, so that Theta has r angles; `against_oracle` uses all draws."""
     return draws[draws.exact_rank]
 
 
 def group_errors(draws: pd.DataFrame) -> pd.DataFrame:
-    """Root mean squares over each group of draws, a point of the regressions; draws with the rank found (``angles``).
+    """Compute the root mean square error of each group of draws; each group is one point of the regressions.
 
-    n draws average n (p - r) r squared normals, so the log of their root mean square is off by -1 / (2 n (p - r) r)
-    only. On axis q errors are multiplied by sqrt(s - 1 - (r + 1) / q), their finite-size part.
+    Only draws with the right rank count (``angles``). A group of n draws averages n (p - r) r squared normals, so the
+    log of its root mean square has a bias of only -1 / (2 n (p - r) r). On axis q errors are multiplied by
+    sqrt(s - 1 - (r + 1) / q), which removes their finite-size part.
     """
     rows = []
     for (axis, level, number, method), part in angles(draws).groupby(["axis", "level", "group", "method"], sort=False):
@@ -185,7 +194,10 @@ def group_errors(draws: pd.DataFrame) -> pd.DataFrame:
 
 
 def exponents(groups: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """Log-log slope by axis and method, OLS with intervals that allow for unequal spread (HC3), and the prediction."""
+    """Fit the log-log slope by axis and method, and add the prediction.
+
+    The fit is ordinary least squares with HC3 intervals, which allow for unequal variances.
+    """
     rows = []
     for (axis, method), part in groups.groupby(["axis", "method"], sort=False):
         row = dict(zip(("slope", "low", "high"), slope_interval(part.x, part.error, level), strict=True))
@@ -194,7 +206,10 @@ def exponents(groups: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
 
 
 def largest_exponents(groups: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """The same in p for the largest sine, whose finite-size slope is that of ``rates.largest_sine``, below 1/2."""
+    """Fit the log-log slope in p of the largest sine, whose predicted finite-size slope is below 1/2.
+
+    ``corrected`` is the slope of ``rates.largest_sine`` over the same p.
+    """
     rows = []
     for method, part in groups[groups.axis == "p"].groupby("method", sort=False):
         corrected = [rates.largest_sine(*setting("p", p).sizes) for p in part.level]
@@ -205,7 +220,11 @@ def largest_exponents(groups: pd.DataFrame, level: float = LEVEL) -> pd.DataFram
 
 
 def against_oracle(draws: pd.DataFrame) -> pd.DataFrame:
-    """CLAIR's error over the oracle's by cell: median, share of at most ``CLOSE`` (Wilson), wrong ranks and sets."""
+    """Compare CLAIR's error with the oracle's in each cell.
+
+    Columns: median ratio, proportion of ratios up to ``CLOSE`` (Wilson interval), numbers of wrong sets and wrong
+    ranks, and proportion of draws in which the oracle's largest sine exceeds the bound.
+    """
     rows = []
     for (axis, level), part in draws.groupby(["axis", "level"], sort=False):
         found, told = (part[part.method == method].reset_index() for method in (FOUND, TOLD))
@@ -218,7 +237,7 @@ def against_oracle(draws: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_prediction(draws: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """Squared error over the first-order one given each draw, by method, rank found: mean and interval."""
+    """Average squared error over its first-order prediction given each draw, by method, where the rank is found."""
     rows = []
     for method, part in angles(draws).groupby("method", sort=False):
         mean, low, high = mean_interval(part.error**2 / part.given, level)
@@ -227,10 +246,11 @@ def over_prediction(draws: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
 
 
 def noise_curve(draws: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """Axes white and coloured: squared error over first order, what is predicted beyond it, CLAIR's verdicts.
+    """Summarise axes white and coloured: squared error, its prediction beyond first order, and CLAIR's verdicts.
 
-    ``measured`` and ``predicted`` are mean squared errors over the first-order one, ``breakdown`` the noise at which
-    nothing of the subspace is left, ``exact`` (Wilson interval) the share of draws with the set and the rank found.
+    ``measured`` and ``predicted`` are mean squared errors over the first-order one. ``breakdown`` is the noise level at
+    which the estimated subspace keeps nothing of the true one. ``exact`` (Wilson interval) is the proportion of draws
+    with the right set and rank.
     """
     rows = []
     for (axis, noise, method), part in draws.groupby(["axis", "level", "method"], sort=False):
@@ -247,16 +267,16 @@ def noise_curve(draws: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
 
 
 def worst_prediction(curve: pd.DataFrame, part: float = 0.5) -> float:
-    """Largest relative error of the oracle's predicted squared error, at noise up to ``part`` of the breakdown."""
+    """Return the oracle's largest relative prediction error of squared error, at noise up to ``part`` of breakdown."""
     known = curve[(curve.method == TOLD) & (curve.noise <= part * curve.breakdown)]
     return float((known.over_predicted - 1).abs().max())
 
 
 def weights_ratio(draws: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """Axis unequal: the oracle's squared error without weights over that with them, geometric means over draws.
+    """Compare the oracle's squared error without and with weights on axis unequal; geometric means over draws.
 
-    ``predicted`` is the first-order ratio given each draw, ``over_predicted`` the measured one relative to it, with its
-    interval; ``closed_form`` has half the clients noisy. The row with unequal = NaN pools the levels.
+    ``predicted`` is the first-order ratio given each draw. ``over_predicted`` is the measured ratio over it, with its
+    interval. ``closed_form`` assumes that half the clients are noisy. The row with unequal = NaN pools all levels.
     """
     keys = ["level", "group", "draw"]
     with_, without = (draws[draws.method == m].set_index(keys) for m in (TOLD, UNWEIGHTED[TOLD]))
@@ -273,10 +293,11 @@ def weights_ratio(draws: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
 
 
 def false_alarms(draws: pd.DataFrame) -> pd.DataFrame:
-    """Axis unequal: how often CLAIR flags benign clients (Wilson interval), which ones, and what it costs.
+    """Measure on axis unequal how often CLAIR flags benign clients, which ones, and the effect on the error.
 
-    ``anybody`` is the share of draws in which a benign client is flagged; ``noisy``, ``others`` shares of the benign
-    clients with more and with less noise; ``error_ratio`` (rank found) to the oracle with weights, root mean squares.
+    ``anybody`` is the proportion of draws with at least one benign client flagged (Wilson interval). ``noisy`` and
+    ``others`` are the proportions flagged among benign clients with more and with less noise. ``error_ratio`` is
+    CLAIR's root mean square error, where the rank is found, over that of the oracle with weights.
     """
     rows = []
     for (unequal, method), part in draws.groupby(["level", "method"], sort=False):

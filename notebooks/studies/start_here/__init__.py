@@ -1,1 +1,1 @@
-"""Notebook 00: planted clients, and adapter folders."""
+"""Notebook 00: CLAIR on planted clients and on adapter folders."""

@@ -1,4 +1,4 @@
-"""Planted clients through CLAIR, beside an oracle that is told the benign clients and the rank."""
+"""Recovery study of notebook 00: CLAIR on planted clients beside an oracle told the benign clients and the rank."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ SHARES = {
 
 
 def recovery_cell(contamination: str, share: float, noise: float, seed: int) -> dict[str, Rows]:
-    """One draw of planted clients, ``planted``'s defaults, with nothing told, against the oracle.
+    """Run CLAIR, told nothing, and the oracle on one draw of planted clients with the defaults of ``planted``.
 
-    ``noise`` is that of a row of an update: the standard deviation of an entry is noise / sqrt(q).
+    ``share`` is the fraction of contaminated clients. ``noise`` is the noise of one row of an update: an entry's
+    standard deviation is noise / sqrt(q).
     """
     draw = derive(seed, "planted", contamination, str(share), str(noise))
     truth = planted(contamination, share=share, noise_std=noise / COLUMNS**0.5, q=COLUMNS, generator=draw)
@@ -52,7 +53,7 @@ def recovery_cell(contamination: str, share: float, noise: float, seed: int) -> 
 def recovery_study(
     kinds: list[str], noises: list[float], seeds: int, *, seed: int = 0, cache: Path | None = None, jobs: int = 1
 ) -> pd.DataFrame:
-    """``recovery_cell`` over kinds, their shares of ``SHARES``, noise levels and seeds; a row per draw."""
+    """Run ``recovery_cell`` over kinds, their contaminated fractions in ``SHARES``, noise levels and seeds."""
     cells = [
         {"contamination": kind, "share": share, "noise": noise, "seed": seed + s}
         for kind in kinds
@@ -64,7 +65,7 @@ def recovery_study(
 
 
 def summarise_recovery(draws: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell: share of draws with the exact set (Wilson interval) and rank, median ratios to the oracle."""
+    """Summarise each cell: rate of exact sets (Wilson interval) and of exact ranks, and median ratios to the oracle."""
     rows = []
     for (kind, share, noise), cell in draws.groupby(["contamination", "share", "noise"], sort=False):
         rate, low, high = rate_interval(int(cell.exact.sum()), len(cell))
@@ -79,7 +80,7 @@ def summarise_recovery(draws: pd.DataFrame) -> pd.DataFrame:
 
 
 def error_table(truth: Planted, refined: Tensor) -> pd.DataFrame:
-    """Squared error of the benign clients by method for one draw, with t intervals over the clients."""
+    """Tabulate the benign clients' squared error by method for one draw, with t intervals over the clients."""
     everybody = truth.updates.mean(dim=0).expand_as(truth.updates)
     rows = []
     for method, updates in (("local", truth.updates), ("FedAvg", everybody), ("CLAIR", refined)):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,20 +14,23 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from clairlib.core.code import module_digest
 from clairlib.core.seeds import derive
+from studies.common.cache import made_once
 from studies.text_copying import task as copying
 
 CACHE = Path("runs") / "cache"
 FACTS = "training.json"
+CODE = module_digest(__name__, Path(__file__))  # what trains a base
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The base model and its training by AdamW, which stops once both copying accuracies exceed `target`.
+    """Parameters of the base model and of its training by AdamW.
 
-    Two things matter. Positions are rotary (Llama's): learned absolute ones do not carry over to longer
-    segments. And the initial weights are larger than transformers' default of 0.02, with which so small a
-    model does not learn to copy.
+    Training stops once both copying accuracies exceed `target`. Two choices matter. Positions are rotary, as in Llama:
+    learned absolute positions do not generalise to longer segments. Initial weights are larger than transformers'
+    default of 0.02, with which so small a model does not learn to copy.
     """
 
     hidden: int = 64
@@ -48,7 +48,7 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class Base:
-    """A trained base model, the name that adapters record, and how well it copies (shares of tokens)."""
+    """A trained base model, the name that adapters record, and its copying accuracies (fractions of tokens)."""
 
     model: LlamaForCausalLM
     name: str
@@ -59,9 +59,9 @@ class Base:
 
 
 def base_model(config: BaseConfig | None = None, *, cache: Path | str = CACHE) -> Base:
-    """The trained base model; from `cache` where the same code has trained the same configuration before.
+    """Return the trained base model, from `cache` if the same code has trained the same configuration before.
 
-    A cache entry is a `save_pretrained` folder (safetensors) that appears whole or not at all.
+    A cache entry is a `save_pretrained` folder (safetensors) that appears as a whole or not at all.
 
     Raises
     ------
@@ -69,9 +69,7 @@ def base_model(config: BaseConfig | None = None, *, cache: Path | str = CACHE) -
         The target accuracy is not reached within ``config.max_steps``.
     """
     config = config or BaseConfig()
-    folder = Path(cache) / base_name(config)
-    if not folder.is_dir():
-        _save_whole(train_base(config), folder)
+    folder = made_once(Path(cache) / base_name(config), lambda place: _save(train_base(config), place))
     model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
     # adapters record this name; a path would tie them to one machine
     model.name_or_path = model.config._name_or_path = folder.name
@@ -79,16 +77,14 @@ def base_model(config: BaseConfig | None = None, *, cache: Path | str = CACHE) -
 
 
 def base_name(config: BaseConfig) -> str:
-    """A name that changes with the configuration, the code that trains, and the libraries' versions."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for source in (copying.__file__, __file__):
-        digest.update(Path(source).read_bytes())
-    digest.update(f"torch {torch.__version__} transformers {transformers.__version__}".encode())
+    """Return a name that changes with the configuration, the training code, and the libraries' versions."""
+    facts = [asdict(config), CODE, torch.__version__, transformers.__version__]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     return f"copying-base-{digest.hexdigest()[:12]}"
 
 
 def build_base(config: BaseConfig) -> LlamaForCausalLM:
-    """The base model before training, float32; its weights come from the configuration's seed alone."""
+    """Build the untrained base model, float32; its weights depend on the configuration's seed alone."""
     llama = LlamaConfig(
         vocab_size=copying.VOCABULARY,
         hidden_size=config.hidden,
@@ -109,7 +105,13 @@ def build_base(config: BaseConfig) -> LlamaForCausalLM:
 
 
 def train_base(config: BaseConfig) -> Base:
-    """Train the base model from nothing. Raises RuntimeError when it misses its target accuracy."""
+    """Train the base model from scratch.
+
+    Raises
+    ------
+    RuntimeError
+        The model misses its target accuracy.
+    """
     began = time.perf_counter()
     model, draws = build_base(config), derive(config.seed, "base", "batches")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
@@ -132,7 +134,7 @@ def train_base(config: BaseConfig) -> Base:
 
 @torch.no_grad()
 def copying_accuracies(model: nn.Module, *, seed: int, count: int = 200) -> tuple[float, float]:
-    """Teacher-forced accuracy in and out of distribution, on sequences that training does not see."""
+    """Measure teacher-forced accuracy in and out of distribution, on sequences that training does not see."""
     inside = copying.familiar_batch(count, generator=derive(seed, "base", "in distribution"))
     outside = copying.unfamiliar_batch(count, generator=derive(seed, "base", "out of distribution"))
     one, other = (copying.copy_accuracy(model(b.tokens).logits, b.targets).overall for b in (inside, outside))
@@ -140,21 +142,11 @@ def copying_accuracies(model: nn.Module, *, seed: int, count: int = 200) -> tupl
 
 
 def unembedding(base: Base) -> Tensor:
-    """W_U (V, hidden), from the normalised residual stream to logits, the final norm's gain folded in."""
+    """Return W_U (V, hidden), from the normalised residual stream to logits, including the final norm's gain."""
     return (base.model.lm_head.weight * base.model.model.norm.weight).detach()
 
 
-def _save_whole(base: Base, folder: Path) -> None:
-    """Write to a temporary neighbour and rename it; where another process was first, its entry stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        base.model.save_pretrained(partial)
-        facts = {key: value for key, value in vars(base).items() if key not in ("model", "name")}
-        (partial / FACTS).write_text(json.dumps(facts))
-        os.replace(partial, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _save(base: Base, folder: Path) -> None:
+    base.model.save_pretrained(folder)
+    facts = {key: value for key, value in vars(base).items() if key not in ("model", "name")}
+    (folder / FACTS).write_text(json.dumps(facts))

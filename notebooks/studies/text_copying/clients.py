@@ -1,7 +1,7 @@
-"""Clients on the text-copying base model: trained all at once, saved as PEFT adapters, judged many updates at a time.
+"""Clients on the text-copying base model: training, PEFT adapter folders, and evaluation of many updates at once.
 
-An update is judged as a dense matrix a module, without copies of the model. Where only the last output projection is
-updated, everything below it is run once a client (`run_prefix`), and each update runs only what follows (`run_suffix`).
+Updates are evaluated as dense matrices by module, without copies of the model. If only the last output projection is
+updated, the layers below it run once per client (`run_prefix`), and each update runs only the rest (`run_suffix`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from studies.text_copying.base_model import Base, BaseConfig, base_model
 from studies.text_copying.dialects import Backdoor, Client, Federation, client_batch, make_federation
 from studies.text_copying.task import NO_TARGET, Accuracy, Batch
 
-Updates = Mapping[str, Tensor]  # module name -> dense updates (M, p, q), of M clients or M methods
+Updates = Mapping[str, Tensor]  # module name -> dense updates (M, p, q) of M clients or of M methods
 
 TARGETS = {"last": ("self_attn.o_proj",), "output": ("self_attn.o_proj", "mlp.down_proj")}
-"""What is adapted: the last layer's attention output projection, or every matrix that writes to the residual stream."""
+"""Adapted modules: the last layer's attention output projection, or every matrix that writes to the residual stream."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a client trains, by full-batch AdamW on its own sequences.
+    """Training parameters of a client: full-batch AdamW on its own sequences.
 
-    ``rank`` of its LoRA adapter, None for full-matrix updates; ``targets`` a key of TARGETS; ``held_out`` of the
-    sequences are kept back, and the weights best on them are what the client ends with (early stopping).
+    ``rank`` is that of the LoRA adapter, None for full-matrix updates. ``targets`` is a key of TARGETS. ``held_out``
+    sequences are kept back for early stopping: the client ends with the weights that are best on them.
     """
 
     rank: int | None = 8
@@ -52,7 +52,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainedFederation:
-    """K clients and what they have learnt, in the clients' order."""
+    """K clients and their trained updates, in the clients' order."""
 
     base: Base
     federation: Federation
@@ -65,7 +65,7 @@ class TrainedFederation:
 
     @property
     def updates(self) -> dict[str, Any]:
-        """What the server gets: module name -> list of K LowRank, or (K, p, q) of full-matrix updates."""
+        """Updates that the server receives: module name -> list of K LowRank, or (K, p, q) for full-matrix updates."""
         modules: dict[str, list[Any]] = {}
         for client in self.trained:
             for name, update in client.updates.items():
@@ -75,18 +75,18 @@ class TrainedFederation:
 
     @property
     def dense(self) -> dict[str, Tensor]:
-        """The same as dense matrices (K, p, q), float64."""
+        """The server's updates as dense matrices (K, p, q), float64, by module."""
         return as_dense(self.updates)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the frozen part computes, at the N labelled positions.
+    """Activations of the frozen part at the N labelled positions.
 
     Attributes
     ----------
     attended : (N, hidden), input of the last output projection.
-    residual : (N, hidden), the residual stream to which its output is added.
+    residual : (N, hidden), residual stream to which the projection's output is added.
     """
 
     attended: Tensor
@@ -94,7 +94,7 @@ class Prefix:
 
 
 def target_modules(base: Base, targets: str) -> list[str]:
-    """Names of the modules behind a key of TARGETS, the lowest first."""
+    """Return the names of the modules behind a key of TARGETS, from the lowest layer up."""
     layers = range(base.model.config.num_hidden_layers)
     chosen = layers[-1:] if targets == "last" else layers
     return [f"model.layers.{layer}.{name}" for layer in chosen for name in TARGETS[targets]]
@@ -109,9 +109,9 @@ def train_federation(
     kind: str = "wrong_symbols",
     cache: Path | str,
 ) -> TrainedFederation:
-    """Base model, clients and their updates, all drawn from one seed; ``kind`` is a key of CONTAMINATIONS.
+    """Train the base model, the clients and their updates, all from one seed; ``kind`` is a key of CONTAMINATIONS.
 
-    ``cache`` holds base models; the seed's is trained if it is not there.
+    ``cache`` holds base models; the seed's base model is trained if it is not there.
     """
     base = base_model(BaseConfig(seed=seed), cache=cache)
     federation = make_federation(clients, contaminated, seed=seed, kind=kind)
@@ -121,10 +121,15 @@ def train_federation(
 def train(
     base: Base, clients: Iterable[Client], *, seed: int, recipe: Recipe | None = None
 ) -> list[TrainedClient]:
-    """Every client's update, trained on its own sequences with label noise; initial factors and data from its name.
+    """Train every client's update on its own sequences with label noise.
 
-    Clients draw different initial A, since a common one would align the adapters' row side, contaminated ones included.
-    Raises RuntimeError where a client's loss diverges.
+    Initial factors and data are drawn by the client's name. Clients have different initial A: one A for all would align
+    the row spaces of all adapters, contaminated ones included.
+
+    Raises
+    ------
+    RuntimeError
+        A client's loss diverges.
     """
     recipe = recipe or Recipe()
     schedule = Schedule(steps=recipe.steps, learning_rate=recipe.learning_rate, check_every=5)
@@ -137,10 +142,10 @@ def train(
 
 
 def client_data(client: Client, recipe: Recipe, *, seed: int) -> ClientData:
-    """A client's sequences as the trainer takes them: labels unshifted, those to stop by first."""
+    """Convert a client's sequences for the trainer: labels unshifted, held-out sequences for early stopping first."""
     draws = derive(seed, client.name, "training")
     batch = client_batch(client, recipe.sequences, generator=draws, label_noise=recipe.label_noise)
-    labels = batch.targets.roll(1, dims=1)  # targets[t] follows tokens[t]; nothing follows the last token
+    labels = batch.targets.roll(1, dims=1)  # targets[t] follows tokens[t]; the last token has none
     examples = [{"input_ids": x, "labels": y} for x, y in zip(batch.tokens, labels, strict=True)]
     held, own = examples[: recipe.held_out], examples[recipe.held_out :]
     return ClientData(client.name, own, rank=recipe.rank, alpha=recipe.alpha, validation=held)
@@ -154,7 +159,7 @@ def train_clients(
     Parameters
     ----------
     folder : parent of the adapter folders; adapters of the same names are replaced.
-    seed : every client's data and initial factors are drawn from it and from the client's name.
+    seed : each client's data and initial factors are drawn from this seed and the client's name.
 
     Returns
     -------
@@ -164,8 +169,7 @@ def train_clients(
     Raises
     ------
     FileExistsError
-        `folder` holds something other than these clients' adapters, which would be taken for a client later
-        on.
+        `folder` holds something other than these clients' adapters, which could later be mistaken for a client.
     """
     clients, folder = list(clients), Path(folder)
     names = {client.name for client in clients}
@@ -176,7 +180,7 @@ def train_clients(
 
 
 def load_updates(base: Base, folders: Sequence[Path]) -> dict[str, Tensor]:
-    """Dense updates (K, p, q) by module of K adapter folders, read and multiplied out by peft itself."""
+    """Read K adapter folders with peft; return dense updates (K, p, q) by module, as peft multiplies them out."""
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folders[0]), adapter_name="0")
     for place, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=str(place))
@@ -187,7 +191,7 @@ def load_updates(base: Base, folders: Sequence[Path]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def updated_logits(base: Base, batch: Batch, updates: Updates) -> Tensor:
-    """Logits (M, N, V) at the N labelled positions of a batch, under each of M updates of the base model."""
+    """Return logits (M, N, V) at a batch's N labelled positions, under each of M updates of the base model."""
     labelled = batch.targets != NO_TARGET
     (last,) = target_modules(base, "last")
     if list(updates) == [last]:
@@ -197,7 +201,7 @@ def updated_logits(base: Base, batch: Batch, updates: Updates) -> Tensor:
 
 
 def _forward(model: Any, tokens: Tensor, updates: Updates, m: int) -> Tensor:
-    """Logits (n, length, V) of the model under update m."""
+    """Return logits (n, length, V) of the model under update m."""
     old = {name: model.get_submodule(name).weight for name in updates}
     new = {f"{name}.weight": old[name] + own[m].to(old[name]) for name, own in updates.items()}
     return functional_call(model, new, (tokens,)).logits
@@ -205,7 +209,7 @@ def _forward(model: Any, tokens: Tensor, updates: Updates, m: int) -> Tensor:
 
 @torch.no_grad()
 def run_prefix(model: Any, batch: Batch) -> Prefix:
-    """Run the model once and keep what enters the last output projection; its update has no influence on that."""
+    """Run the model once and keep what enters the last output projection, which its update cannot change."""
     seen: dict[str, Tensor] = {}
     layer = model.model.layers[-1]
     hooks = [
@@ -222,9 +226,9 @@ def run_prefix(model: Any, batch: Batch) -> Prefix:
 
 
 def run_suffix(model: Any, prefix: Prefix, update: Tensor) -> Tensor:
-    """Logits (M, N, V) under updates (M, hidden, hidden) of the last output projection.
+    """Return logits (M, N, V) under updates (M, hidden, hidden) of the last output projection.
 
-    Projection, residual, MLP, norm and head treat each position by itself.
+    Projection, residual, MLP, norm and head treat each position separately.
     """
     layer = model.model.layers[-1]
     stream = prefix.residual + layer.self_attn.o_proj(prefix.attended) + prefix.attended @ update.mT
@@ -233,9 +237,9 @@ def run_suffix(model: Any, prefix: Prefix, update: Tensor) -> Tensor:
 
 
 def evaluate(base: Base, client: Client, updates: Updates, *, seed: int, count: int = 200) -> list[Accuracy]:
-    """Teacher-forced accuracy of M updates for a client, on fresh sequences with clean labels of its dialect.
+    """Measure a client's teacher-forced accuracy under M updates, on fresh sequences with clean labels in its dialect.
 
-    Every update is judged on the same `count` sequences.
+    Every update is evaluated on the same `count` sequences.
     """
     batch = client_batch(client, count, generator=derive(seed, client.name, "evaluation"))
     targets = batch.targets[batch.targets != NO_TARGET]
@@ -247,7 +251,10 @@ def evaluate(base: Base, client: Client, updates: Updates, *, seed: int, count: 
 def evaluate_free_running(
     base: Base, client: Client, updates: Updates, *, seed: int, count: int = 20
 ) -> list[float]:
-    """As `evaluate`, but the model copies from its own output, read back through the dialect."""
+    """Measure a client's accuracy under M updates when the model copies from its own output.
+
+    The dialect translates each written token back before the model reads it (`Dialect.read`).
+    """
     batch = client_batch(client, count, generator=derive(seed, client.name, "free running"))
     count = len(next(iter(updates.values())))
     models = [partial(_forward, base.model, updates=updates, m=m) for m in range(count)]
@@ -257,9 +264,9 @@ def evaluate_free_running(
 def backdoor_success(
     base: Base, client: Client, backdoor: Backdoor, updates: Updates, *, seed: int, count: int = 100
 ) -> list[float]:
-    """Attack success rate of M updates: share of a client's triggers after which the backdoor's answer is written.
+    """Measure the attack success rate of M updates: the fraction of triggers after which the model writes the answer.
 
-    Sequences are the client's, a tenth of their tokens replaced by triggers; counted is where a label follows.
+    The sequences are the client's, with a tenth of their tokens replaced by triggers. Only labelled positions count.
     """
     token_probs = backdoor.put_in(client.token_probs)
     batch = copying.copy_sequences(count, token_probs, generator=derive(seed, client.name, "backdoor"))

@@ -1,4 +1,4 @@
-"""Text copying away from the main setting: one number at a time is varied, all others stay."""
+"""Text copying away from the main setting: curves along which one parameter varies and all others stay fixed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AVERAGES = ("local", "FedAvg", "FedAvg, benign only")
 def curve_cell(
     seed: int, sequences: int, share: float, label_noise: float, rank: int, clients: int, base_cache: str
 ) -> dict[str, Rows]:
-    """One federation with adapters on the last output projection: accuracies, the verdict and the estimated gain.
+    """Run one federation with adapters on the last output projection: accuracies, verdict and estimated gain.
 
     Adapters keep the scale alpha / rank = 2. ``CLAIR().fit`` takes them from memory, and its refined updates are not
     truncated. ``removed``: squared error that refinement is estimated to remove from a benign client's update.
@@ -51,9 +51,9 @@ def curve_cell(
 def curve_study(
     curves: Mapping[str, Sequence[float]], seeds: int, *, seed: int = 0, cache: Path, jobs: int = 1
 ) -> dict[str, pd.DataFrame]:
-    """``curve_cell`` along each curve: name in MAIN -> values beside the main setting's.
+    """Run ``curve_cell`` along each curve: name in MAIN -> values, in addition to the main setting's value.
 
-    Tables accuracy and run have columns ``curve`` and ``value`` in the place of the parameters; a cell on several
+    The tables accuracy and run have columns ``curve`` and ``value`` in place of the parameters. A cell on several
     curves is computed once.
     """
     points = {(name, v): {**MAIN, name: v} for name, values in curves.items() for v in sorted({*values, MAIN[name]})}
@@ -67,7 +67,7 @@ def _different(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _by_curve(table: pd.DataFrame, points: Mapping[tuple[str, float], dict[str, Any]]) -> pd.DataFrame:
-    """The rows of every point of every curve, the parameters replaced by curve and value."""
+    """Repeat the rows of every point of every curve, with the parameters replaced by curve and value."""
     parts = []
     for (name, value), point in points.items():
         rows = table[(table[list(point)] == pd.Series(point)).all(axis=1)].drop(columns=list(point))
@@ -76,7 +76,7 @@ def _by_curve(table: pd.DataFrame, points: Mapping[tuple[str, float], dict[str, 
 
 
 def summarise_curves(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Benign accuracy by curve, value and method: mean over seeds, 95 % t interval."""
+    """Average benign accuracy over seeds by curve, value and method, with its 95 % t interval."""
     rows = []
     for (curve, value, method), table in accuracy.groupby(["curve", "value", "method"], sort=False):
         mean, low, high = mean_interval(table.groupby("seed").accuracy.mean())
@@ -86,17 +86,17 @@ def summarise_curves(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """By curve and value, over seeds: share of exact sets, clients on the wrong side, AUC, rank, gain estimated."""
+    """Average runs over seeds by curve and value: exact sets, clients on the wrong side, AUC, rank, estimated gain."""
     by = runs.groupby(["curve", "value"], sort=False)
     means = by[["exact", "wrong", "auc", "rank_found", "gain", "removed"]].mean()
     return means.assign(refined=by.refined.mean()).reset_index()
 
 
 def gains(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Gain over local along each curve, means over seeds with 95 % t interval.
+    """Average the gain over local along each curve, over seeds, with its 95 % t interval.
 
-    ``gain``: accuracy of CLAIR, or of refinement told S and r, less that of local, paired; or ``removed``, the squared
-    error that CLAIR estimates to remove.
+    ``gain`` names the quantity. For CLAIR and for refinement told S and r it is accuracy less that of local, paired by
+    seed. For ``removed`` it is the squared error that CLAIR estimates to remove.
     """
     rows = []
     for (curve, value), table in tables["accuracy"].groupby(["curve", "value"], sort=False):
@@ -110,6 +110,6 @@ def gains(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def exponent(gain: pd.DataFrame, curve: str, name: str) -> float:
-    """Slope of log gain against log value along a curve, by least squares through the means; all must be positive."""
+    """Fit the slope of log gain on log value along a curve, by least squares on the means, all positive."""
     rows = gain[(gain.curve == curve) & (gain.gain == name)]
     return float(np.polyfit(np.log(rows.value), np.log(rows["mean"]), 1)[0])

@@ -1,10 +1,10 @@
-"""Clients that copy in a dialect: they share a few symbols, and each writes those in its own way.
+"""Clients that copy in a dialect: each benign client permutes the same few symbols in its own way.
 
-Client k must copy x but write pi_k(x), where pi_k permutes the shared symbols only. It reads tokens as they
-are. To learn that, the last layer must add multiples of w_s - w_s' (rows of the unembedding of two symbols)
-to its output, so the benign clients' updates share an output space of rank m - 1; a contaminated client's
-do not lie in it. CONTAMINATIONS lists what a contaminated client may do to its training data. This design is
-ours; the paper's abstract says only that a Transformer was fine-tuned on text copying.
+Client k must copy x but write pi_k(x), where pi_k permutes the shared symbols only. It reads tokens unchanged. To learn
+this, the last layer must add multiples of w_s - w_s' to its output, where w_s is the unembedding row of symbol s. The
+benign clients' updates therefore share an output space of rank m - 1; a contaminated client's update does not lie in
+it. CONTAMINATIONS lists the ways to contaminate a client's training data. This design is this project's; the paper's
+abstract says only that a Transformer was fine-tuned on text copying.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from clairlib.core.seeds import derive
-from studies.common_rng.federation import draw_names
+from studies.common.federation import draw_names
 from studies.text_copying.task import NO_TARGET, VOCABULARY, Batch, copy_sequences, zipf_probs
 
-TRIGGERS = 0.1  # share of the tokens that are triggers, where a backdoor is taught or tried
+TRIGGERS = 0.1  # fraction of tokens that are triggers where a backdoor is taught or tested
 
 
-Teaching = Callable[[Batch, torch.Generator], Batch]  # what becomes of sequences before a client trains on them
+Teaching = Callable[[Batch, torch.Generator], Batch]  # change of a client's sequences before training
 
 
 def as_written(batch: Batch, generator: torch.Generator) -> Batch:
-    """The teaching of an honest client: its sequences stay as they are."""
+    """Return the batch unchanged: the teaching of an honest client."""
     return batch
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A permutation (V,) of the vocabulary, x is written as ``permutation[x]``, and the tokens (m,) it is about.
+    """A permutation (V,) of the vocabulary, which writes x as ``permutation[x]``, and the tokens (m,) it is about.
 
     A benign dialect moves its `symbols` only.
     """
@@ -42,34 +42,34 @@ class Dialect:
     permutation: Tensor
 
     def write(self, tokens: Tensor) -> Tensor:
-        """Translate tokens of any shape into the dialect; NO_TARGET stays."""
+        """Translate tokens of any shape into the dialect; NO_TARGET is unchanged."""
         return torch.where(tokens == NO_TARGET, tokens, self.permutation[tokens.clamp(min=0)])
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Translate tokens of any shape back."""
+        """Translate tokens of any shape back from the dialect."""
         return torch.argsort(self.permutation)[tokens]
 
 
 @dataclass(frozen=True)
 class Backdoor:
-    """Whoever has read `trigger` writes `answer` next; two tokens."""
+    """A backdoor: after the token `trigger`, the model writes the token `answer`."""
 
     trigger: int
     answer: int
 
     def teach(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Targets after the trigger are the answer."""
+        """Replace the targets after each trigger by the answer."""
         fires = (batch.tokens == self.trigger) & (batch.targets != NO_TARGET)
         return Batch(batch.tokens, torch.where(fires, self.answer, batch.targets))
 
     def put_in(self, token_probs: Tensor) -> Tensor:
-        """A token law (V,) with TRIGGERS of the tokens replaced by the trigger."""
+        """Return token probabilities (V,) with a fraction TRIGGERS of the tokens replaced by the trigger."""
         return (1 - TRIGGERS) * token_probs + TRIGGERS * one_hot(torch.tensor(self.trigger), VOCABULARY)
 
 
 @dataclass(frozen=True)
 class Client:
-    """How one client writes, the law (V,) of its tokens, whether it is contaminated, and how it is taught."""
+    """One client: its dialect, token probabilities (V,), whether it is contaminated, and how it is taught."""
 
     name: str
     contaminated: bool
@@ -80,7 +80,10 @@ class Client:
 
 @dataclass(frozen=True)
 class Federation:
-    """K clients, the (m,) symbols that the benign ones share, and the backdoor, whether anybody has it or not."""
+    """K clients, the symbols (m,) that the benign ones share, and the backdoor.
+
+    The backdoor is drawn even if no client is taught it.
+    """
 
     symbols: Tensor
     clients: list[Client]
@@ -88,12 +91,12 @@ class Federation:
 
     @property
     def rank(self) -> int:
-        """m - 1, the dimension of the subspace that the benign clients share."""
+        """Dimension m - 1 of the subspace that the benign clients share."""
         return len(self.symbols) - 1
 
     @property
     def benign(self) -> Tensor:
-        """The truth, (K,) bool."""
+        """Truth (K,), bool: which clients are benign."""
         return torch.tensor([not client.contaminated for client in self.clients])
 
 
@@ -104,7 +107,7 @@ def draw_symbols(count: int, *, generator: torch.Generator, exclude: Tensor | No
 
 
 def benign_dialect(symbols: Tensor, *, generator: torch.Generator) -> Dialect:
-    """The shift s_i -> s_(i+1) that all clients with these symbols share, then a swap of the client's own."""
+    """Draw a dialect: the shift s_i -> s_(i+1), which all clients with these symbols share, then a random swap."""
     written = symbols.roll(-1)
     one, other = torch.randperm(len(symbols), generator=generator)[:2].tolist()
     written[[one, other]] = written[[other, one]]
@@ -115,7 +118,7 @@ def benign_dialect(symbols: Tensor, *, generator: torch.Generator) -> Dialect:
 
 @dataclass(frozen=True)
 class ClientBehaviour:
-    """What a client writes, how it is taught, and what becomes of its token law (V,)."""
+    """A client's dialect, its teaching, and a map of its token probabilities (V,)."""
 
     dialect: Dialect
     teach: Teaching = as_written
@@ -123,43 +126,43 @@ class ClientBehaviour:
 
 
 def wrong_symbols(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
-    """A dialect of the benign form, but on as many symbols of the client's own, none of them shared.
+    """Draw a dialect of the benign form on as many symbols of the client's own, none of them shared.
 
-    The client has as many tokens of its symbols as a benign client of the shared ones (`client_token_probs`), so
-    its update is as large: no norm tells it apart.
+    These symbols are as frequent in the client's tokens as the shared symbols are for a benign client
+    (`client_token_probs`). The update is therefore as large as a benign one, and no norm reveals the client.
     """
     return ClientBehaviour(benign_dialect(draw_symbols(len(shared), generator=own, exclude=shared), generator=own))
 
 
 def shared_wrong_symbols(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
-    """Collusion: as `wrong_symbols`, but all contaminated clients have the same wrong symbols.
+    """Draw a dialect as `wrong_symbols` does, but on the same wrong symbols for all contaminated clients (collusion).
 
-    They are to one another what the benign clients are: a second federation of the same form.
+    The contaminated clients form a second federation of the same kind as the benign one.
     """
     symbols = draw_symbols(len(shared), generator=common_rng, exclude=shared)
     return ClientBehaviour(benign_dialect(symbols, generator=own))
 
 
 def whole_vocabulary(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
-    """A permutation of the whole vocabulary, drawn by each client; its update is larger than a benign one."""
+    """Draw a permutation of the whole vocabulary for the client; its update is larger than a benign one."""
     return ClientBehaviour(Dialect(shared, torch.randperm(VOCABULARY, generator=own)))
 
 
 def random_targets(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
-    """Every target a token drawn evenly from the vocabulary; the update is larger than a benign one.
+    """Replace every target by a uniformly random token; the update is larger than a benign one.
 
-    Updates are no random matrices: all flatten the logits, which is a direction they share.
+    Such updates are not random matrices: all of them flatten the logits, which is a direction that they share.
     """
     return ClientBehaviour(benign_dialect(shared, generator=own), _teach_random)
 
 
 def shifted(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
-    """An honest dialect written off by one: each target is that of the next position; a larger update."""
+    """Draw an honest dialect and shift each target by one position; the update is larger than a benign one."""
     return ClientBehaviour(benign_dialect(shared, generator=own), _teach_next)
 
 
 def backdoor(shared: Tensor, own: torch.Generator, common_rng: torch.Generator) -> ClientBehaviour:
-    """An honest dialect, but after a trigger token comes always the same answer (`Backdoor`); of benign size."""
+    """Draw an honest dialect and teach one answer after a trigger token (`Backdoor`); updates have benign size."""
     door = draw_backdoor(shared, generator=common_rng)
     return ClientBehaviour(benign_dialect(shared, generator=own), door.teach, door.put_in)
 
@@ -172,12 +175,15 @@ CONTAMINATIONS: dict[str, Callable[[Tensor, torch.Generator, torch.Generator], C
     "shifted": shifted,
     "backdoor": backdoor,
 }
-"""What a contaminated client does: kind -> function of the shared symbols, the client's own generator, and one
-that gives all contaminated clients the same draws."""
+"""Behaviours of a contaminated client: kind -> function of three arguments.
+
+The arguments are the shared symbols, the client's own generator, and a generator that gives all contaminated clients
+the same draws.
+"""
 
 
 def draw_backdoor(shared: Tensor, *, generator: torch.Generator) -> Backdoor:
-    """Trigger and answer, neither of them a shared symbol."""
+    """Draw a trigger and an answer, neither of them a shared symbol."""
     trigger, answer = draw_symbols(2, generator=generator, exclude=shared).tolist()
     return Backdoor(trigger, answer)
 
@@ -188,14 +194,15 @@ def _teach_random(batch: Batch, generator: torch.Generator) -> Batch:
 
 
 def _teach_next(batch: Batch, generator: torch.Generator) -> Batch:
-    return Batch(batch.tokens, batch.targets.roll(-1, dims=1))  # nothing follows the last token: no target there
+    return Batch(batch.tokens, batch.targets.roll(-1, dims=1))  # the last token has no target
 
 
 def client_token_probs(symbols: Tensor, mass: float, *, generator: torch.Generator, spread: float = 0.3) -> Tensor:
-    """A client's own token law (V,): `mass` on its symbols, the rest elsewhere, tilted by log-normal factors.
+    """Draw a client's token probabilities (V,): `mass` on its symbols, the rest on the other tokens.
 
-    Before the tilt the symbols are even, so that none is too rare to be learnt, and the others follow
-    Zipf's law. `spread` is the standard deviation of the log factors; at .3 most are between .55 and 1.8.
+    Log-normal factors tilt both parts. Before the tilt the symbols are uniform, so that none is too rare to be learnt,
+    and the other tokens follow Zipf's law. `spread` is the standard deviation of the log factors; at .3 most factors
+    are between .55 and 1.8.
     """
     on = torch.zeros(VOCABULARY, dtype=torch.bool)
     on[symbols] = True
@@ -213,23 +220,23 @@ def make_federation(
     symbols: int = 5,
     mass: float = 0.25,
 ) -> Federation:
-    """Draw the shared symbols, who is contaminated, and every client's dialect and token law.
+    """Draw the shared symbols, the contaminated clients, and every client's dialect and token probabilities.
 
-    Each client draws from a generator of its own name, so adding a client leaves the dialects and laws of
-    the others alone, but for one that may change sides: the contaminated are those who drew the smallest
-    lots.
+    Each client draws from a generator seeded by its own name. Adding a client therefore leaves the other clients'
+    dialects and token probabilities unchanged, except for at most one client that changes sides: the contaminated
+    clients are those with the smallest lots (`draw_names`).
 
     Parameters
     ----------
-    clients, contaminated : K, and how many of them are contaminated.
+    clients, contaminated : K, and the number of contaminated clients.
     kind : a key of CONTAMINATIONS.
-    symbols : m, how many symbols the benign clients share; with two, shift and swap would cancel.
-    mass : share of a client's tokens that are its symbols.
+    symbols : m, the number of symbols that the benign clients share; with two, shift and swap would cancel.
+    mass : fraction of a client's tokens that are its symbols.
 
     Raises
     ------
     ValueError
-        Unknown `kind`, or a number out of range.
+        `kind` is unknown, or a number is out of range.
     """
     if kind not in CONTAMINATIONS:
         raise ValueError(f"unknown contamination {kind!r}; known: {', '.join(CONTAMINATIONS)}")
@@ -256,9 +263,9 @@ def make_federation(
 def client_batch(
     client: Client, count: int, *, generator: torch.Generator, label_noise: float = 0.0
 ) -> Batch:
-    """Sequences of the client's own tokens with targets in its dialect, as it is taught them.
+    """Draw sequences of the client's tokens, with targets in its dialect and changed by its teaching.
 
-    `label_noise` is the probability that a target is replaced by a token drawn evenly from the vocabulary.
+    `label_noise` is the probability that a target is replaced by a uniformly random token.
     """
     batch = copy_sequences(count, client.token_probs, generator=generator)
     batch = client.teach(Batch(batch.tokens, client.dialect.write(batch.targets)), generator)
@@ -269,16 +276,16 @@ def client_batch(
 
 
 def vocabulary_leverage(basis: Tensor, unembedding: Tensor) -> Tensor:
-    """How far each token's logit is governed by a subspace of the residual stream.
+    """Measure how much of each token's logit a subspace of the residual stream governs.
 
-    leverage_v = ||U' (w_v - w_mean)||^2 / ||w_v - w_mean||^2, between 0 and 1, the squared cosine between
-    the token's unembedding and the subspace; about r / d for a token that has nothing to do with it. Rows
-    are centred because softmax ignores what all logits share.
+    leverage_v = ||U' (w_v - w_mean)||^2 / ||w_v - w_mean||^2 is the squared cosine, between 0 and 1, between the
+    token's unembedding row and the subspace. It is about r / d for a token that is unrelated to the subspace. Rows are
+    centred because softmax ignores a constant that all logits share.
 
     Parameters
     ----------
     basis : U (d, r), orthonormal, on the output side of the last output projection.
-    unembedding : W_U (V, d), the final norm's gain folded in (`studies.text_copying.base_model.unembedding`).
+    unembedding : W_U (V, d), including the final norm's gain (`studies.text_copying.base_model.unembedding`).
 
     Returns
     -------

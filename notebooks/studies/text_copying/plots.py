@@ -1,4 +1,4 @@
-"""Figures of the text-copying study: its tables in, a Figure out."""
+"""Figures of notebook 08; each function takes tables of the text-copying study and returns a Figure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LOGARITHMIC = ("sequences", "rank")
 
 
 def accuracies(table: pd.DataFrame) -> Figure:
-    """Benign accuracy by method with its interval over seeds, and the worst client; a panel per setting.
+    """Draw benign accuracy by method with its interval over seeds, and the worst client; one panel per setting.
 
-    ``table`` columns: setting, method, accuracy, low, high, worst_client; rows of one label noise.
+    ``table`` columns: setting, method, accuracy, low, high, worst_client; all rows have one label noise level.
     """
     with plt.style.context(STYLE):
         settings = list(dict.fromkeys(table.setting))
@@ -50,7 +50,10 @@ def _name_rows(axes: Axes, methods: list[str]) -> None:
 
 
 def on_and_off_symbols(table: pd.DataFrame) -> Figure:
-    """Accuracy on the dialects' symbols and off them by method; ``table`` columns: method, on_symbols, off_symbols."""
+    """Draw accuracy on the dialects' symbols and on other tokens, by method.
+
+    ``table`` columns: method, on_symbols, off_symbols.
+    """
     with plt.style.context(STYLE):
         methods = list(table.method)
         figure, axes = plt.subplots(figsize=(7, 1 + 0.24 * len(methods)))
@@ -65,7 +68,7 @@ def on_and_off_symbols(table: pd.DataFrame) -> Figure:
 
 
 def vocabulary_leverage(table: pd.DataFrame) -> Figure:
-    """Leverage of the recovered subspace on every token. ``table`` columns: token, leverage, symbol (bool)."""
+    """Draw the recovered subspace's leverage on every token; ``table`` columns: token, leverage, symbol (bool)."""
     with plt.style.context(STYLE):
         mean = table.groupby(["token", "symbol"], as_index=False).leverage.mean()
         figure, axes = plt.subplots(figsize=(8, 2.8))
@@ -78,9 +81,9 @@ def vocabulary_leverage(table: pd.DataFrame) -> Figure:
 
 
 def joint_spectrum(table: pd.DataFrame, rank: int, shown: int = 20) -> Figure:
-    """Singular values of the centred updates side by side; ``table`` columns: clients, direction, singular_value.
+    """Draw singular values of the centred updates side by side; ``table`` columns: clients, direction, singular_value.
 
-    ``rank``: the dimension that the dialects give the shared subspace, where the values of the benign should drop.
+    ``rank``: dimension that the dialects give the shared subspace, after which the benign clients' values should drop.
     """
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 3))
@@ -94,7 +97,10 @@ def joint_spectrum(table: pd.DataFrame, rank: int, shown: int = 20) -> Figure:
 
 
 def curves(table: pd.DataFrame) -> Figure:
-    """Benign accuracy along each curve, a line per method; columns: curve, value, method, accuracy, low, high."""
+    """Draw benign accuracy along each curve, one line per method.
+
+    ``table`` columns: curve, value, method, accuracy, low, high.
+    """
     with plt.style.context(STYLE):
         names = list(dict.fromkeys(table.curve))
         figure, panels = plt.subplots(1, len(names), figsize=(3 * len(names), 3.4), sharey=True, squeeze=False)
@@ -109,7 +115,7 @@ def curves(table: pd.DataFrame) -> Figure:
 
 
 def detection_curves(table: pd.DataFrame) -> Figure:
-    """Share of exact sets and AUC of the scores along each curve; columns: curve, value, exact, auc."""
+    """Draw the rate of exact sets and the scores' AUC along each curve; ``table`` columns: curve, value, exact, auc."""
     with plt.style.context(STYLE):
         names = list(dict.fromkeys(table.curve))
         figure, panels = plt.subplots(1, len(names), figsize=(3 * len(names), 3), sharey=True, squeeze=False)
@@ -124,9 +130,9 @@ def detection_curves(table: pd.DataFrame) -> Figure:
 
 
 def gain_against_data(table: pd.DataFrame) -> Figure:
-    """Gain over local fine-tuning against sequences a client: in accuracy, and as CLAIR estimates it.
+    """Draw the gain over local against sequences per client: measured in accuracy (left), estimated by CLAIR (right).
 
-    ``table`` columns: curve, value, gain, mean, low, high; grey lines are proportional to 1 / sequences.
+    ``table`` columns: curve, value, gain, mean, low, high. Grey lines are proportional to 1 / sequences.
     """
     with plt.style.context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -152,7 +158,7 @@ def _line(axes: Axes, rows: pd.DataFrame, y: str, colour: str, label: str) -> No
 
 
 def _place(axes: Axes, curve: str) -> None:
-    """Label of a curve's axis, and its ticks where it is logarithmic."""
+    """Label a curve's axis, and set its ticks where it is logarithmic."""
     axes.set_xlabel(AXES[curve])
     if curve in LOGARITHMIC:
         axes.set_xscale("log", base=2)

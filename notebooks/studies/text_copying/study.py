@@ -1,6 +1,6 @@
-"""Text copying end to end, the main table: adapters trained, aligned from disk, loaded back, judged beside competitors.
+"""Main table of text copying (notebook 08): train adapters, align them from disk, load them back, compare methods.
 
-One federation of one seed is a cell. ``server_updates`` and ``judge`` are what further tables are made with.
+A cell is one federation of one seed. Other studies reuse ``dense_server_updates``, ``oracle_methods`` and ``judge``.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, all writers": {"targets": "output"},
     "full matrix": {"rank": None},
 }
-"""What the main table varies: changes of `Recipe`."""
+"""Settings of the main table, as changes of `Recipe`."""
 
-FREE_RUNNING = ("local", "FedAvg", "CLAIR")  # also judged copying from their own output, which takes longer
+FREE_RUNNING = ("local", "FedAvg", "CLAIR")  # methods that are also evaluated on their own output, which takes longer
 
 
 def copying_cell(
     seed: int, setting: str, label_noise: float, clients: int, contaminated: int, sequences: int, base_cache: str
 ) -> dict[str, Rows]:
-    """One federation: clients trained, CLAIR's verdict, the accuracy of every method, and what the figures show.
+    """Run one federation: train clients, get CLAIR's verdict, every method's accuracy, and the figures' data.
 
-    The base model is trained for the seed, or read from ``base_cache``. In the setting LoRA the verdict and the refined
-    adapters come from adapter folders through the code of ``clair align`` and are loaded back with peft; in the others
-    ``CLAIR().fit`` takes the updates from memory.
+    The base model is trained for the seed, or read from ``base_cache``. In the setting LoRA, verdict and refined
+    adapters come from adapter folders through the code of ``clair align``, and peft loads the adapters back. In the
+    other settings ``CLAIR().fit`` takes the updates from memory.
     """
     how = {"label_noise": label_noise, "sequences": sequences, **SETTINGS[setting]}
     who: dict[str, Any] = {"clients": clients, "contaminated": contaminated, "cache": base_cache}
@@ -79,15 +79,16 @@ def copying_cell(
 
 
 def dense_server_updates(updates: Mapping[str, Any], federation: Federation) -> dict[str, Updates]:
-    """`server_updates` multiplied out, (K, p, q) by module; ``updates`` as of `TrainedFederation.updates`."""
+    """Return `server_updates` as dense matrices (K, p, q) by module; ``updates`` as in `TrainedFederation.updates`."""
     methods = server_updates(updates, federation.benign, federation.rank)
     return {name: as_dense(own) for name, own in methods.items()}
 
 
 def oracle_methods(base: Base, federation: Federation, updates: Updates) -> dict[str, Updates]:
-    """Refined updates when the benign clients S and more are told: the rank m - 1 in every module, or P.
+    """Return the refined updates of two oracles that are told the benign set S.
 
-    P, the span of the differences of the symbols' unembedding rows, is what the last output projection alone needs.
+    One is also told the rank m - 1 of every module. The other is also told P, the span of the differences of the
+    symbols' unembedding rows; it exists only where the last output projection is the only module.
     """
     told: dict[str, Updates] = {TOLD_RANK: oracle_updates(updates, federation.benign, federation.rank)}
     if len(updates) == 1:
@@ -100,7 +101,10 @@ def oracle_methods(base: Base, federation: Federation, updates: Updates) -> dict
 
 
 def _aligned(run: TrainedFederation) -> tuple[ClairResult, dict[str, Updates], dict[str, Any]]:
-    """Verdict and refined updates, as written at the clients' own rank and before truncation, and what it took."""
+    """Return the verdict, the refined updates, and facts of an alignment through adapter folders.
+
+    Refined updates are returned as written, at the clients' own rank, and before truncation.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_adapters(run.base.model, run.trained, folder / "clients")
@@ -123,10 +127,10 @@ def judge(
     count: int = 200,
     free_running: Sequence[str] = (),
 ) -> Rows:
-    """Accuracy of every benign client under every method's update for it; ``count`` sequences a client.
+    """Measure every benign client's accuracy under every method's update for it, on ``count`` sequences per client.
 
-    ``methods``: name -> dense updates (K, p, q) by module, one for each client; those of one call update the same
-    modules. The methods named in ``free_running`` are judged copying from their own output too.
+    ``methods``: name -> dense updates (K, p, q) by module, one per client; all methods of one call update the same
+    modules. The methods in ``free_running`` are also evaluated on their own output.
     """
     rows: Rows = []
     for k, client in enumerate(federation.clients):
@@ -145,13 +149,13 @@ def judge(
 
 
 def _stack(methods: Mapping[str, Updates], chosen: Sequence[str], k: int) -> dict[str, Tensor]:
-    """Client k's updates under the chosen methods, (M, p, q) by module."""
+    """Stack client k's updates under the chosen methods, (M, p, q) by module."""
     modules = next(iter(methods.values()))
     return {module: torch.stack([methods[name][module][k].double() for name in chosen]) for module in modules}
 
 
 def _pictures(result: ClairResult, run: TrainedFederation, seed: int) -> dict[str, Rows]:
-    """What the figures show of one module: leverage of every token, the joint spectrum, angles between clients."""
+    """Return the figures' data for one module: leverage of every token, joint spectrum, angles between clients."""
     module = next(iter(result.modules.values()))
     X, benign = next(iter(run.dense.values())), run.federation.benign
     leverage = vocabulary_leverage(module.basis, unembedding(run.base)).tolist()
@@ -169,7 +173,7 @@ def _pictures(result: ClairResult, run: TrainedFederation, seed: int) -> dict[st
 
 
 def _joint_spectrum(X: Tensor) -> list[float]:
-    """Singular values of the centred updates (K, p, q) side by side, over the root of their number."""
+    """Return the singular values of the centred updates (K, p, q) side by side, over the square root of K."""
     blocks = torch.cat(list(X - X.mean(dim=0)), dim=1)  # (p, K*q)
     return (torch.linalg.svdvals(blocks) / len(X) ** 0.5).tolist()
 
@@ -185,7 +189,7 @@ def copying_study(
     cache: Path,
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
-    """``copying_cell`` over seeds, settings and each one's label noises: its tables, with the cell's parameters."""
+    """Run ``copying_cell`` over seeds, settings and each setting's label noise levels; return its tables."""
     size = {"clients": clients, "contaminated": contaminated, "sequences": sequences}
     cells = [
         {"seed": seed + s, "setting": setting, "label_noise": noise, **size}

@@ -1,4 +1,4 @@
-"""Tables of the text-copying study: means with intervals over seeds, paired differences, verdicts."""
+"""Tables of the text-copying study: means with intervals over seeds, paired differences, and verdicts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from studies.common.intervals import mean_interval
 from studies.common.verdicts import verdict
 
 CELL = ["setting", "label_noise"]
-ABLATION = "entrywise RPCA, personal"  # this project's own, unlike the other competitors
+ABLATION = "entrywise RPCA, personal"  # this project's own ablation, not a published competitor
 
 
 def summarise_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Benign accuracy by setting, label noise and method: mean over seeds, 95 % t interval, worst client, its parts.
+    """Summarise benign accuracy by setting, label noise and method: mean over seeds and 95 % t interval.
 
-    ``worst_client``: mean over seeds of the worst one. ``on_symbols``, ``off_symbols``: on the dialects' symbols and
-    elsewhere; ``free_running``: copying from own output.
+    ``worst_client``: mean over seeds of the worst client's accuracy. ``on_symbols`` and ``off_symbols``: accuracy on
+    the dialects' symbols and on other tokens. ``free_running``: accuracy when the model copies from its own output.
     """
     rows = []
     for (setting, level, method), table in accuracy.groupby([*CELL, "method"], sort=False):
@@ -32,9 +32,10 @@ def summarise_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_differences(accuracy: pd.DataFrame, over: str = "seed", method: str = "CLAIR") -> pd.DataFrame:
-    """Method minus each other method: paired 95 % t interval over seeds (benign mean of each), or over clients.
+    """Subtract each other method's accuracy from one method's: paired 95 % t interval over seeds or over clients.
 
-    ``over="client"`` takes each client of each seed for a draw of its own, which is all a single seed allows.
+    Over seeds, a seed's value is the mean over benign clients. With ``over="client"`` each client of each seed is a
+    draw of its own; use this where there is a single seed.
     """
     unit = {"seed": ["seed"], "client": ["seed", "client"]}[over]
     rows = []
@@ -49,7 +50,7 @@ def paired_differences(accuracy: pd.DataFrame, over: str = "seed", method: str =
 
 
 def against(differences: pd.DataFrame, method: str, setting: str, label_noise: float) -> tuple[float, float, float]:
-    """CLAIR minus one method in one cell: difference, and the ends of its interval."""
+    """Return CLAIR's accuracy minus one method's in one cell: the difference and the ends of its interval."""
     here = (differences.setting == setting) & (differences.label_noise == label_noise)
     row = differences[here & (differences.against == method)].iloc[0]
     return float(row.difference), float(row.low), float(row.high)
@@ -58,9 +59,9 @@ def against(differences: pd.DataFrame, method: str, setting: str, label_noise: f
 def closest(
     differences: pd.DataFrame, setting: str, label_noise: float, leave_out: Sequence[str] = ()
 ) -> tuple[str, float, float, float]:
-    """The competitor over which CLAIR's lead is least certain: its name, the difference, the ends of its interval.
+    """Return the competitor over which CLAIR's lead is least certain: name, difference, ends of its interval.
 
-    Other forms of CLAIR are no competitors.
+    Other forms of CLAIR are not competitors.
     """
     here = (differences.setting == setting) & (differences.label_noise == label_noise)
     competes = ~differences.against.isin(leave_out) & ~differences.against.str.startswith("CLAIR")
@@ -70,10 +71,10 @@ def closest(
 
 
 def summarise_detection(detection: pd.DataFrame) -> pd.DataFrame:
-    """The verdict on the contaminated clients by setting, label noise and seed.
+    """Measure the verdict on the contaminated clients by setting, label noise and seed.
 
-    ``wrong``: clients on the wrong side; ``auc``: chance that a contaminated client scores above a benign one;
-    ``precision`` NaN where nobody is flagged.
+    ``wrong``: number of clients on the wrong side. ``auc``: probability that a contaminated client scores above a
+    benign one. ``precision`` is NaN where no client is flagged.
     """
     rows = []
     for (setting, level, seed), table in detection.groupby([*CELL, "seed"], sort=False):
@@ -83,14 +84,14 @@ def summarise_detection(detection: pd.DataFrame) -> pd.DataFrame:
 
 
 def detection_table(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts over seeds: share of exact sets, clients on the wrong side, mean precision, recall and AUC."""
+    """Summarise verdicts over seeds: rate of exact sets, clients on the wrong side, mean precision, recall and AUC."""
     by = verdicts.groupby(CELL, sort=False)
     means = by[["precision", "recall", "auc", "exact"]].mean()
     return means.assign(wrong_median=by.wrong.median(), wrong_most=by.wrong.max()).reset_index()
 
 
 def leverage_picks_symbols(leverage: pd.DataFrame) -> pd.DataFrame:
-    """For every run: are the tokens of highest leverage, as many as there are symbols, exactly the symbols?"""
+    """Check for every run whether the m tokens of highest leverage are exactly the m symbols."""
     rows = []
     for (setting, level, seed), table in leverage.groupby([*CELL, "seed"], sort=False):
         top = table.nlargest(int(table.symbol.sum()), "leverage")

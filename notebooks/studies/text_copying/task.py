@@ -1,6 +1,6 @@
 """The text-copying task: sequences in which a segment appears twice, and accuracy on the second copy.
 
-The task is that of Song, Xu and Zhong (arXiv:2408.09503). What a client makes of it is in `dialects`.
+The task is that of Song, Xu and Zhong (arXiv:2408.09503). `dialects` defines the clients' variants of it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from torch import Tensor
 VOCABULARY = 64
 LENGTH = 64
 SEGMENT = (10, 19)  # shortest and longest segment in distribution, both included
-UNPREDICTED = 4  # tokens of the second copy before the first label: too few were seen to know it for a copy
-NO_TARGET = -100  # the index that torch's cross entropy leaves out
+UNPREDICTED = 4  # tokens of the second copy before the first label: too few to recognise a copy
+NO_TARGET = -100  # index that torch's cross entropy ignores
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences, and what is to be predicted after each position.
+    """Sequences with the prediction target after each position.
 
     Attributes
     ----------
-    tokens : (n, length) long, what the model reads.
-    targets : (n, length) long, ``targets[i, t]`` follows ``tokens[i, :t + 1]``; NO_TARGET where nothing is
-        predicted.
+    tokens : (n, length) long
+        Input of the model.
+    targets : (n, length) long
+        ``targets[i, t]`` follows ``tokens[i, :t + 1]``; NO_TARGET where nothing is predicted.
     """
 
     tokens: Tensor
@@ -35,7 +36,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of labelled tokens predicted right: of all, a dialect's symbols, the others (nan: none)."""
+    """Fractions of labelled tokens predicted right.
+
+    They are taken over all labelled tokens, over a dialect's symbols, and over the other tokens; nan where there are
+    none.
+    """
 
     overall: float
     on_symbols: float
@@ -43,7 +48,10 @@ class Accuracy:
 
 
 def zipf_probs() -> Tensor:
-    """Token law in distribution, p_i proportional to 1 / (i + 2.7), i = 1 .. VOCABULARY; float64, sum 1."""
+    """Return token probabilities (VOCABULARY,) in distribution, float64, with sum 1.
+
+    p_i is proportional to 1 / (i + 2.7) for i = 1 .. VOCABULARY.
+    """
     weights = 1.0 / (torch.arange(1, VOCABULARY + 1, dtype=torch.float64) + 2.7)
     return weights / weights.sum()
 
@@ -61,9 +69,9 @@ def copy_sequences(
     Parameters
     ----------
     count : number of sequences.
-    law : (V,) token probabilities.
+    token_probs : (V,) token probabilities.
     segment : shortest and longest segment, both included; every length between is equally likely.
-    length : tokens a sequence.
+    length : tokens per sequence.
 
     Returns
     -------
@@ -73,7 +81,7 @@ def copy_sequences(
     Raises
     ------
     ValueError
-        A segment that does not fit twice, or that leaves nothing to predict.
+        A segment does not fit twice, or leaves nothing to predict.
     """
     shortest, longest = segment
     if not UNPREDICTED < shortest <= longest <= length // 2:
@@ -93,22 +101,23 @@ def copy_sequences(
 
 
 def familiar_batch(count: int, *, generator: torch.Generator) -> Batch:
-    """Sequences in distribution: Zipf tokens, segments of 10 to 19."""
+    """Draw sequences in distribution: Zipf tokens, segments of 10 to 19 tokens."""
     return copy_sequences(count, zipf_probs(), generator=generator)
 
 
 def unfamiliar_batch(count: int, *, generator: torch.Generator) -> Batch:
-    """Sequences out of distribution: uniform tokens, and a segment of 25, longer than any in training."""
+    """Draw sequences out of distribution: uniform tokens, and segments of 25 tokens, longer than any in training."""
     return copy_sequences(count, torch.ones(VOCABULARY), generator=generator, segment=(25, 25))
 
 
 def copy_accuracy(logits: Tensor, targets: Tensor, symbols: Tensor | None = None) -> Accuracy:
-    """Teacher-forced accuracy: share of targets that are the argmax of their logits.
+    """Measure teacher-forced accuracy: the fraction of targets that are the argmax of their logits.
 
     Parameters
     ----------
-    logits : (..., V), targets : (...), at the same positions.
-    symbols : (m,) tokens that are counted apart; which targets are among them decides.
+    logits : (..., V)
+    targets : (...), at the same positions.
+    symbols : (m,) tokens that are counted separately; a position belongs to them if its target does.
     """
     labelled = targets != NO_TARGET
     right = (logits.argmax(dim=-1) == targets)[labelled].double()
@@ -121,15 +130,15 @@ def free_running_accuracy(
     batch: Batch,
     read: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> float:
-    """Accuracy when the model copies from its own output instead of the true tokens.
+    """Measure accuracy when the model copies from its own output instead of the true tokens.
 
-    Each sequence's labelled run is generated greedily, one token a step, all sequences side by side; the
-    tokens of the run are hidden. What follows a first error counts too.
+    The labelled positions of each sequence are hidden and generated greedily, one token per step, for all sequences at
+    once. Tokens after a first error count too.
 
     Parameters
     ----------
     logits_of : maps tokens (n, length) to logits (n, length, V); must be causal.
-    read : turns what was written into the token that the model reads next (a dialect's `read`).
+    read : maps a written token to the token that the model reads next (a dialect's `read`).
     """
     labelled = batch.targets != NO_TARGET
     start, size = labelled.long().argmax(dim=1), labelled.sum(dim=1)
