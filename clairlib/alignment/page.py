@@ -176,10 +176,10 @@ def _heat(clients: list[dict[str, Any]], modules: list[str]) -> _Markup:
 def _cell(client: dict[str, Any], module: str, x: float, y: float, width: float, height: float) -> _Markup:
     score = (client.get("modules") or {}).get(module)
     title = _tag("title", f"{client.get('name')}, {module}: {_show(score)}")
-    return _tag("rect", title, x=x, y=y, width=width, height=height, fill=_colour(score))
+    return _tag("rect", title, x=x, y=y, width=width, height=height, fill=score_colour(score))
 
 
-def _colour(score: float | None) -> str:
+def score_colour(score: float | None) -> str:
     """Return a colour of a colour-blind safe scale from blue over grey to vermilion; white if there is no score."""
     if score is None:
         return "#ffffff"

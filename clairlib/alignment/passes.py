@@ -39,7 +39,7 @@ def iterate_verdict_on_disk(
     """
     names = list(job.adapters.modules)
     with _crew(job, min(jobs, len(names))) as crew:
-        fits, benign = _first_set(crew, pilots(names, job.clair.solver))
+        fits, benign = search_on_disk(crew, pilots(names, job.clair.solver))
         refine_any = max(float(fit.reading(benign).structure) for fit in fits) >= MIN_EXPLAINED_VARIANCE
         passes = Passes(crew, folder, records, refine_any, progress)
         benign, pooled = iterate_verdict(benign.cpu(), passes.read, _in_memory(job.clair.wider_frame(fits), job.device))
@@ -54,7 +54,7 @@ def iterate_verdict_on_disk(
     return result, {name: done[name].errors for name in names}
 
 
-def _first_set(crew: Crew, names: Sequence[str]) -> tuple[list[ModuleFit], Tensor]:
+def search_on_disk(crew: Crew, names: Sequence[str]) -> tuple[list[ModuleFit], Tensor]:
     """Return the fits of some of the modules, and the set (K,) bool that stays when these modules judge it."""
     found = list(crew.run(fit_and_search, names[:AGREED]))
     work = fit_module if crew.job.clair.agree([frame for _, frame in found]) else fit_and_search

@@ -15,7 +15,7 @@ from clairlib.linalg.low_rank import LowRank
 
 Z_THRESHOLD = 3.0  # threshold of the norm filter
 CLIPPING_ROUNDS = 20
-RESOLUTION = 1e-8  # relative to the largest norm; smaller distances are rounding error, as the Gram matrix holds squares
+RESOLUTION = 1e-8  # relative to the largest norm; smaller distances are rounding, as the Gram matrix holds squares
 
 
 def gram_matrix(updates: Tensor | Sequence[LowRank]) -> Tensor:
@@ -179,7 +179,7 @@ def caf_weights(gram: Tensor, contaminated: int) -> Tensor:
         variances, vectors = torch.linalg.eigh(root[:, None] * centred * root)
         if variances[-1] < least:
             least, best = float(variances[-1]), weights
-        along = (centred @ (root * vectors[:, -1])).square()  # squared parts along it, up to a factor
+        along = (centred @ (root * vectors[:, -1])).square()  # squared components along the leading direction, scaled
         if along.max() == 0:
             break
         c = c * (1 - along / along.max())

@@ -52,7 +52,7 @@ def measure_planted(
 
 
 def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] = (1,)) -> pd.DataFrame:
-    """Time the alignment of the adapters in a folder, on the CPU with each number of processes, and on CUDA if available.
+    """Time the alignment of a folder of adapters, on the CPU with each number of processes and on CUDA if available.
 
     Every process computes on one thread. The files are read once before anything is timed.
 
@@ -74,7 +74,7 @@ def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] =
         As in :func:`clairlib.alignment.align.align`.
     """
     adapters = open_adapters([clients])
-    _read_files([file.path for file in adapters.files])
+    read_files([file.path for file in adapters.files])
     cases = [("cpu", count) for count in jobs] + [("cuda", 1)] * torch.cuda.is_available()
     dense = {device: dense_route(adapters, device) for device in dict(cases)}
     rows = []
@@ -140,7 +140,7 @@ def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: s
     assert _barrier is not None
     _barrier.wait()
     began = time.perf_counter()
-    size = _read_files(paths)
+    size = read_files(paths)
     read = size / (time.perf_counter() - began)
     grams = []
     for bfloat16 in (False, True):
@@ -153,7 +153,7 @@ def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: s
     return read, *grams, BUFFER / max(lower_bound.now(device) - began, 1e-9)
 
 
-def _read_files(paths: Sequence[Path]) -> int:
+def read_files(paths: Sequence[Path]) -> int:
     buffer, size = bytearray(BUFFER), 0
     for path in paths:
         with FileIO(path) as file:
@@ -163,24 +163,25 @@ def _read_files(paths: Sequence[Path]) -> int:
 
 
 def dense_route(adapters: AdapterFiles, device: str = "cpu", clients: int = 2) -> tuple[float, float]:
-    """Estimate the seconds of the dense route through all modules; also return the factor by which the timing is scaled up.
+    """Return the estimated seconds of the dense route through all modules, and the factor of scaling up.
 
-    The timing is of the smallest module. It covers forming ``clients`` of the K updates (p, q), summing one triangle of
-    Theta_k Theta_k', and computing the eigenvectors of the scatter. Forming costs p q rho and the scatter p^2 q; both
-    are scaled as p^2 q. The eigenvectors are scaled as p^3. The estimate favours the dense route. It leaves out the
-    search, the leave-one-out scores, and the singular value decompositions that turn refined updates into adapters.
+    A part is timed in the smallest module and scaled up: forming ``clients`` of the K updates (p, q), summing one
+    triangle of Theta_k Theta_k', and computing the eigenvectors of the scatter. Forming costs p q rho and the scatter
+    p^2 q; both are scaled as p^2 q. The eigenvectors are scaled as p^3. The estimate favours the dense route. It leaves
+    out the search, the leave-one-out scores, and the singular value decompositions that turn refined updates into
+    adapters.
     """
     shapes = {name: own[0].shape for name, own in adapters.modules.items()}
     name = min(shapes, key=lambda module: shapes[module][0] ** 2 * shapes[module][1])
     (p, q), K, updates = shapes[name], len(adapters.names), adapters.read(name)[:clients]
-    formed, decomposed = _dense_parts(updates, device)
+    formed, decomposed = dense_parts(updates, device)
     total = 0.0
     for rows, columns in shapes.values():
         total += K / len(updates) * formed * rows**2 * columns / (p**2 * q) + decomposed * (rows / p) ** 3
     return total, total / (formed + decomposed)
 
 
-def _dense_parts(updates: Sequence[LowRank], device: str) -> tuple[float, float]:
+def dense_parts(updates: Sequence[LowRank], device: str) -> tuple[float, float]:
     """Return the seconds of forming updates and their scatter, and of the scatter's eigenvectors, on one thread."""
     from clairlib.bench import lower_bound
     from clairlib.bench.training import one_thread
@@ -206,8 +207,7 @@ def _alignment(clients: Path, scratch: Path | None, jobs: int, device: str) -> t
 
 
 def run_alignment(clients: Path, output: Path, jobs: int = 1, device: str = "cpu") -> dict[str, Any]:
-    """Run an alignment; return its seconds, those until the first module is done, and the contaminated clients' names.
-    """
+    """Run an alignment; return its seconds, those of its search, and the names of the contaminated clients."""
     done: list[float] = []
     began = time.perf_counter()
     found = align([clients], output, jobs=jobs, device=device, progress=lambda *_: done.append(time.perf_counter()))
@@ -223,12 +223,12 @@ def apart(work: Callable[..., Any], *arguments: Any, children: int = 0) -> tuple
     them together.
     """
     with workers(1, torch.set_num_threads, 1) as pool:
-        return pool.submit(_watched, work, arguments, children).result()
+        return pool.submit(watched, work, arguments, children).result()
 
 
-def _watched(work: Callable[..., Any], arguments: Sequence[Any], children: int) -> tuple[Any, int]:
+def watched(work: Callable[..., Any], arguments: Sequence[Any], children: int) -> tuple[Any, int]:
     result = work(*arguments)
-    return result, _own_peak() + children * _in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    return result, _own_peak() + children * in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def _own_peak() -> int:
@@ -239,8 +239,8 @@ def _own_peak() -> int:
     if sys.platform == "linux":
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    return _in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def _in_bytes(maxrss: int) -> int:
+def in_bytes(maxrss: int) -> int:
     return maxrss if sys.platform == "darwin" else 1024 * maxrss

@@ -28,7 +28,7 @@ TARGETS = ("last", "output", "linear")
 CLIENTS, TOKENS = (1, 4, 16, 64), (32, 128, 2048)
 MOST_STEPS, LEAST_STEPS = 60, 5
 QUICK, FULL = 2**16, 2**18  # most tokens over all clients and steps, which limits the steps
-LARGER = 2  # LARGE trains on this many times fewer tokens
+LARGER = 2  # LARGE has this many times fewer tokens
 
 EXPLANATION = "; ".join(
     f"{name}: hidden {size['hidden_size']}, {size['num_hidden_layers']} layers, vocabulary {size['vocab_size']}"

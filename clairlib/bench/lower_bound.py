@@ -109,11 +109,11 @@ def seconds(products: Sequence[tuple[Shape, float]], device: str, *, bfloat16: b
     With ``bfloat16`` the factors hold bfloat16 values and are multiplied as such.
     """
     with bfloat16_products(torch.device(device), bfloat16):
-        return sum(count * _seconds_of(shape, device, bfloat16) for shape, count in products)
+        return sum(count * seconds_of(shape, device, bfloat16) for shape, count in products)
 
 
 @cache
-def _seconds_of(shape: Shape, device: str, bfloat16: bool, repeats: int = 5) -> float:
+def seconds_of(shape: Shape, device: str, bfloat16: bool, repeats: int = 5) -> float:
     """Return the time of b products (m, k) @ (k, n), the best of ``repeats``."""
     b, m, k, n = shape
     left, right = torch.ones(b, m, k, device=device), torch.ones(b, k, n, device=device)
@@ -130,7 +130,9 @@ def _seconds_of(shape: Shape, device: str, bfloat16: bool, repeats: int = 5) -> 
 
 
 def now(device: str) -> float:
-    """Return a time in seconds: on CUDA wall time after all its work is done, on the CPU the time of this process alone.
+    """Return a time in seconds.
+
+    On the CPU it is the time of this process alone. On CUDA it is wall time, after all work on the device is done.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -78,7 +78,7 @@ def measure(case: Case, *, repeats: int = 2, device: str = "cpu", seed: int = 0)
         runs: dict[str, list[tuple[Tensor, float, int | None]]] = {side: [] for side in sides}
         for _ in range(repeats):
             for side, run in sides.items():
-                runs[side].append(_watched(run, device))
+                runs[side].append(watched(run, device))
         work = Work(case.clients, len(data[0].examples), _length(data[0]), _labels(data[0]), RANK, case.steps)
         products = lower_bound.needed_products(model, targets, work)
         least, flops = lower_bound.seconds(products, device), lower_bound.flops(products)
@@ -146,7 +146,7 @@ def _sequential(
         adapted = peft.get_peft_model(model, config).eval()  # no dropout on either side
         for name in targets:
             A = model.get_submodule(name).lora_A["default"].weight
-            A.data.copy_(_initial(A, derive(seed, client.name, name)))
+            A.data.copy_(initial_factor(A, derive(seed, client.name, name)))
         ids, labels = (torch.stack([e[key] for e in client.examples]).to(device) for key in ("input_ids", "labels"))
         optimizer = torch.optim.AdamW(
             [w for w in adapted.parameters() if w.requires_grad], lr=schedule.learning_rate,
@@ -162,12 +162,12 @@ def _sequential(
     return losses.double().cpu()
 
 
-def _initial(A: Tensor, draws: torch.Generator) -> Tensor:
+def initial_factor(A: Tensor, draws: torch.Generator) -> Tensor:
     """Draw the A that the trainer draws."""
     return nn.init.kaiming_uniform_(torch.empty(A.shape), a=math.sqrt(5), generator=draws)
 
 
-def _watched(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float, int | None]:
+def watched(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float, int | None]:
     """Run a side; return its result, its seconds, and its peak of bytes beyond those held before."""
     gc.collect()
     before, began = _reset_peak(device), lower_bound.now(device)

@@ -105,8 +105,7 @@ def align(
     csv: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the planted clients.")] = 0,
 ) -> None:
-    """Time `clair align` against a lower bound (reading and Gram products) and against the dense route, side by side.
-    """
+    """Time `clair align` against a lower bound, reading and Gram products, and against the dense route."""
     from clairlib.bench.alignment import EXPLANATION, measure, measure_planted
     from clairlib.core.files import AdapterError
     from clairlib.simulate import Plan

@@ -72,7 +72,7 @@ def align(
         typer.Argument(metavar="CLIENT_DIR", help="PEFT adapter folders, or one folder that holds them."),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
-    rank: Annotated[int | None, typer.Option(help="Rank of the shared subspace; default: estimated.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Shared subspace rank; default: estimated per module.")] = None,
     adapter_rank: Annotated[
         int | None, typer.Option(help="Rank of the written adapters; default: each client's own.")
     ] = None,
@@ -118,7 +118,7 @@ def align(
                 resume=resume,
                 jobs=jobs,
                 progress=lambda module, total: bar(advance=1, total=total, description=module),
-                draw=_save_overview,
+                draw=save_overview,
             )
     except AdapterError as error:
         stop(error)
@@ -142,7 +142,7 @@ def train(
     alpha: Annotated[float, typer.Option(help="Scale of the adapters times their rank (LoRA alpha).")] = 16.0,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale is alpha / sqrt(rank).")] = False,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over a client's examples; default: 3, or as many as --steps needs.")
+        int | None, typer.Option(min=1, help="Passes over a client's examples; default: 3, or no limit with --steps.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps per client.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
@@ -249,7 +249,7 @@ def report(
 app.command()(synth)
 
 
-def _save_overview(result: ClairResult, path: Path) -> None:
+def save_overview(result: ClairResult, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -30,22 +30,22 @@ def code_digest(text: str, beside: Path) -> str:
     while todo:
         file = todo.pop()
         files.add(file)
-        todo |= set(_imports(_read(file), beside)) - files
+        todo |= set(_imports(read_source(file), beside)) - files
     digest = hashlib.sha256(_bare(text).encode())
     for file in sorted(files):
         for part in sorted(file.parent.glob(f"{file.stem}.*")):
             if part.is_file():
-                content = _bare(_read(part)) if part.suffix == ".py" else _read(part)
+                content = _bare(read_source(part)) if part.suffix == ".py" else read_source(part)
                 digest.update(f"{_label(part, beside)}\0{content}\0".encode())
     return digest.hexdigest()
 
 
 def module_digest(name: str, file: Path) -> str:
     """Return the `code_digest` of a module, given its dotted name and its file."""
-    return code_digest(_read(file), file.resolve().parents[name.count(".")])
+    return code_digest(read_source(file), file.resolve().parents[name.count(".")])
 
 
-def _read(file: Path) -> str:
+def read_source(file: Path) -> str:
     status = file.stat()
     return _text_of(file, status.st_mtime_ns, status.st_size)
 
@@ -119,7 +119,7 @@ def _lazy_home(package: str, name: str, beside: Path) -> Iterator[str]:
     file = _file_of(package, beside)
     if file is None or file.name != "__init__.py":
         return
-    for block in filter(_is_for_types, ast.parse(_read(file)).body):
+    for block in filter(_is_for_types, ast.parse(read_source(file)).body):
         for node in ast.walk(block):
             if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
                 yield from _with_packages(node.module)

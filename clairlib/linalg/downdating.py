@@ -35,7 +35,7 @@ def downdated_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
     """
     p, width = len(values), min(len(values), rank + GUARD)
     if rank == 0 or width == p or float(values[rank - 1]) < LEAST_RATIO * float(values[width]):
-        return _exact(values, loads, rank)
+        return exact_bases(values, loads, rank)
     Q = torch.eye(p, width, dtype=loads.dtype, device=loads.device).expand(len(loads), p, width)
     for _ in range(ROUNDS):
         Q = torch.linalg.qr(_filtered(values, loads, Q, rank, float(values[width])))[0]
@@ -44,11 +44,12 @@ def downdated_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
         Q, image = Q @ W, image @ W
         residual = image[..., -rank:] - Q[..., -rank:] * ritz[:, None, -rank:]
         angles = torch.linalg.matrix_norm(residual) / (ritz[:, -rank] - ritz[:, -rank - 1])
-        missed = ~(angles <= CONVERGED)  # NaN if the two eigenvalues coincide
+        # NaN if the two eigenvalues coincide. At or below the bound the direction sought may be one that is damped.
+        missed = ~(angles <= CONVERGED) | (ritz[:, -rank] <= values[width])
         if not bool(missed.any()):
             return Q[..., -rank:]
     bases = Q[..., -rank:].clone()
-    bases[missed] = _exact(values, loads[missed], rank)
+    bases[missed] = exact_bases(values, loads[missed], rank)
     return bases
 
 
@@ -58,7 +59,7 @@ def held_out_energies(values: Tensor, loads: Tensor) -> Tensor:
     The principal directions of the other clients are the eigenvectors of S - E_k E_k', by descending eigenvalue; the
     energy is that of E_k. Arguments as for `downdated_bases`.
     """
-    directions = _exact(values, loads, len(values)).flip(2)
+    directions = exact_bases(values, loads, len(values)).flip(2)
     return (directions.mT @ loads).square().sum(dim=2).mean(dim=0)
 
 
@@ -90,5 +91,5 @@ def _filtered(values: Tensor, loads: Tensor, Q: Tensor, rank: int, bound: float)
     return Q / torch.linalg.vector_norm(Q, dim=1, keepdim=True)
 
 
-def _exact(values: Tensor, loads: Tensor, rank: int) -> Tensor:
+def exact_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(torch.diag(values) - loads @ loads.mT)[1][..., len(values) - rank :]

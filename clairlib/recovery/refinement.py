@@ -81,7 +81,7 @@ def estimate_gain(
     spread = left_out.benign if rest is R else EffectiveDimensions(rest, frame.shared_block)
     p_eff, q_eff = spread.effective_dimensions()
     V /= 1 + r / (q_eff * (s - 1))
-    noise = V - min(_energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
+    noise = V - min(energy_above_noise(squares, V, p_eff, q_eff) * s / (s - 1), V)
     h2 = _kept_out(X, weights, frame, rank, p_eff, q_eff) if squares.shape[1] else 0.0
     if known is not None:
         noise = min(noise, known * p_eff / (p_eff + r))
@@ -100,7 +100,7 @@ def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, 
     residuals = project_out(frame.basis, centred(X, weights, frame)[frame.members])  # H_k enters times 1 - 1/s
     energy = float(residuals.square().sum(dim=(1, 2)).mean())
     squares, _ = _structure(residuals, squared_singular_values(residuals), rank)
-    return _energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2
+    return energy_above_noise(squares, energy, rows, columns) * (s / (s - 1)) ** 2
 
 
 def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return S[:, :g].square(), (U[:, :, g:] * S[:, None, g:]) @ Vh[:, g:]
 
 
-def _energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -> float:
+def energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -> float:
     """Return the energy of the signal behind singular values that noise has raised, as a mean over clients.
 
     y^2 = (x^2 + a) (x^2 + b) / x^2 for a signal x in noise with a = sigma^2 rows, b = sigma^2 columns (Benaych-Georges

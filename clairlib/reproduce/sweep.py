@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,13 @@ def sweep(
     """
     todo = [dict(c) for c in cells]
     kept = None if cache is None else (Path(cache) / f"{cell.__module__}.{cell.__name__}", made_with(cell))
+    bar: dict[str, Any] = {"desc": cell.__name__, "mininterval": 1, "file": sys.stdout}  # stderr shows red in notebooks
     if jobs > 1 and len(todo) > 1:
         with workers(min(jobs, len(todo))) as pool:
             results = pool.map(_run, *map(itertools.repeat, (cell, shared or {})), todo, itertools.repeat(kept))
-            done = list(tqdm(results, total=len(todo), desc=cell.__name__, mininterval=1))
+            done = list(tqdm(results, total=len(todo), **bar))
     else:
-        done = [_run(cell, shared or {}, c, kept) for c in tqdm(todo, desc=cell.__name__, mininterval=1)]
+        done = [_run(cell, shared or {}, c, kept) for c in tqdm(todo, **bar)]
     tables: dict[str, Rows] = {}
     for parameters, result in zip(todo, done, strict=True):
         for name, rows in result.items():

@@ -31,12 +31,13 @@ def energy_separation(rows: int, columns: int, clients: int, error: float = FAMI
     return sqrt(2 * x) + 2 * sqrt(x + sqrt(n * x))
 
 def filtered_separation(rows: int, columns: int, directions: int, clients: int, error: float = FAMILY_ERROR) -> float:
-    """Return the distance ||Delta||_(g) / sigma at which the filtered energy finds the exact set with probability 1 - error.
+    """Return the distance ||Delta||_(g) / sigma at which the filtered energy finds the exact set.
 
-    The filtered energy of a residual is the part in its g = ``directions`` leading singular directions. Let a >= b be
-    the sides of the residual, x = log(clients / error), and c = min(sqrt(g) (sqrt(a) + sqrt(b)), sqrt(a b)), which
-    bounds the mean norm of the noise. The distance is the smaller of c + 2 sqrt(2 x) and
-    sqrt(2 x) + sqrt(c^2 - a g + 2 c sqrt(2 x) + 2 sqrt(a g x) + 4 x).
+    It does so with probability 1 - ``error``. The filtered energy of a residual is the part in its g = ``directions``
+    leading singular directions. Let a >= b be the sides of the residual, x = log(clients / error), and c = min(sqrt(g)
+    (sqrt(a) + sqrt(b)), sqrt(a b)), which bounds the mean norm of the noise. The distance is the smaller of
+
+        c + 2 sqrt(2 x)   and   sqrt(2 x) + sqrt(c^2 - a g + 2 c sqrt(2 x) + 2 sqrt(a g x) + 4 x).
     """
     a, b = max(rows, columns), min(rows, columns)
     g, x = min(directions, b), log(clients / error)

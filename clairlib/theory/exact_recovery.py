@@ -125,7 +125,7 @@ def oracle_program(
     D = torch.where(benign[:, None, None], 0.0, off - off[benign].mean(dim=0))
     T, N = torch.zeros_like(coordinates), coordinates[benign].mean(dim=0)
     eye = torch.eye(basis.shape[1], dtype=updates.dtype)
-    kept = eye.repeat(len(updates), 1, 1)  # B_k = kept_k (U'X_k - N); all of it for the benign
+    kept = eye.repeat(len(updates), 1, 1)  # B_k = kept_k (U'X_k - N); kept_k = I for the benign
     for _ in range(iterations):
         inverse = _inverse_root(_wide(coordinates - N - T))
         sizes = _norms(T, D)[~benign, None, None]

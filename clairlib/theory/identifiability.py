@@ -1,4 +1,4 @@
-"""What exact updates determine: frames through a few clients, their consensus sets, and whether the largest is unique.
+"""Identifiability from exact updates: frames through a few clients, their consensus sets, and uniqueness.
 
 An r-frame is a pair (P, C) of a rank-r projector and an off-subspace matrix C = P_perp C. Its consensus set is {k:
 P_perp Theta_k = C}. Clients are given as a float64 stack Theta (K, p, q). The algebra has no noise and estimates

@@ -61,8 +61,8 @@ def estimated_terms(
 ) -> Terms:
     """Return the error terms when S and r are told and P is estimated.
 
-    They are the oracle's terms plus the effect of the subspace's tilt.
-    With tau^2 = h^2 / ((p - r) q), n = (s - 1) q and kappa = (p - r) (n - r) L / s, L as in ``inverse_signal``,
+    They are the oracle's terms plus the effect of the subspace's tilt. With tau^2 = h^2 / ((p - r) q), n = (s - 1) q,
+    kappa = (p - r) (n - r) L / s and L as in ``inverse_signal``, the two changed terms are
 
         inside         + (sigma^2 + tau^2)^2 kappa                                     (order 2)
         subspace cost  (sigma^2 - tau^2) (p - r) r / s + 2 (sigma^4 - tau^4) kappa     (order 1, order 2)
@@ -195,7 +195,7 @@ def _energy(blocks: Tensor) -> float:
 
 @dataclass(frozen=True)
 class TwoReadings:
-    """The same updates (K, p, q) read in two ways, both within the model, with the same subspace and benign clients.
+    """Two readings of one set of updates (K, p, q), both within the model, with equal subspace and benign clients.
 
     In ``different`` the targets are M + U A_k + G_k: G_k is dense heterogeneity, and the noise has standard deviation
     ``noise``. In ``alike`` the targets are M + U A_k: the clients do not differ off the subspace, and G_k is noise. The

@@ -131,7 +131,7 @@ def fill(activations: Activations, record: Recorder, table: Table, limit: int) -
     """Run the frozen part once over every example of a table of sequences, in groups of at most ``limit`` tokens."""
     places = np.arange(len(table.ids))
     if record.cut.single:
-        places = np.cumsum(table.targets != NO_LABEL) - 1  # only labelled rows have a place
+        places = np.cumsum(table.targets != NO_LABEL) - 1  # only labelled rows are stored
     order = np.argsort(table.lengths, kind="stable").tolist()
     for items in split(table, [Item(0, tuple(order), 1)], limit):
         examples = np.array(items[0].examples)

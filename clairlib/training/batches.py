@@ -75,8 +75,7 @@ def _flat(tensors: list[Tensor]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Item:
-    """Part of one client's step: its position in the stack, its examples, and the number of labels in the whole step.
-    """
+    """Part of one client's step: its position in the stack, its examples, and the labels of its whole step."""
 
     position: int
     examples: tuple[int, ...]

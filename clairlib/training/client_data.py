@@ -204,7 +204,9 @@ def _labelled(ids: list[int], prompt: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _chat(messages: Any, tokenizer: Any) -> tuple[str, str]:
-    """Return the conversation before the last message and the whole conversation, both in the tokenizer's chat template.
+    """Return the conversation without its last message, and the whole conversation, as text.
+
+    Both are formatted by the tokenizer's chat template.
     """
     from jinja2 import TemplateError
 

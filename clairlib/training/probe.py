@@ -212,7 +212,7 @@ class Probe:
         if best.cut is None:
             return {}
         values = self._values(replace(best.cut, single=False), self.group)
-        if autocast is not None:  # the trace ran without it
+        if autocast is not None:  # the trace ran without autocast
             with Recorder(self.model, best.cut, unmasked=best.unmasked, autocast=autocast) as record:
                 values = record(self.group)
         return {slot: (value.shape[-1], value.dtype) for slot, value in values.items()}

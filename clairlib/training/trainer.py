@@ -89,7 +89,7 @@ def train_adapters(
         model, clients, targets, schedule, device=device, autocast=autocast, group_tokens=group_tokens,
         cache_bytes=cache_bytes,
     )  # fmt: skip
-    run = _Run(plan, seed=seed)
+    run = Run(plan, seed=seed)
     keeper = _Keeper(run, checkpoint, seed)
     try:
         keeper.resume()
@@ -104,7 +104,7 @@ def train_adapters(
     return [run.result(k) for k in range(len(clients))]
 
 
-class _Run:
+class Run:
     """State of training: the clients still in training, the step, and the results of the other clients."""
 
     def __init__(self, plan: Preparation, *, seed: int) -> None:
@@ -147,7 +147,7 @@ class _Run:
     def step(self) -> None:
         """Take one optimiser step of every client still in training."""
         losses = torch.zeros(len(self.stacks.clients), dtype=torch.float64, device=self.plan.device)
-        for group, values in self._groups():
+        for group, values in self.groups():
             leaves = self.stacks.load(self.suffix.layers, group.positions)
             own = self.suffix.losses(group, values)
             self.stacks.accumulate(group.positions, torch.autograd.grad(own.sum(), leaves))
@@ -159,7 +159,7 @@ class _Run:
         self._validate()
         self._let_finished_go()
 
-    def _groups(self) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
+    def groups(self) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
         """Return the step's groups with their cached values."""
         chosen = [next(self.orders[k]) for k in self.stacks.clients]
         active = tuple(self.stacks.clients)
@@ -249,7 +249,7 @@ class _Run:
 class _Keeper:
     """Keeps the state of a run in its checkpoint file, or does nothing without a file."""
 
-    def __init__(self, run: _Run, path: Path | None, seed: int) -> None:
+    def __init__(self, run: Run, path: Path | None, seed: int) -> None:
         self.run, self.path, self.last = run, path, time.monotonic()
         self.fingerprint = "" if path is None else _fingerprint(run.plan, seed)
 

@@ -165,7 +165,7 @@ def test_colours_are_those_of_the_plots(tmp_path: Path) -> None:
     style = alignment_page.STYLE.read_text()
     for name, colour in (("benign", BENIGN), ("contaminated", CONTAMINATED), ("neutral", NEUTRAL)):
         assert f"svg .{name} {{ fill: {colour}; }}" in style
-    ends = [alignment_page._colour(score) for score in (-99.0, 0.0, 99.0)]
+    ends = [alignment_page.score_colour(score) for score in (-99.0, 0.0, 99.0)]
     assert ends == [BENIGN, "#f7f7f7", CONTAMINATED]
 
 

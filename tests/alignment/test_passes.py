@@ -73,7 +73,7 @@ def test_two_processes_write_the_same_bytes(clients: Path, whole: Path, tmp_path
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_wrong_first_set_costs_a_pass_and_nothing_else(clients: Path, whole: Path, tmp_path, monkeypatch, jobs) -> None:
-    first_set, passes = alignment_passes._first_set, []
+    first_set, passes = alignment_passes.search_on_disk, []
 
     def without_one(*arguments):
         fits, benign = first_set(*arguments)
@@ -85,7 +85,7 @@ def test_wrong_first_set_costs_a_pass_and_nothing_else(clients: Path, whole: Pat
         return read(self, benign)
 
     read = alignment_passes.Passes.read
-    monkeypatch.setattr(alignment_passes, "_first_set", without_one)
+    monkeypatch.setattr(alignment_passes, "search_on_disk", without_one)
     monkeypatch.setattr(alignment_passes.Passes, "read", counted)
     align([clients], tmp_path / "out", jobs=jobs)
     assert len(passes) == 2 and digests(tmp_path / "out") == digests(whole)
@@ -141,7 +141,7 @@ def test_clients_that_changed_since_are_not_resumed(clients: Path, tmp_path: Pat
 
 
 def test_second_run_into_the_same_output_is_refused(clients: Path, tmp_path: Path, monkeypatch) -> None:
-    iterate_verdict = alignment_passes._first_set
+    iterate_verdict = alignment_passes.search_on_disk
 
     def meanwhile(*arguments):
         with pytest.raises(AdapterError, match="another run"):
@@ -149,7 +149,7 @@ def test_second_run_into_the_same_output_is_refused(clients: Path, tmp_path: Pat
         return iterate_verdict(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(alignment_passes, "_first_set", meanwhile)
+        patch.setattr(alignment_passes, "search_on_disk", meanwhile)
         align([clients], tmp_path / "out")
     assert (tmp_path / "out/report.json").exists()
 

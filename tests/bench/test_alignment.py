@@ -47,13 +47,13 @@ def test_only_files_of_bfloat16_have_a_floor_of_such_products(clients):
 
 def test_whole_files_are_read(clients):
     adapters = open_adapters([clients])
-    size = bench_align._read_files([file.path for file in adapters.files])
+    size = bench_align.read_files([file.path for file in adapters.files])
     assert size == sum(file.path.stat().st_size for file in adapters.files)
     assert adapters.bytes < size < adapters.bytes + 8 * 2000  # headers
 
 
 def test_dense_route_is_scaled_by_counts(clients, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_align, "_dense_parts", lambda updates, device: (0.5, 0.25))
+    monkeypatch.setattr(bench_align, "dense_parts", lambda updates, device: (0.5, 0.25))
     total, factor = bench_align.dense_route(open_adapters([clients]))
     assert total == pytest.approx(4 * (8 / 2 * 0.5 + 0.25)) and factor == pytest.approx(total / 0.75)
     synthesise(tmp_path / "planted", PLAN, model="qwen2.5-0.5b", layers=1, modules=["k_proj", "down_proj"])
@@ -66,8 +66,8 @@ def test_memory_is_that_of_the_work_and_of_its_children():
     held = torch.ones(50_000_000)  # what this process holds does not count
     (_, idle), (count, peak) = (bench_align.apart(eval, f"len(b'1' * {size})") for size in (1, 10**8))
     assert len(held) and count == 10**8 and 90e6 < peak - idle < 130e6
-    alone, three = (bench_align._watched(eval, ["1"], children)[1] for children in (0, 3))
-    largest = bench_align._in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    alone, three = (bench_align.watched(eval, ["1"], children)[1] for children in (0, 3))
+    largest = bench_align.in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     assert three - alone == 3 * largest > 3 * 90e6
 
 
@@ -103,7 +103,7 @@ def test_refined_adapters_are_the_dense_ones_and_a_wrong_scale_is_seen(tmp_path,
     setting = {"ranks": [8, 16], "clients": 12, "p": 160, "q": 150, "seed": 0, "scratch": str(tmp_path)}
     rows = scale_study.exactness_cell(rslora=True, dtype="float64", **setting)["exactness"]
     assert rows and max(row["error"] for row in rows) < 1e-8
-    monkeypatch.setattr(scale_study, "_state_as_rslora", _state_wrongly)
+    monkeypatch.setattr(scale_study, "state_as_rslora", _state_wrongly)
     rows = scale_study.exactness_cell(rslora=True, dtype="float64", **setting)["exactness"]
     assert max(row["error"] for row in rows) > 0.1
 
@@ -116,7 +116,7 @@ def _state_wrongly(path: Path) -> None:
 def test_stating_a_scale_as_rslora_keeps_it(tmp_path):
     config = {"r": 8, "lora_alpha": 8, "rank_pattern": {"^a": 16}, "alpha_pattern": {"^a": 16}}
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    scale_study._state_as_rslora(tmp_path / CONFIG)
+    scale_study.state_as_rslora(tmp_path / CONFIG)
     stated = json.loads((tmp_path / CONFIG).read_text())
     assert LoraConfig(**stated).use_rslora
     assert stated["lora_alpha"] / math.sqrt(8) == pytest.approx(1)

@@ -56,7 +56,7 @@ def test_both_sides_of_the_training_benchmark_train_the_same(targets):
 
 
 def test_a_side_that_trains_something_else_is_not_timed(monkeypatch):
-    monkeypatch.setattr(bench_training, "_initial", lambda A, draws: torch.ones_like(A))
+    monkeypatch.setattr(bench_training, "initial_factor", lambda A, draws: torch.ones_like(A))
     with pytest.raises(RuntimeError, match="losses differ by"):
         bench_training.measure(Case(SMALL, "output", clients=1, tokens=64, steps=5), repeats=1)
 
@@ -66,11 +66,11 @@ def test_peak_memory_counts_what_a_run_holds():
         held = torch.ones(25_000_000)  # 100 MB
         return held[:1].clone()
 
-    _, _, peak = bench_training._watched(run, "cpu")
+    _, _, peak = bench_training.watched(run, "cpu")
     if peak is None:
         pytest.skip("no record of the peak on this system")
     assert 90e6 < peak < 130e6
-    assert bench_training._watched(lambda: torch.ones(1), "cpu")[2] < 30e6  # the record starts anew
+    assert bench_training.watched(lambda: torch.ones(1), "cpu")[2] < 30e6  # the record starts anew
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_needed_products_grow_with_clients_and_steps_but_for_the_frozen_part():
 
 
 def test_time_of_the_needed_products_adds_up(monkeypatch):
-    monkeypatch.setattr(floor, "_seconds_of", lambda shape, device, bfloat16: math.prod(shape) / (1e6 + 3e6 * bfloat16))
+    monkeypatch.setattr(floor, "seconds_of", lambda shape, device, bfloat16: math.prod(shape) / (1e6 + 3e6 * bfloat16))
     products = [((1, 10, 10, 10), 3.0), ((2, 5, 5, 4), 0.5)]
     assert floor.seconds(products, "cpu") == pytest.approx(3.1e-3)
     assert floor.seconds(products, "cpu", bfloat16=True) == pytest.approx(3.1e-3 / 4)

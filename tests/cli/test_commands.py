@@ -135,7 +135,7 @@ def test_failure_while_drawing_leaves_nothing(work: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr("clairlib.cli.commands._save_overview", fail)
+    monkeypatch.setattr("clairlib.cli.commands.save_overview", fail)
     before = snapshot(work)
     result = clair("align", work / "clients", "--output", work / "out")
     assert isinstance(result.exception, RuntimeError) and snapshot(work) == before

@@ -11,13 +11,14 @@ from clairlib.core.code import code_digest, module_digest
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "notebooks" / "studies"
 
+LAZY = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from work.lazy.home import thing\n"
 FILES = {
     "work/__init__.py": "",
-    "work/study.py": "from work import solver\n\ndef cell():\n    from work.late import late\n    return solver.solve() + late()\n",
+    "work/study.py": "from work import solver\ndef cell():\n    from work.late import late\n    return late()\n",
     "work/solver.py": '"""Solves."""\n\n\ndef solve():\n    return 1\n',
     "work/late.py": "def late():\n    return 2\n",
     "work/plots.py": "from work.study import cell\n",
-    "work/lazy/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from work.lazy.home import thing\n",
+    "work/lazy/__init__.py": LAZY,
     "work/lazy/home.py": "thing = 1\n",
     "work/page.py": "x = 1\n",
     "work/page.css": "a {}\n",
@@ -86,12 +87,12 @@ def changed_by(monkeypatch, module: str, text: str, beside: Path = ROOT / "noteb
     from clairlib.core import code
 
     before = code_digest(text, beside)
-    read = code._read
+    read = code.read_source
     target = (ROOT / "clairlib" if module.startswith("clairlib") else ROOT / "notebooks/studies") / (
         module.split(".", 1)[1].replace(".", "/") + ".py"
     )
     assert target.exists()
-    monkeypatch.setattr(code, "_read", lambda file: read(file) + ("\nchanged = 1\n" if file == target else ""))
+    monkeypatch.setattr(code, "read_source", lambda file: read(file) + ("\nchanged = 1\n" if file == target else ""))
     return code_digest(text, beside) != before
 
 

@@ -41,7 +41,7 @@ def test_equal_to_the_full_eigendecomposition(noise, rank):
 def test_a_wide_gap_needs_no_full_eigendecomposition(monkeypatch):
     values, loads = loads_of(noise=0.03)
     expected = exact(values, loads, 3)
-    monkeypatch.setattr(downdate, "_exact", lambda *_: pytest.fail("full eigendecomposition"))
+    monkeypatch.setattr(downdate, "exact_bases", lambda *_: pytest.fail("full eigendecomposition"))
     assert largest_angle(downdated_bases(values, loads, 3), expected) < CONVERGED
 
 
@@ -51,8 +51,8 @@ def test_clients_that_do_not_converge_are_computed_in_full(monkeypatch):
     loads[4] = torch.zeros(40, 6, dtype=torch.float64)
     loads[4, range(2, 8), range(6)] = values[2:8].sqrt()
     full = []
-    original = downdate._exact
-    monkeypatch.setattr(downdate, "_exact", lambda v, E, r: full.append(len(E)) or original(v, E, r))
+    original = downdate.exact_bases
+    monkeypatch.setattr(downdate, "exact_bases", lambda v, E, r: full.append(len(E)) or original(v, E, r))
     found = downdated_bases(values, loads, 3)
     assert largest_angle(found, exact(values, loads, 3)) < 10 * CONVERGED
     assert full == [1], "only the client concerned"

@@ -173,7 +173,7 @@ def test_singular_values_raised_by_noise_are_inverted():
     y2 = (x2 + a) * (x2 + b) / x2
     V = x2 + sigma2 * rows * columns
     squares = torch.full((5, 1), y2, dtype=torch.float64)
-    assert refinement._energy_above_noise(squares, V, rows, columns) == pytest.approx(x2, rel=1e-6)
+    assert refinement.energy_above_noise(squares, V, rows, columns) == pytest.approx(x2, rel=1e-6)
 
 
 def test_known_noise_shows_differences_that_look_like_noise():

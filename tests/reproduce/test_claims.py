@@ -52,7 +52,7 @@ def test_every_claim_belongs_to_a_notebook():
 
 
 def test_the_committed_claims_and_their_page_are_what_report_writes():
-    """But for reasons why a result is stale, which change with every commit: no result is called current that is not."""
+    """No result is called current that is not; why one is stale may change with every commit."""
     entries = collect(CLAIMS, ROOT)
     committed = json.loads((ROOT / "figures/claims.json").read_text())
     assert [entry | {"stale": []} for entry in committed] == [entry | {"stale": []} for entry in entries], AGAIN

@@ -101,7 +101,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     (tmp_path / "pause.py").write_text(PAUSE)
     begun = Signals(tmp_path / "begun")
     cells = [{"pipe": str(begun.path)}] * 2
-    code = f"import pause\nfrom clairlib.reproduce.sweep import sweep\nif __name__ == '__main__': sweep(pause.cell, {cells}, jobs=2)"
+    imports = "import pause\nfrom clairlib.reproduce.sweep import sweep"
+    code = f"{imports}\nif __name__ == '__main__': sweep(pause.cell, {cells}, jobs=2)"
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=tmp_path)
     try:
         workers = [psutil.Process(int(begun.next(parent))) for _ in range(2)]

@@ -290,7 +290,7 @@ def test_the_backdoor_works_on_those_who_were_taught_it_and_not_on_the_others(ce
 
 def test_honest_clients_are_trained_the_same_whatever_the_others_do(cache):
     one = trained_run(TINY, "flipped", 0, SIZES, cache)
-    language_study._honest.cache_clear()
+    language_study.honest_adapters.cache_clear()
     other = trained_run(TINY, "wrong_labels", 0, SIZES, cache)
     for k, client in enumerate(one.federation.clients):
         for module, updates in one.updates.items():

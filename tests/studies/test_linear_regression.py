@@ -170,7 +170,7 @@ def test_pool_leaves_clients_alone_where_the_subspace_could_hold_all_their_diffe
 def test_the_predictor_minimises_its_criterion():
     fits, _, U, _ = planted(K=2, q=1)
     C, spread = project_out(U, draw(12, 1)), 0.05
-    B = regression._predict(fits, U, C, spread)
+    B = regression.predict(fits, U, C, spread)
 
     def criterion(b, k):
         b = torch.from_numpy(b)[:, None]
@@ -185,10 +185,10 @@ def test_the_predictor_minimises_its_criterion():
 def test_a_round_of_alternating_least_squares_never_adds_to_the_residuals(monkeypatch):
     fits, _, U, C = planted(common=1.0)
     start = torch.linalg.qr(U + 0.3 * draw(12, 2)).Q, torch.zeros_like(C)
-    excess = [regression._excess(fits, within(fits, *start))]
+    excess = [regression.excess_risk(fits, within(fits, *start))]
     for rounds in (1, 2, 3, 30):
         monkeypatch.setattr(regression, "ROUNDS", rounds)
-        excess.append(regression._excess(fits, within(fits, *regression._alternate(fits, *start))))
+        excess.append(regression.excess_risk(fits, within(fits, *regression.alternate(fits, *start))))
     assert all(after <= before + 1e-9 for before, after in zip(excess, excess[1:], strict=False))
     # from a start this far off; at the level of the noise of an excess of some 380 terms, 3 rounds are as good as 30
     assert excess[3] - excess[4] < 0.1 * (2 * 380) ** 0.5

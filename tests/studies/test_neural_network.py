@@ -200,8 +200,8 @@ def test_a_rule_that_gives_everybody_the_same_is_run_once_with_the_same_answer()
     own = federation()
     test = clients.examination(own, 50, seed=0)
     updates = {"output": torch.randn(1, 10, 33, generator=derive(0, "u"), dtype=torch.float64).expand(8, -1, -1)}
-    once = study._predictions("FedAvg", own, updates, test.pictures)
-    each = study._predictions("local", own, updates, test.pictures)
+    once = study.predictions_of("FedAvg", own, updates, test.pictures)
+    each = study.predictions_of("local", own, updates, test.pictures)
     assert once.shape == (8, 50) and torch.equal(once, each)
 
 

@@ -137,7 +137,7 @@ import clairlib.training.trainer as training
 from clairlib.cli import app
 
 training.CHECKPOINT_SECONDS = 0.0
-step, count = training._Run.step, 0
+step, count = training.Run.step, 0
 
 def slow(self):
     global count
@@ -149,7 +149,7 @@ def slow(self):
         time.sleep(60)
     step(self)
 
-training._Run.step = slow
+training.Run.step = slow
 app()
 """
     arguments = ["train", "data", "--model", "base", "--output", "out", *map(str, OPTIONS), "--quiet"]

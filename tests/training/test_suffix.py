@@ -13,7 +13,7 @@ from clairlib.training.frozen_prefix import Cut
 from clairlib.training.preparation import memory_needed, prepare
 from clairlib.training.probe import Probe
 from clairlib.training.suffix import shared_copy
-from clairlib.training.trainer import _Run
+from clairlib.training.trainer import Run
 from helpers.sequential import tiny_bert, tiny_llama, tiny_opt, tokens_of
 from helpers.training_clients import CLASSIFIERS, CLIENTS, FULL, PARTS, SEED, assert_as_alone
 
@@ -59,7 +59,7 @@ def test_what_is_below_the_cut_runs_once_an_example(monkeypatch):
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", counted)
     prepared = prepare(model, CLIENTS, LAST, FULL, **OPTIONS)
     calls.clear()
-    run = _Run(prepared, seed=SEED)
+    run = Run(prepared, seed=SEED)
     assert [layer for layer, _ in calls] == [0, 1, 2] * (len(calls) // 3)
     assert sum(count for layer, count in calls if layer == 0) == sum(len(c.examples) for c in CLIENTS)
     calls.clear()
@@ -151,9 +151,9 @@ def test_memory_is_stated_as_it_is_taken():
     clients = [ClientData(f"c{k}", tokens_of(20, seed=k, shortest=30, longest=32)) for k in range(4)]
     schedule, validating = Schedule(steps=2, batch=10), [dataclasses.replace(clients[0], validation=tokens_of(2))]
     stated = memory_needed(model, clients, ["o_proj", "up_proj"], schedule)
-    run = _Run(prepare(model, clients, ["o_proj", "up_proj"], schedule, **OPTIONS), seed=SEED)
+    run = Run(prepare(model, clients, ["o_proj", "up_proj"], schedule, **OPTIONS), seed=SEED)
     assert stated.cache == sum(own.numel() * own.element_size() for own in run.activations.buffers.values())
-    ((group, values),) = run._groups()
+    ((group, values),) = run.groups()
     kept, known = {}, {own.untyped_storage().data_ptr() for own in (*run.suffix.model.parameters(), *values.values())}
 
     def pack(tensor):

@@ -88,7 +88,7 @@ def language_cell(
 def trained_run(how: Setting, kind: str, seed: int, sizes: Sizes, cache: Path, device: str = "cpu") -> Run:
     """Train clients, some with one kind of contamination, and return their adapters."""
     base, federation = base_of(how, sizes.public, cache), _federation(how, kind, seed, sizes, cache)
-    own, stopped = _honest(how, seed, sizes, cache, device)
+    own, stopped = honest_adapters(how, seed, sizes, cache, device)
     bad = [client for client in federation.clients if client.contaminated]
     own, names = own | _train(bad, how, seed, sizes, cache, device), [client.name for client in federation.clients]
     everybody = [{name: trained[name] for name in names} for trained in (own, own | stopped)]
@@ -104,7 +104,7 @@ def _federation(how: Setting, kind: str, seed: int, sizes: Sizes, cache: Path) -
 
 
 @lru_cache(maxsize=1)
-def _honest(how: Setting, seed: int, sizes: Sizes, cache: Path, device: str) -> tuple[Trained, Trained]:
+def honest_adapters(how: Setting, seed: int, sizes: Sizes, cache: Path, device: str) -> tuple[Trained, Trained]:
     """Train the benign clients, which do not depend on the contamination.
 
     The first result is trained on all examples. The second holds out a fifth of them for early stopping.

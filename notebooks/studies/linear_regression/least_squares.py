@@ -169,7 +169,7 @@ def pool(fits: Fits, benign: Tensor, rank: int) -> Pooled:
     scale = own.estimates.shape[2] * float(_visible(own, model.basis).sum())
     spread = max(0.0, (model.excess - model.freedom) / scale)
     coefficients = fits.estimates.clone()
-    coefficients[benign] = _predict(own, model.basis, model.common, spread)
+    coefficients[benign] = predict(own, model.basis, model.common, spread)
     return Pooled(coefficients, model.basis, model.common, spread)
 
 
@@ -205,8 +205,8 @@ def _fitted(fits: Fits, frame: Frame, rank: int) -> _Model:
     U, r = frame.eigenvectors[:, :rank], rank
     models = []
     for common, entries in ((project_out(U, frame.mean), (p - r) * q), (torch.zeros_like(frame.mean), 0)):
-        basis, C = _alternate(fits, U, common, keep_common=entries > 0)
-        excess = _excess(fits, within(fits, basis, C))
+        basis, C = alternate(fits, U, common, keep_common=entries > 0)
+        excess = excess_risk(fits, within(fits, basis, C))
         models.append(_Model(basis, C, excess, (p - r) * (s * q - r) - entries))
     return min(models, key=lambda model: model.excess - 2 * model.freedom)
 
@@ -216,7 +216,7 @@ def within(fits: Fits, U: Tensor, C: Tensor) -> Tensor:
     return C + U @ torch.linalg.solve(U.T @ fits.gram @ U, U.T @ (fits.moments - fits.gram @ C))
 
 
-def _excess(fits: Fits, coefficients: Tensor) -> float:
+def excess_risk(fits: Fits, coefficients: Tensor) -> float:
     """Return the residual sum of squares beyond that of the clients' own fits, in units of their noise variances."""
     D = fits.estimates - coefficients
     return float((fits.precision * (D * (fits.gram @ D)).sum(dim=(1, 2))).sum())
@@ -232,7 +232,7 @@ def _visible(fits: Fits, U: Tensor) -> Tensor:
     return fits.precision * (fits.gram.diagonal(dim1=1, dim2=2).sum(dim=1) - taken)
 
 
-def _alternate(fits: Fits, U: Tensor, C: Tensor, *, keep_common: bool = True) -> tuple[Tensor, Tensor]:
+def alternate(fits: Fits, U: Tensor, C: Tensor, *, keep_common: bool = True) -> tuple[Tensor, Tensor]:
     """Minimise the residual sum of squares over subspace and common part, from a close start.
 
     With A_k given, [U C] solves one least-squares problem with regressors [A_k; I]: normal equations in p (r + q)
@@ -253,7 +253,7 @@ def _alternate(fits: Fits, U: Tensor, C: Tensor, *, keep_common: bool = True) ->
     return U, C
 
 
-def _predict(fits: Fits, U: Tensor, C: Tensor, spread: float) -> Tensor:
+def predict(fits: Fits, U: Tensor, C: Tensor, spread: float) -> Tensor:
     """Return the best linear predictor (K, p, q) of the coefficients; ``spread``: variance off the subspace."""
     if spread == 0.0:
         return within(fits, U, C)

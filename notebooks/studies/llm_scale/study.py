@@ -123,7 +123,7 @@ def exactness_cell(
         for k, name in enumerate(truth):
             write_lora(Path(folder) / "mixed" / name, {"base_model_name_or_path": "planted"}, truth[name])
             if rslora and k % 2:
-                _state_as_rslora(Path(folder) / "mixed" / name / CONFIG)
+                state_as_rslora(Path(folder) / "mixed" / name / CONFIG)
         adapters = open_adapters([Path(folder) / "mixed"])
         loaded = adapters.load()
     held = {m: [_double(truth[name][m]) for name in adapters.names] for m in adapters.modules}
@@ -168,7 +168,7 @@ def _mixed_clients(folder: Path, plan: Plan, ranks: Sequence[int], shape: tuple[
     return clients
 
 
-def _state_as_rslora(path: Path) -> None:
+def state_as_rslora(path: Path) -> None:
     """Rewrite an adapter config so that rsLoRA's scale alpha / sqrt(rho) equals the old scale."""
     config = json.loads(path.read_text())
     own = {key: config["rank_pattern"].get(key, config["r"]) for key in config["alpha_pattern"]}

@@ -89,7 +89,7 @@ def judge(federation: Federation, methods: Mapping[str, Mapping[str, Tensor]], *
     shared = torch.isin(test.numbers, federation.shared)
     rows: Rows = []
     for method, updates in methods.items():
-        correct = (_predictions(method, federation, updates, test.pictures) == right).double()
+        correct = (predictions_of(method, federation, updates, test.pictures) == right).double()
         for k in federation.benign.nonzero().flatten().tolist():
             row = {"method": method, "client": k, "accuracy": correct[k].mean().item()}
             row |= {"on_shared": correct[k, shared].mean().item(), "off_shared": correct[k, ~shared].mean().item()}
@@ -97,7 +97,7 @@ def judge(federation: Federation, methods: Mapping[str, Mapping[str, Tensor]], *
     return rows
 
 
-def _predictions(method: str, federation: Federation, updates: Mapping[str, Tensor], pictures: Tensor) -> Tensor:
+def predictions_of(method: str, federation: Federation, updates: Mapping[str, Tensor], pictures: Tensor) -> Tensor:
     """Return predictions (K, n) under a method's updates; a rule with one update for all clients is run once."""
     if is_common(method):
         updates = {name: own[:1] for name, own in updates.items()}
@@ -114,7 +114,7 @@ def backdoor_rows(federation: Federation, methods: Mapping[str, Mapping[str, Ten
     pictures, answers = with_patch(test.pictures), federation.answers[:, test.numbers]
     rows: Rows = []
     for method, updates in methods.items():
-        fooled = _predictions(method, federation, updates, pictures) == federation.target
+        fooled = predictions_of(method, federation, updates, pictures) == federation.target
         for k, ok in enumerate(federation.benign.tolist()):
             if ok or method == "local":
                 success = fooled[k, answers[k] != federation.target].double().mean().item()
