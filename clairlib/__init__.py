@@ -13,14 +13,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["CLAIR", "ClairResult", "LowRank", "ModuleResult", "align", "finetune"]
 
-_HOMES = {
-    "CLAIR": "recovery.clair",
-    "ClairResult": "recovery.result",
-    "LowRank": "linalg.low_rank",
-    "ModuleResult": "recovery.result",
-    "align": "alignment.align",
-    "finetune": "training.finetune",
-}
+_HOMES = {"CLAIR": "recovery.clair", "ClairResult": "recovery.result", "ModuleResult": "recovery.result"}
+_HOMES |= {"LowRank": "linalg.low_rank", "align": "alignment.align", "finetune": "training.finetune"}
 
 
 def __getattr__(name: str) -> Any:  # torch loads with the first use, so that `clair --help` answers at once

@@ -1,7 +1,4 @@
-"""Figures: each function takes a tidy table or a result and returns a matplotlib Figure.
-
-The functions compute only what they draw.
-"""
+"""The overview figure of a result, and the colours and style that all figures share."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -47,16 +43,14 @@ COLOURS = {
     "told P, M, sigma: filtered": "#737373",
 }
 """Colour of each method, the same in every figure: blue for CLAIR, green for oracles, warm colours for other rules."""
-OTHER = "#4d4d4d"  # rules without a colour of their own
+OTHER = "#4d4d4d"  # methods without a colour of their own
+SHOWN = 30  # most singular values drawn
+MAX_HEAT = 60  # most modules drawn, the first ones
 
 
 def colour_of(method: str) -> str:
-    """Return the colour of a method. All methods that are not in ``COLOURS`` get the same one."""
+    """Return the colour of a method; methods that are not in ``COLOURS`` share one."""
     return COLOURS.get(method, OTHER)
-
-
-SHOWN = 30  # most singular values drawn
-MAX_HEAT = 60  # most modules drawn, the first ones
 
 
 def overview(result: ClairResult) -> Figure:
@@ -64,18 +58,16 @@ def overview(result: ClairResult) -> Figure:
 
     With several modules, a heat map of scores by module and client replaces the spectrum.
     """
+    modules = list(result.modules.values())
     with plt.style.context(STYLE):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1.1, 1.3, 0.9))
-        modules = list(result.modules.values())
-        if len(modules) == 1:
-            _spectrum(left, modules[0])
-        else:
-            _heat(left, result)
         _verdict(middle, result)
         if len(modules) == 1:
+            _spectrum(left, modules[0])
             _error_terms(right, modules[0])
         else:
-            _gains(right, modules)
+            _heat(left, result)
+            _gains(right, modules[:MAX_HEAT])
     return figure
 
 
@@ -130,8 +122,7 @@ def _error_terms(axes: Axes, module: ModuleResult) -> None:
     axes.legend(fontsize=8)
 
 
-def _gains(axes: Axes, modules: list[ModuleResult]) -> None:
-    shown = modules[:MAX_HEAT]
+def _gains(axes: Axes, shown: list[ModuleResult]) -> None:
     colours = [BENIGN if m.is_refined else NEUTRAL for m in shown]
     places = np.arange(len(shown))
     axes.barh(places, [100 * max(m.gain, -1.0) for m in shown], color=colours)
@@ -146,48 +137,3 @@ def _gains(axes: Axes, modules: list[ModuleResult]) -> None:
 def _short(name: str, length: int = 22) -> str:
     plain = name.replace("$", r"\$")
     return plain if len(plain) <= length else "…" + plain[-length + 1 :]
-
-
-def recovery_rates(table: pd.DataFrame) -> Figure:
-    """Plot the fraction of seeds with the exact set against the contaminated fraction of clients.
-
-    There is a panel per kind of contamination and a line per noise level. Columns of ``table``: contamination, share
-    (contaminated fraction), noise, exact, low, high (Wilson interval of exact).
-    """
-    with plt.style.context(STYLE):
-        kinds = list(dict.fromkeys(table.contamination))
-        figure, panels = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), sharey=True, squeeze=False)
-        shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.75, table.noise.nunique()))
-        for axes, kind in zip(panels[0], kinds, strict=True):
-            levels = table[table.contamination == kind].groupby("noise")
-            for place, (shade, (noise, rows)) in enumerate(zip(shades, levels, strict=False)):
-                spread = [rows.exact - rows.low, rows.high - rows.exact]
-                beside = rows.share + 0.008 * place  # shifted, so that the intervals do not hide one another
-                axes.errorbar(beside, rows.exact, spread, fmt="o-", color=shade, label=f"noise {noise:g}")
-            axes.axhline(0.95, color=NEUTRAL, linewidth=0.8, linestyle="--")
-            axes.set(title=kind, xlabel="contaminated share", ylim=(-0.03, 1.05))
-        panels[0][0].set_ylabel("exact set found")
-        panels[0][0].legend(loc="lower left", fontsize=8)
-    return figure
-
-
-def errors(table: pd.DataFrame) -> Figure:
-    """Plot the mean squared error of each method with its interval.
-
-    Columns of ``table``: method, error, low, high.
-    """
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 0.5 + 0.45 * len(table)))
-        _bars(axes, table, "error")
-        axes.set(title="Mean squared error of the benign clients", xlabel="squared Frobenius error")
-    return figure
-
-
-def _bars(axes: Axes, table: pd.DataFrame, value: str) -> None:
-    places = np.arange(len(table))
-    centre = table[value].to_numpy()
-    spread = [centre - table.low.to_numpy(), table.high.to_numpy() - centre]
-    axes.barh(places, centre, color=[colour_of(m) for m in table.method], height=0.7)
-    axes.errorbar(centre, places, xerr=spread, fmt="none", color="black", capsize=2, linewidth=1)
-    axes.set_yticks(places, list(table.method))
-    axes.set_ylim(len(table) - 0.4, -0.6)  # first row on top, also where panels share the axis

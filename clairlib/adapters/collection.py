@@ -24,18 +24,9 @@ RESERVED = {REPORT, PAGE, PICTURE}
 class AdapterFiles:
     """The adapters of K clients on one base model, checked as far as configurations and headers allow.
 
-    No file is open and no tensor is in memory, for any K. The object can be sent to other processes.
-
-    Attributes
-    ----------
-    names : list[str]
-        The K client names (the folders' names). Everything else is in the same order.
-    folders : list[Path]
-        Each client's adapter folder.
-    files : list[LoraFile]
-        Each client's adapter, not yet read.
-    modules : dict[str, list[StoredFactors]]
-        Module name (without PEFT's ``base_model.model.``) -> p, q, rank, dtypes and scale for each of the K clients.
+    No file is open and no tensor is in memory, for any K. The object can be sent to other processes. ``names`` are the
+    folders' names; everything else is in the same order. ``modules`` maps a module's name (without PEFT's
+    ``base_model.model.``) to the description of each client's factors.
     """
 
     names: list[str]
@@ -59,20 +50,14 @@ class AdapterFiles:
         return sum(self.module_bytes.values())
 
     def load(self) -> dict[str, list[LowRank]]:
-        """Read all modules into memory, each as `read` returns it."""
+        """Return the updates of all modules, as `read` does."""
         return {module: self.read(module) for module in self.modules}
 
     def read(self, module: str) -> list[LowRank]:
-        """Read the K clients' updates of one module, in the dtype of their files.
+        """Read the K clients' updates of one module, in the dtype of their files; errors as for `LoraFile.read`.
 
-        The updates share one allocation, which is freed when none of them is in use any more. Memory pages that are new
-        to the process cost more than reading into them, and one large block is reused where many small ones are not.
-
-        Raises
-        ------
-        AdapterError
-            One line that names the client whose file changed since it was opened, or whose factor has NaN, infinite or
-            too large entries.
+        The updates share one allocation, freed with the last of them: pages that are new to the process cost more than
+        reading into them, and one large block is reused where many small ones are not.
         """
         sizes = [own.room for own in self.modules[module]]
         updates = []
@@ -85,10 +70,7 @@ class AdapterFiles:
 def open_adapters(paths: Sequence[str | Path]) -> AdapterFiles:
     """Check that the clients' adapters can be compared, without reading their tensors.
 
-    Parameters
-    ----------
-    paths : sequence of path
-        Adapter folders (adapter_config.json, adapter_model.safetensors), or one parent folder of them.
+    ``paths`` are adapter folders (adapter_config.json, adapter_model.safetensors), or one parent folder of them.
 
     Raises
     ------
@@ -101,8 +83,9 @@ def open_adapters(paths: Sequence[str | Path]) -> AdapterFiles:
         with blaming(name):
             files[name] = open_lora(folder)
     _check_agreement(files)
-    modules = {module: [file.modules[module] for file in files.values()] for module in _first(files).modules}
-    return AdapterFiles(list(clients), list(clients.values()), list(files.values()), modules)
+    own = list(files.values())
+    modules = {module: [file.modules[module] for file in own] for module in own[0].modules}
+    return AdapterFiles(list(clients), list(clients.values()), own, modules)
 
 
 def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
@@ -113,8 +96,8 @@ def client_folders(paths: Sequence[str | Path]) -> dict[str, Path]:
     Raises
     ------
     AdapterError
-        There are fewer than three clients, two clients have the same name (ignoring case), a name cannot be the name of
-        an output folder, or a folder does not exist.
+        There are fewer than three clients, two clients have the same name (ignoring case), a name cannot be that of an
+        output folder, or a folder does not exist.
     """
     folders = [Path(os.path.abspath(path)) for path in paths]
     for folder in folders:
@@ -158,14 +141,10 @@ def _check_agreement(files: dict[str, LoraFile]) -> None:
         more = len(missing) + len(extra) - 1
         rest = f" ({more} more {'difference' if more == 1 else 'differences'})" if more else ""
         raise AdapterError(f"client {name!r} {what}, unlike the other clients{rest}")
-    for module in _first(files).modules:
+    for module in next(iter(files.values())).modules:
         if (odd := _odd_one_out({name: file.modules[module].shape for name, file in files.items()})) is not None:
             name, shape, usual = odd
             raise AdapterError(f"client {name!r}: module {module!r} has shape {shape}, expected {usual}")
-
-
-def _first(files: dict[str, LoraFile]) -> LoraFile:
-    return next(iter(files.values()))
 
 
 def _odd_one_out(values: dict[str, Any]) -> tuple[str, Any, Any] | None:

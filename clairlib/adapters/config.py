@@ -13,42 +13,32 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import regex
 
+from clairlib.adapters.tensors import Factors
 from clairlib.core.files import AdapterError, regular_file
+from clairlib.linalg.low_rank import LowRank
 
 CONFIG = "adapter_config.json"
 LARGEST_CONFIG = 2**20  # bytes; PEFT writes about one thousand
 MOST_PATTERNS, LONGEST_PATTERN = 1024, 1024  # most patterns in a table; most characters in a pattern
 PATTERN_SECONDS = 2.0  # for all patterns of an adapter together: a hostile pattern may need exponential time
 
-# READ lists the options that this library uses: those that scale the factors, and KEPT, those that it writes again.
-# Any other option must be off or in INERT.
+# READ: options that scale the factors, and KEPT, those that are written again. Others must be off or in INERT.
 KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "lora_dropout")
 READ = {
     *KEPT, "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights",
 }  # fmt: skip
-# INERT lists options without effect on the update. They say where LoRA is put (so do the names of the tensors), say how
-# LoRA was trained or saved, or adjust an option that is refused.
+# INERT: options that say where LoRA is put (so do the tensors' names), how it was trained or saved, or adjust a refused
+# option; none of them has an effect on the update.
 INERT = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "inference_mode",
     "auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
 STARTS = ("gaussian", "eva", "orthogonal", "mica")  # initialisations that do not change the base model's weight
-# task types of PEFT
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-
-class Scaled(Protocol):
-    """A module's update, or its rank and scale alone."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def scale(self) -> float: ...
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # those of PEFT
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -91,7 +81,7 @@ def scales_of(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, float]
     return {module: alphas[module] / (math.sqrt(rank) if rslora else rank) for module, rank in ranks.items()}
 
 
-def config_for(config: dict[str, Any], updates: Mapping[str, Scaled]) -> dict[str, Any]:
+def config_for(config: dict[str, Any], updates: Mapping[str, LowRank | Factors]) -> dict[str, Any]:
     """Return a plain LoRA configuration with the ranks and scales of ``updates`` and the base model of ``config``.
 
     Each module gets its own rank and alpha = scale * rho. The most frequent pair becomes ``r`` and ``lora_alpha``; the
@@ -136,8 +126,8 @@ def _check_types(config: dict[str, Any]) -> None:
         if not isinstance(config[key], dict):
             raise AdapterError(f"{key} in {CONFIG} must be an object, got {config[key]!r}")
         if len(config[key]) > MOST_PATTERNS or any(len(pattern) > LONGEST_PATTERN for pattern in config[key]):
-            most = f"{MOST_PATTERNS} patterns of {LONGEST_PATTERN} characters"
-            raise AdapterError(f"{key} in {CONFIG} must have at most {most}")
+            most = f"at most {MOST_PATTERNS} patterns of {LONGEST_PATTERN} characters"
+            raise AdapterError(f"{key} in {CONFIG} must have {most}")
     for key, value in [("r", config.get("r")), *config["rank_pattern"].items()]:
         if type(value) is not int or value < 1:
             raise AdapterError(f"rank {key!r} in {CONFIG} must be a positive integer, got {value!r}")

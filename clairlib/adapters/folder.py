@@ -45,18 +45,10 @@ class StoredFactors(Factors):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """One client's adapter, described by its configuration and the header of its file; the file is not kept open.
+    """One client's adapter, described by its checked configuration and the header of its file, which is not kept open.
 
-    Attributes
-    ----------
-    path : Path
-        The safetensors file.
-    config : dict
-        The checked contents of adapter_config.json.
-    modules : dict[str, StoredFactors]
-        Module name (without PEFT's ``base_model.model.``) -> its factors.
-    stamp : tuple of int
-        Device, inode, size and modification time of the file when it was checked.
+    ``modules`` maps names without PEFT's ``base_model.model.`` to factors. ``stamp`` is device, inode, size and
+    modification time of the file when it was checked.
     """
 
     path: Path
@@ -65,9 +57,7 @@ class LoraFile:
     stamp: Stamp
 
     def read(self, module: str, room: Tensor | None = None) -> LowRank:
-        """Read the module's update, in the dtype of the file.
-
-        If ``room`` is given, a tensor of at least as many bytes as the factors need, the update is stored in it.
+        """Read the module's update, in the dtype of the file, into ``room`` if given: at least as many bytes as needed.
 
         Raises
         ------
@@ -102,29 +92,20 @@ def open_lora(folder: Path) -> LoraFile:
     pairs = {module: _pair(module, factors) for module, factors in read_header(path).items()}
     with unchanged(path, stamp):
         scales = scales_of(config, {module: A.shape[0] for module, (_, A) in pairs.items()})
-    return LoraFile(path, config, {module: _stored(*pairs[module], scales[module]) for module in pairs}, stamp)
+    modules = {}
+    for module, (B, A) in pairs.items():
+        modules[module] = StoredFactors(B.shape[0], A.shape[1], A.shape[0], B.dtype, A.dtype, scales[module], B, A)
+    return LoraFile(path, config, modules, stamp)
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
-    """Return the configuration of one adapter folder, and its updates as ``{module: LowRank}`` in the file's dtype.
-
-    Raises
-    ------
-    AdapterError
-        As for :func:`open_lora` and :meth:`LoraFile.read`.
-    """
+    """Return configuration and updates of a folder; errors as for :func:`open_lora` and :meth:`LoraFile.read`."""
     file = open_lora(folder)
     return file.config, {module: file.read(module) for module in file.modules}
 
 
 def write_lora(folder: Path, config: dict[str, Any], updates: dict[str, LowRank]) -> None:
-    """Write updates as a new adapter folder that ``peft.PeftModel.from_pretrained`` loads.
-
-    Raises
-    ------
-    AdapterError
-        A factor is not finite (its dtype cannot hold the values).
-    """
+    """Write updates as a new adapter folder; errors as for `AdapterWriter.write`."""
     writer = AdapterWriter(folder, config, {module: Factors.of(update) for module, update in updates.items()})
     writer.create()
     for module, update in updates.items():
@@ -134,24 +115,15 @@ def write_lora(folder: Path, config: dict[str, Any], updates: dict[str, LowRank]
 
 @contextmanager
 def unchanged(path: Path, stamp: Stamp) -> Iterator[FileIO]:
-    """Open a file that must have the given stamp, and check when the block ends that it has not changed.
-
-    Raises
-    ------
-    AdapterError
-        The file has another stamp, or cannot be read.
-    """
+    """Open a file; raise AdapterError if it cannot be read, or has another stamp when the block ends."""
     try:
-        with FileIO(path, opener=_open_regular) as file:
+        # without O_NONBLOCK, reading a pipe at the file's path would wait for ever
+        with FileIO(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             yield file
             if _stamp(os.fstat(file.fileno())) != stamp:
                 raise AdapterError(f"{WEIGHTS} changed while it was being read; run again when nothing writes to it")
     except OSError as error:
         raise AdapterError(f"{WEIGHTS} cannot be read: {error.strerror or error}") from error
-
-
-def _open_regular(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # reading a pipe at the file's path would wait for ever
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -168,10 +140,6 @@ def _pair(module: str, factors: dict[str, Place]) -> tuple[Place, Place]:
     if A.shape[0] > max(B.shape[0], A.shape[1]):
         raise AdapterError(f"module {module!r}: lora_B {B.shape} and lora_A {A.shape} have more rank than the update")
     return B, A
-
-
-def _stored(B: Place, A: Place, scale: float) -> StoredFactors:
-    return StoredFactors(B.shape[0], A.shape[1], A.shape[0], B.dtype, A.dtype, scale, B, A)
 
 
 def _check_values(module: str, own: StoredFactors, update: LowRank) -> None:

@@ -1,8 +1,7 @@
 """The tensors of adapter_model.safetensors: what the header declares, where each tensor lies, and reading and writing.
 
-The file may come from a hostile client. safetensors checks its header before a tensor is read, and refuses sizes that
-do not cover the file exactly. Values are read into separate memory, not mapped, because a mapped file that shrinks ends
-the process.
+The file may come from a hostile client. safetensors checks its header first, and refuses sizes that do not cover the
+file exactly. Values are read, not mapped, because a mapped file that shrinks ends the process.
 """
 
 from __future__ import annotations
@@ -33,17 +32,7 @@ KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Description of one module's factors without their values.
-
-    Attributes
-    ----------
-    p, q, rank : int
-        B is (p, rank), A is (rank, q).
-    B_dtype, A_dtype : torch.dtype
-        Dtypes of the factors.
-    scale : float
-        Scale of the product B @ A.
-    """
+    """One module's factors without their values: B is (p, rank), A is (rank, q), and ``scale`` is that of B @ A."""
 
     p: int
     q: int
@@ -61,11 +50,6 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """(p, q) of the update."""
         return self.p, self.q
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that can hold both factors."""
-        return torch.promote_types(self.B_dtype, self.A_dtype)
 
     @property
     def bytes(self) -> int:
@@ -125,16 +109,9 @@ def read_header(path: Path) -> dict[str, dict[str, Place]]:
 
 
 def lay_out(modules: Mapping[str, Factors]) -> tuple[bytes, dict[str, tuple[Place, Place]], int]:
-    """Return the header of a file that holds these factors, byte for byte as safetensors writes it.
+    """Return the length and header of a file that holds these factors, byte for byte as safetensors writes them.
 
-    Returns
-    -------
-    bytes
-        The length of the header, then the header.
-    dict
-        Module -> places of B and A.
-    int
-        Size of the file in bytes.
+    Also return each module's places of B and A, and the size of the file in bytes.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     tensors = {}
@@ -156,13 +133,7 @@ def lay_out(modules: Mapping[str, Factors]) -> tuple[bytes, dict[str, tuple[Plac
 
 
 def room_for(size: int) -> Tensor:
-    """Allocate ``size`` bytes of memory, not initialised.
-
-    Raises
-    ------
-    AdapterError
-        There is not enough memory.
-    """
+    """Allocate ``size`` bytes, not initialised; raise AdapterError if there is not enough memory."""
     try:
         return torch.empty(size, dtype=torch.uint8)
     except RuntimeError as error:
@@ -170,13 +141,7 @@ def room_for(size: int) -> Tensor:
 
 
 def read_tensor(file: FileIO, place: Place, room: Tensor) -> Tensor:
-    """Read the tensor at this place of the file into the beginning of ``room``, in the dtype of the file.
-
-    Raises
-    ------
-    AdapterError
-        The file ends before the tensor does.
-    """
+    """Read the tensor at this place into the beginning of ``room``; raise AdapterError if the file ends before it."""
     values = room[: place.bytes].view(place.dtype).view(place.shape)
     left = bytes_of(values)
     file.seek(place.offset)
@@ -210,13 +175,7 @@ def _key(module: str, factor: str) -> str:
 
 
 def _check_declared(key: str, shape: tuple[int, ...], dtype: str) -> tuple[str, str]:
-    """Return the module and the factor that a tensor's name, shape and dtype stand for.
-
-    Raises
-    ------
-    AdapterError
-        The tensor is not a supported factor of a linear module.
-    """
+    """Return the module and the factor that a tensor's name stands for; refuse what is no factor of a linear module."""
     match = KEY.fullmatch(key)
     if "lora_embedding_" in key:
         raise AdapterError(f"tensor {key!r}: LoRA of an embedding is not supported")

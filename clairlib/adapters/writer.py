@@ -19,20 +19,12 @@ from clairlib.linalg.low_rank import LowRank
 class AdapterWriter:
     """Write one new adapter folder that ``peft.PeftModel.from_pretrained`` loads, module by module in any order.
 
-    Ranks, scales and dtypes are known beforehand. So every factor has its place in the file, and memory does not grow
-    with the number of modules. No file is kept open: the writer can be sent to other processes, and several processes
-    may write at once, each module by one of them. The header and the configuration are written last; until then no
-    program loads the folder. Use the writer in a folder that appears as a whole
-    (:func:`clairlib.core.files.whole_folder`).
-
-    Parameters
-    ----------
-    folder : Path
-        The client's folder.
-    config : dict
-        A client's checked configuration. :func:`clairlib.adapters.config.config_for` keeps its base model.
-    modules : mapping
-        Module name -> shape, rank, dtypes and scale of what will be written.
+    ``config`` is the client's checked configuration, from which :func:`~clairlib.adapters.config.config_for` takes the
+    base model. ``modules`` announces shape, rank, dtypes and scale of what will be written. So every factor has its
+    place in the file, and memory does not grow with the number of modules. No file is kept open: the writer can be sent
+    to other processes, and several may write at once, each module by one of them. The header and the configuration are
+    written last; until then no program loads the folder. Use the writer in a folder that appears as a whole
+    (:func:`~clairlib.core.files.whole_folder`).
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], modules: Mapping[str, Factors]) -> None:
@@ -42,10 +34,7 @@ class AdapterWriter:
         self._header, self._places, self.bytes = lay_out(self.modules)
 
     def create(self) -> None:
-        """Create the folder and reserve the file's space on the disk.
-
-        Do not call this to resume a partly written folder.
-        """
+        """Create the folder and reserve the file's space on the disk; not to be called for a partly written folder."""
         self.folder.mkdir()
         with FileIO(self.folder / WEIGHTS, "xb") as file:
             if hasattr(os, "posix_fallocate"):  # so that a full disk is noticed now

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clairlib.adapters import AdapterFiles, open_adapters
-from clairlib.adapters.collection import blaming, client_folders
+from clairlib.adapters.collection import blaming
 from clairlib.adapters.config import CONFIG
 from clairlib.adapters.tensors import WEIGHTS
 from clairlib.alignment.module import AlignmentJob
@@ -29,10 +29,7 @@ from clairlib.recovery.result import ClairResult
 
 @dataclass(frozen=True)
 class Alignment:
-    """Outcome of :func:`align`: the verdict, the report as written to report.json, and the output folder.
-
-    The modules of ``result`` are summaries, because the refined updates are in the output folder.
-    """
+    """Verdict (its modules are summaries), contents of report.json, and the folder that holds the refined updates."""
 
     result: ClairResult
     report: dict[str, Any]
@@ -40,28 +37,16 @@ class Alignment:
 
 
 def align(
-    paths: Sequence[str | Path],
-    output: str | Path,
-    *,
-    rank: int | None = None,
-    adapter_rank: int | None = None,
-    solver: str = "consensus",
-    side: str = "output",
-    device: str = "cpu",
-    seed: int = 0,
-    keep_contaminated: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    jobs: int = 1,
-    progress: Callable[[str, int], None] | None = None,
-    draw: Callable[[ClairResult, Path], None] | None = None,
-) -> Alignment:
+    paths: Sequence[str | Path], output: str | Path, *, rank: int | None = None, adapter_rank: int | None = None,
+    solver: str = "consensus", side: str = "output", device: str = "cpu", seed: int = 0,
+    keep_contaminated: bool = False, overwrite: bool = False, resume: bool = False, jobs: int = 1,
+    progress: Callable[[str, int], None] | None = None, draw: Callable[[ClairResult, Path], None] | None = None,
+) -> Alignment:  # fmt: skip
     """Judge the clients' adapters, refine the benign ones and write them as adapter folders.
 
-    A client is judged once over all its modules; subspaces are per module. A benign client's refined update is
-    truncated to ``adapter_rank`` (default: the client's own rank in that module). In a module where refinement was
-    refused, the client keeps its own update. ``output`` contains a folder for each benign client, report.json,
-    report.html and, with ``draw``, report.png.
+    A client is judged once over all its modules; subspaces are per module. In a module where refinement was refused,
+    the client keeps its own update. ``output`` contains a folder for each benign client, report.json, report.html and,
+    with ``draw``, report.png.
 
     Parameters
     ----------
@@ -69,27 +54,20 @@ def align(
         PEFT adapter folders, or one parent folder of them. The client names are the folder names.
     output : path
         Folder to write; it appears as a whole or not at all.
-    rank : int, optional
-        Shared rank r; estimated per module if not given.
-    adapter_rank : int, optional
-        Rank of the written adapters.
-    solver, side, seed
+    rank, solver, side, seed
         As in :class:`clairlib.CLAIR`.
-    device : str
-        Device that computes, ``cpu`` or ``cuda``.
+    adapter_rank : int, optional
+        Rank to which the adapters are truncated; each client's own rank in each module if not given.
+    device : {"cpu", "cuda"}
     keep_contaminated : bool
         Copy the two files of contaminated clients unchanged instead of leaving these clients out.
-    overwrite : bool
-        Replace an output folder that an earlier call wrote.
-    resume : bool
-        Resume a killed or interrupted run of the same clients and settings; the result is identical.
+    overwrite, resume : bool
+        Replace an output folder that an earlier call wrote; resume a killed or interrupted run of the same clients and
+        settings, with an identical result.
     jobs : int
-        Number of worker processes; 1 computes in this process. Each process needs the memory of one module, whatever
-        the number of modules.
-    progress : callable, optional
-        Called with (module, number of modules) when a module is done.
-    draw : callable, optional
-        Called with (result, path of report.png), e.g. to save ``clairlib.plots.overview(result)``.
+        Number of worker processes; 1 computes in this process. Each process needs the memory of one module.
+    progress, draw : callable, optional
+        Called with (module, number of modules) when a module is done; with (result, path of report.png) to draw it.
 
     Raises
     ------
@@ -100,7 +78,7 @@ def align(
     job = open_job(paths, adapter_rank=adapter_rank, device=device, **method)
     if device == "cuda" and jobs > 1:
         raise AdapterError("only one process can use the GPU; leave out --jobs")
-    adapters, inputs = job.adapters, [*map(Path, paths), *client_folders(paths).values()]
+    adapters, inputs = job.adapters, [*map(Path, paths), *job.adapters.folders]
     settings = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
     with resumable_folder(output, _identity(adapters, settings), **how) as (folder, records):
@@ -118,9 +96,7 @@ def align(
     return Alignment(result, report, output)
 
 
-def open_job(
-    paths: Sequence[str | Path], *, adapter_rank: int | None = None, device: str = "cpu", **method: Any
-) -> AlignmentJob:
+def open_job(paths: Sequence[str | Path], *, adapter_rank: int | None, device: str, **method: Any) -> AlignmentJob:
     """Check the clients' adapters and return the job of aligning them; options as for :func:`align`."""
     try:
         clair = CLAIR(**method)
@@ -129,20 +105,14 @@ def open_job(
     if device == "cuda" and not torch.cuda.is_available():
         raise AdapterError("device cuda is not available here; use --device cpu")
     adapters = open_adapters(paths)
-    _check_adapter_rank(adapters, adapter_rank)
-    return AlignmentJob(adapters, clair, device, adapter_rank)
-
-
-def _check_adapter_rank(adapters: AdapterFiles, rank: int | None) -> None:
-    if rank is None:
-        return
-    if rank < 1:
-        raise AdapterError(f"adapter rank must be at least 1, got {rank}")
+    if adapter_rank is not None and adapter_rank < 1:
+        raise AdapterError(f"adapter rank must be at least 1, got {adapter_rank}")
     for module, updates in adapters.modules.items():
         p, q = updates[0].shape
-        if rank > min(p, q):
-            what = f"adapter rank {rank} is larger than module {module!r} allows"
+        if adapter_rank is not None and adapter_rank > min(p, q):
+            what = f"adapter rank {adapter_rank} is larger than module {module!r} allows"
             raise AdapterError(f"{what}: its update is {p} x {q}, so at most {min(p, q)}")
+    return AlignmentJob(adapters, clair, device, adapter_rank)
 
 
 def _identity(adapters: AdapterFiles, settings: dict[str, Any]) -> str:
@@ -153,9 +123,8 @@ def _identity(adapters: AdapterFiles, settings: dict[str, Any]) -> str:
 
 
 def _copy_contaminated(folder: Path, adapters: AdapterFiles, result: ClairResult) -> None:
-    for k, name in enumerate(adapters.names):
-        if result.benign[k]:
-            continue
+    for k in (~result.benign).nonzero()[:, 0].tolist():
+        name = adapters.names[k]
         (folder / name).mkdir(exist_ok=True)
         with blaming(name):
             for file in (CONFIG, WEIGHTS):  # checked again, because the folder may have changed since it was read
@@ -165,36 +134,25 @@ def _copy_contaminated(folder: Path, adapters: AdapterFiles, result: ClairResult
 def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[str, Any]) -> dict[str, Any]:
     clients = [
         {
-            "name": name,
-            "contaminated": not bool(result.benign[k]),
-            "score": _number(result.scores[k]),
-            "p_value": _number(result.p_values[k]),
+            "name": name, "contaminated": not bool(result.benign[k]),
+            "score": _number(result.scores[k]), "p_value": _number(result.p_values[k]),
             "modules": {module: _number(own.scores[k]) for module, own in result.modules.items()},
         }
         for k, name in enumerate(result.names)
-    ]
+    ]  # fmt: skip
     modules = [
         {
-            "name": name,
-            "shape": list(module.shape),
-            "rank": int(module.rank),
-            "shared_structure": _number(module.shared_structure),
-            "estimated_gain": _number(module.gain),
+            "name": name, "shape": list(module.shape), "rank": int(module.rank),
+            "shared_structure": _number(module.shared_structure), "estimated_gain": _number(module.gain),
             "refined": bool(module.is_refined),
-            "truncation_error": _spread(errors[name]),
+            "truncation_error": {"max": max(lost, default=None), "mean": sum(lost) / len(lost) if lost else None},
             "spectrum": [_number(value) for value in module.spectrum],
         }
-        for name, module in result.modules.items()
-    ]
+        for (name, module), lost in zip(result.modules.items(), errors.values(), strict=True)
+    ]  # fmt: skip
     return {"clients": clients, "modules": modules, "settings": settings, "provenance": provenance.collect()}
-
-
-def _spread(errors: list[float]) -> dict[str, float | None]:
-    """Return the largest and the mean relative Frobenius error over the benign clients."""
-    return {"max": max(errors, default=None), "mean": sum(errors) / len(errors) if errors else None}
 
 
 def _number(value: Any) -> float | None:
     """Return a JSON number; a value that is not finite becomes null, because strict JSON has no NaN."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number := float(value)) else None

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from clairlib.alignment.module import AlignmentJob, fit_and_search, read_module
+from clairlib.alignment.module import AlignmentJob, fit_module, read_module
 from clairlib.linalg.compress import FILLED, LEAD
 from clairlib.recovery.clair import AGREED, pilots
 
 PROCESS = 450e6  # bytes of a process that has loaded PyTorch
-# Copies of a module's factors: one as read, a stacked one in single precision (twice the size), the module read next.
-COPIES = 4
+COPIES = 4  # of a module's factors: as read, stacked in single precision (twice the size), and the module read next
 SQUARES = 6  # N x N arrays in double precision that exist at the same time
 STACKS = 16  # arrays of the size of the cores that exist at the same time
 
@@ -29,19 +28,16 @@ class Forecast:
     seconds: float
 
     def __str__(self) -> str:
-        size = f"{self.bytes / 1e9:.2f} GB to read"
-        return (
-            f"{self.clients} clients, {self.modules} modules, {size}; "
-            f"about {self.memory / 1e9:.1f} GB of memory and {self.seconds:.0f} s"
-        )
+        size = f"{self.clients} clients, {self.modules} modules, {self.bytes / 1e9:.2f} GB to read"
+        return f"{size}; about {self.memory / 1e9:.1f} GB of memory and {self.seconds:.0f} s"
 
 
 def forecast(job: AlignmentJob, jobs: int = 1) -> Forecast:
     """Return the expected cost of an alignment by ``jobs`` processes.
 
-    The module of median size is read, compressed, searched and judged once. The other modules are assumed to take the
-    same time per byte, without the search, and writing is assumed to take as long as reading. The forecast should be
-    right within a factor of two; this is not guaranteed.
+    The module of median size is read, compressed, searched and judged once. The others are assumed to take the same
+    time per byte, without the search, and writing as long as reading. The forecast should be right within a factor of
+    two; this is not guaranteed.
     """
     sizes = job.adapters.module_bytes
     middle = sorted(sizes, key=sizes.__getitem__)[len(sizes) // 2]
@@ -49,15 +45,14 @@ def forecast(job: AlignmentJob, jobs: int = 1) -> Forecast:
     job.adapters.read(middle)
     reading = time.perf_counter() - start
     start = time.perf_counter()
-    fit, frame = fit_and_search(job, middle)
+    fit, _ = fit_module(job, middle, True)
     searching = time.perf_counter() - start
     start = time.perf_counter()
     job.clair.prepare(read_module(job, middle), job.weights)
-    fit.outcome(torch.ones_like(frame.members))
-    working = 2 * (time.perf_counter() - start) + reading  # writing takes as long as reading
+    fit.outcome(torch.ones_like(job.weights, dtype=torch.bool))
+    working = 2 * (time.perf_counter() - start) + reading
     few = len(pilots(list(sizes), job.clair.solver))
-    # further modules are searched if these do not agree
-    found = few if job.clair.solver == "convex" else min(AGREED, few)
+    found = few if job.clair.solver == "convex" else min(AGREED, few)  # more are searched if these do not agree
     searched = found * searching + (few - found) * working
     seconds = (working * job.adapters.bytes / sizes[middle] + searched) / min(jobs, len(sizes))
     return Forecast(len(job.adapters.names), len(sizes), job.adapters.bytes, jobs * memory_of_a_process(job), seconds)
@@ -65,8 +60,7 @@ def forecast(job: AlignmentJob, jobs: int = 1) -> Forecast:
 
 def memory_of_a_process(job: AlignmentJob) -> float:
     """Return the expected peak memory of a process in bytes, from the largest module."""
-    K = len(job.adapters.names)
-    most = 0.0
+    K, most = len(job.adapters.names), 0.0
     for clients in job.adapters.modules.values():
         N, w = sum(own.rank for own in clients), max(own.rank for own in clients)
         (p, q), read = clients[0].shape, sum(own.bytes for own in clients)

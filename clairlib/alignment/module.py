@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,8 +30,7 @@ from clairlib.recovery.verdict import ModuleScores
 SHOWN = 32  # number of singular values of the spectrum in the report
 OFF_DIRECTIONS = 2  # directions of the common part that can enter the written adapters, as a multiple of their rank
 
-# From client indices and announced factors to updates and truncation errors.
-Adapters = Callable[[Sequence[int], Sequence[Factors]], Iterator[tuple[LowRank, float]]]
+Adapters = Iterator[tuple[LowRank, float]]  # updates and their truncation errors
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,20 @@ class AlignmentJob:
         return torch.ones(len(self.adapters.names), dtype=torch.float64, device=self.device)
 
     def writer(self, folder: Path, client: int) -> AdapterWriter:
-        """Return the writer of a client's adapter in ``folder``.
-
-        The adapter has the client's own scales, and the client's own ranks unless ``adapter_rank`` is given.
-        """
+        """Return the writer of a client's adapter in ``folder``, with its own scales, and ranks unless one is given."""
         if (folder, client) not in self._writers:
             own = self.adapters.files[client]
-            modules = {name: self._announced(factors) for name, factors in own.modules.items()}
-            self._writers[folder, client] = AdapterWriter(folder / self.adapters.names[client], own.config, modules)
+            announced = {
+                name: Factors(f.p, f.q, self.adapter_rank or f.rank, f.B_dtype, f.A_dtype, f.scale or 1.0)
+                for name, f in own.modules.items()
+            }
+            self._writers[folder, client] = AdapterWriter(folder / self.adapters.names[client], own.config, announced)
         return self._writers[folder, client]
-
-    def _announced(self, own: Factors) -> Factors:
-        rank, scale = self.adapter_rank or own.rank, own.scale or 1.0
-        return Factors(own.p, own.q, rank, own.B_dtype, own.A_dtype, scale)
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """Result of one module for a set of clients taken to be benign.
-
-    ``reading``: the scores against the set's frame. ``errors``: the relative truncation error of each adapter.
-    """
+    """A module's result for a set taken to be benign: scores by its frame, and each adapter's truncation error."""
 
     summary: ModuleSummary
     reading: ModuleScores
@@ -82,12 +74,9 @@ def read_module(job: AlignmentJob, name: str) -> Module:
     """Read the clients' updates of a module, with the side whose subspace is sought as rows."""
     ahead = job.ahead.pop(name, None)
     updates = job.adapters.read(name) if ahead is None else ahead.result()
-    updates, transposed = [_moved(update, job.device) for update in updates], job.clair.side == "input"
+    updates = [replace(update, B=update.B.to(job.device), A=update.A.to(job.device)) for update in updates]
+    transposed = job.clair.side == "input"
     return Module(name, [transpose(update) for update in updates] if transposed else updates, transposed, numpy=False)
-
-
-def _moved(update: LowRank, device: str) -> LowRank:
-    return update if device == "cpu" else replace(update, B=update.B.to(device), A=update.A.to(device))
 
 
 @contextmanager
@@ -104,19 +93,12 @@ def located(job: AlignmentJob, name: str) -> Iterator[None]:
         raise AdapterError(str(error) if named else f"module {name!r}: {error}") from error
 
 
-def fit_module(job: AlignmentJob, name: str) -> tuple[ModuleFit, None]:
-    """Return a module's fit without searching for a frame."""
-    module = read_module(job, name)
-    with located(job, name):
-        return job.clair.prepare(module, job.weights), None
-
-
-def fit_and_search(job: AlignmentJob, name: str) -> tuple[ModuleFit, Frame]:
-    """Return a module's fit, and the frame that this module suggests by itself."""
+def fit_module(job: AlignmentJob, name: str, search: bool) -> tuple[ModuleFit, Frame | None]:
+    """Return a module's fit, and after a ``search`` the frame that this module suggests by itself."""
     module = read_module(job, name)
     with located(job, name):
         fit = job.clair.prepare(module, job.weights)
-        return fit, job.clair.first_frame(module, fit)[0]
+        return fit, job.clair.first_frame(module, fit)[0] if search else None
 
 
 def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool, folder: Path) -> Aligned:
@@ -131,61 +113,56 @@ def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool,
         outcome = fit.outcome(benign)
         is_refined = outcome.is_refined(refine_any)
         clients = benign.nonzero()[:, 0].tolist()
-        how = _refined(job, fit, module, outcome) if is_refined else _own(module)
-        adapters = how(clients, [job.writer(folder, k).modules[name] for k in clients])
+        updates = cast(list[LowRank], module.updates)
+        places = [job.writer(folder, k).modules[name] for k in clients]
+        if is_refined:
+            adapters = _refined(job, fit, outcome, updates, clients, places)
+        else:
+            adapters = _own([updates[k] for k in clients], places)
     errors = []
     for k in clients:
         with blaming(job.adapters.names[k]), located(job, name):
             update, error = next(adapters)
             _write(job, folder, module, k, update)
             errors.append(error)
-    spectrum = outcome.spectrum[:SHOWN]
     terms = outcome.gain.scaled(fit.size * fit.size)
     shape = module.shape[::-1] if module.transposed else module.shape
     summary = ModuleSummary(
         name, shape, outcome.frame.rank, outcome.scores.cpu(), outcome.gain.relative, terms, is_refined,
-        outcome.structure, spectrum.cpu().numpy(), None,
+        outcome.structure, outcome.spectrum[:SHOWN].cpu().numpy(), None,
     )  # fmt: skip
     return Aligned(summary, reading.cpu(), errors)
 
 
-def _own(module: Module) -> Adapters:
-    """Return a function that yields the clients' own updates, truncated to the announced rank."""
+def _own(updates: Sequence[LowRank], places: Sequence[Factors]) -> Adapters:
+    """Yield the clients' own updates, truncated to the announced ranks in at least single precision."""
+    for own, place in zip(updates, places, strict=True):
+        if own.rank == place.rank:
+            yield own, 0.0
+        else:
+            dtype = torch.promote_types(torch.promote_types(own.B.dtype, own.A.dtype), torch.float32)
+            yield truncate(replace(own, B=own.B.to(dtype), A=own.A.to(dtype)), place.rank)
 
-    def make(clients: Sequence[int], announced: Sequence[Factors]) -> Iterator[tuple[LowRank, float]]:
-        for client, place in zip(clients, announced, strict=True):
-            own = cast(list[LowRank], module.updates)[client]
-            yield (own, 0.0) if own.rank == place.rank else truncate(_single(own), place.rank)
 
-    return make
+def _exact(basis: Tensor, off: LowRank, updates: Sequence[LowRank], places: Sequence[Factors]) -> Adapters:
+    """Yield U U' Theta_k + P_perp M, truncated to the announced ranks."""
+    for own, place in zip(updates, places, strict=True):
+        inside = own.scale * (basis.T @ own.B.double()) @ own.A.double()  # (r, q)
+        yield truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), place.rank)
 
 
-def _refined(job: AlignmentJob, fit: ModuleFit, module: Module, outcome: Outcome) -> Adapters:
-    """Return a function that yields the refined updates, truncated to the announced rank."""
-    updates = cast(list[LowRank], module.updates)
+def _refined(
+    job: AlignmentJob, fit: ModuleFit, outcome: Outcome, updates: Sequence[LowRank], clients: Sequence[int],
+    places: Sequence[Factors],
+) -> Adapters:  # fmt: skip
+    """Return an iterator over the refined updates of ``clients``, truncated to the announced ranks."""
     if isinstance(fit.cores, Cores):
-        basis, off = fit.lifted(outcome.frame)
-
-        def exact(clients: Sequence[int], announced: Sequence[Factors]) -> Iterator[tuple[LowRank, float]]:
-            for client, place in zip(clients, announced, strict=True):
-                own = updates[client]
-                inside = own.scale * (basis.T @ own.B.double()) @ own.A.double()  # (r, q)
-                yield truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), place.rank)
-
-        return exact
-    stacked = fit.stacked
-    assert stacked is not None
+        return _exact(*fit.lifted(outcome.frame), [updates[k] for k in clients], places)
+    assert fit.stacked is not None
     most = job.adapter_rank or max(update.rank for update in updates)
     generator = derive(job.clair.seed, "off", fit.name)
-    assembly = assemble(fit.shared(outcome.frame, stacked), OFF_DIRECTIONS * most, generator)
-    return lambda clients, announced: refined_adapters(
-        assembly, clients, [place.rank for place in announced], [abs(place.scale) for place in announced]
-    )
-
-
-def _single(update: LowRank) -> LowRank:
-    dtype = torch.promote_types(torch.promote_types(update.B.dtype, update.A.dtype), torch.float32)
-    return replace(update, B=update.B.to(dtype), A=update.A.to(dtype))
+    assembly = assemble(fit.shared(outcome.frame, fit.stacked), OFF_DIRECTIONS * most, generator)
+    return refined_adapters(assembly, clients, [place.rank for place in places], [abs(place.scale) for place in places])
 
 
 def _write(job: AlignmentJob, folder: Path, module: Module, client: int, update: LowRank) -> None:

@@ -21,8 +21,7 @@ from clairlib.recovery.detection import PRIOR_CLIENTS
 from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 
 WIDTH = 1000  # pixels
-# Cells of the heat map; with more, a browser gets slow, so only the clients with the highest scores are shown.
-MOST_CELLS = 20_000
+MOST_CELLS = 20_000  # of the heat map; more make a browser slow, so only the clients with the highest scores are shown
 HOT = 10.0  # scores of at least this size have the full colour
 LINEAR = 5.0  # larger scores are drawn on a logarithmic scale
 TICKS = (-100, -50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000)
@@ -51,13 +50,11 @@ class _Markup(str):
 
 
 def write_alignment_page(report: dict[str, Any], path: Path) -> None:
-    """Write the report of ``clair align`` (the content of report.json) as a page; missing keys are left out.
-
-    The page works without JavaScript, except for sorting, and makes no network requests.
-    """
+    """Write the report of ``clair align`` (the content of report.json) as a page; missing keys are left out."""
     style, script = STYLE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
-    clients = sorted(report.get("clients", []), key=lambda client: _low(client.get("score")), reverse=True)
+    clients = list(report.get("clients", []))
+    clients.sort(key=lambda client: -math.inf if client.get("score") is None else client["score"], reverse=True)
     body = "\n".join(_body(clients, report.get("modules", []), report))
     page = PAGE.format(policy=policy, style=style, body=body, script=script)
     path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
@@ -74,11 +71,8 @@ def _body(clients: list[dict[str, Any]], modules: list[dict[str, Any]], report: 
         missing = "No shared subspace found: the updates do not predict one another. The verdict says little."
         yield _tag("p", _tag("strong", missing))
     yield _tag("h2", "Verdict")
-    yield _tag(
-        "p",
-        "Score: how far a client stands above the benign clients, in standard deviations. p-value: the chance that a "
-        "benign client's score is at least as high.",
-    )
+    score = "Score: how far a client stands above the benign clients, in standard deviations."
+    yield _tag("p", f"{score} p-value: the chance that a benign client's score is at least as high.")
     yield _verdict(clients)
     if any(client.get("score") is not None for client in clients):
         yield _tag("h2", "Scores")
@@ -91,19 +85,15 @@ def _body(clients: list[dict[str, Any]], modules: list[dict[str, Any]], report: 
     for title in ("settings", "provenance"):
         if report.get(title):
             yield _tag("h2", title.capitalize())
-            yield _tag("dl", *(part for key, value in _flat(report[title]) for part in _pair(key, value)))
+            yield _tag("dl", *_pairs(report[title]))
 
 
 def _verdict(clients: list[dict[str, Any]]) -> _Markup:
-    rows = [
-        [
-            _tag("td", str(client.get("name")), class_="name"),
-            _tag("td", "contaminated", class_="contaminated") if client.get("contaminated") else _tag("td", "benign"),
-            _number(client.get("score")),
-            _number(client.get("p_value")),
-        ]
-        for client in clients
-    ]
+    bad, benign, rows = _tag("td", "contaminated", class_="contaminated"), _tag("td", "benign"), []
+    for client in clients:
+        name = _tag("td", str(client.get("name")), class_="name")
+        verdict = bad if client.get("contaminated") else benign
+        rows.append([name, verdict, _number(client.get("score")), _number(client.get("p_value"))])
     return _table(["client", "verdict", "score", "p-value"], rows, falling="score")
 
 
@@ -139,9 +129,8 @@ def _scores(clients: list[dict[str, Any]]) -> _Markup:
 
 
 def _mark(client: dict[str, Any], x: float, y: float) -> _Markup:
-    bad = bool(client.get("contaminated"))
     title = _tag("title", f"{client.get('name')}: score {_show(client['score'])}, p {_show(client.get('p_value'))}")
-    if bad:
+    if client.get("contaminated"):
         return _tag("path", title, d=f"M{x:.1f} {y - 6:.1f}l5 6l-5 6l-5 -6z", class_="contaminated")
     return _tag("circle", title, cx=x, cy=y, r=4, class_="benign")
 
@@ -200,17 +189,15 @@ def _modules(modules: list[dict[str, Any]]) -> _Markup:
 
 
 def _module_row(module: dict[str, Any]) -> list[_Markup]:
-    shape, gain = module.get("shape") or [], module.get("estimated_gain")
-    refined = bool(module.get("refined"))
+    shape, refined = module.get("shape") or [], bool(module.get("refined"))
+    gain, structure = module.get("estimated_gain"), module.get("shared_structure")
     kept = min(max(gain or 0.0, -1.0), 1.0)
     start = 45 * (1 + min(kept, 0.0))
     bar = _tag("rect", x=start, y=0, width=45 * abs(kept), height=12, class_="benign" if refined else "neutral")
-    structure = module.get("shared_structure")
     shared = _tag("rect", x=0, y=0, width=90 * min(max(structure or 0.0, 0.0), 1.0), height=12, class_="benign")
-    size = float(math.prod(shape)) if shape else None
     return [
         _tag("td", str(module.get("name")), class_="name"),
-        _tag("td", " × ".join(map(str, shape)), data_value=size),
+        _tag("td", " × ".join(map(str, shape)), data_value=float(math.prod(shape)) if shape else None),
         _number(module.get("rank")),
         _number(structure, _svg([shared, _line(90 * MIN_EXPLAINED_VARIANCE, "threshold")], 90, 12)),
         _number(gain, _svg([bar, _line(45, "axis")], 90, 12)),
@@ -251,28 +238,20 @@ def _figure(picture: _Markup, caption: str) -> _Markup:
 
 
 def _svg(drawing: Iterable[_Markup], width: float, height: float, label: str | None = None) -> _Markup:
-    role = "img" if label else None
-    return _tag("svg", *drawing, width=width, height=height, role=role, aria_label=label)
+    return _tag("svg", *drawing, width=width, height=height, role="img" if label else None, aria_label=label)
 
 
-def _pair(key: str, value: Any) -> tuple[_Markup, _Markup]:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return _tag("dt", key), _tag("dd", text)
-
-
-def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _pairs(values: dict[str, Any], before: str = "") -> Iterator[_Markup]:
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}: ")
+            yield from _pairs(value, f"{before}{key}: ")
         else:
-            yield f"{before}{key}", value
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield from (_tag("dt", f"{before}{key}"), _tag("dd", text))
 
 
 def _tag(name: str, *children: str, **attributes: str | float | None) -> _Markup:
-    """Return an element; attributes of None are left out.
-
-    The attributes, and children that are not markup yet, are escaped.
-    """
+    """Return an element without attributes of None; attributes, and children that are not markup yet, are escaped."""
     inner = "".join(child if isinstance(child, _Markup) else escape(child) for child in children)
     said = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
     head = "".join(f' {key}="{escape(value if isinstance(value, str) else f"{value:.6g}")}"' for key, value in said)
@@ -280,7 +259,7 @@ def _tag(name: str, *children: str, **attributes: str | float | None) -> _Markup
 
 
 def _thinned(values: Sequence[Any], size: float) -> Iterator[tuple[int, Any]]:
-    """Return every n-th value with its position, if the labels of all values would overlap."""
+    """Yield every n-th value with its position, so that the labels do not overlap."""
     step = math.ceil(12 / size)
     return ((place, value) for place, value in enumerate(values) if place % step == 0)
 
@@ -296,10 +275,6 @@ def _show(value: float | None) -> str:
 def _symlog(score: float) -> float:
     size = abs(score)
     return score if size <= LINEAR else math.copysign(LINEAR * (1 + math.log(size / LINEAR)), score)
-
-
-def _low(score: float | None) -> float:
-    return -math.inf if score is None else score
 
 
 def _hash(text: str) -> str:

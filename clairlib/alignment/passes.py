@@ -7,7 +7,7 @@ the refined adapters. The first set is nearly always the one that stays. Then ev
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clairlib.alignment.module import Aligned, AlignmentJob, align_module, fit_and_search, fit_module
+from clairlib.alignment.module import Aligned, AlignmentJob, align_module, fit_module
 from clairlib.alignment.records import Records
 from clairlib.core.processes import workers
 from clairlib.recovery.clair import AGREED, first_set, pilots
@@ -33,48 +33,41 @@ Read = Callable[[Tensor], list[ModuleScores]]
 def iterate_verdict_on_disk(
     job: AlignmentJob, folder: Path, records: Path, *, jobs: int = 1, progress: Progress | None = None
 ) -> tuple[ClairResult, dict[str, list[float]]]:
-    """Repeat the verdict over all modules until the set stays, and write the refined adapters to ``folder``.
-
-    Return the result, and the truncation errors by module.
-    """
+    """Judge until the set stays, write its refined adapters; return the result and the truncation errors by module."""
     names = list(job.adapters.modules)
     with _crew(job, min(jobs, len(names))) as crew:
         fits, benign = search_on_disk(crew, pilots(names, job.clair.solver))
         refine_any = max(float(fit.reading(benign).structure) for fit in fits) >= MIN_EXPLAINED_VARIANCE
         passes = Passes(crew, folder, records, refine_any, progress)
         benign, pooled = iterate_verdict(benign.cpu(), passes.read, _in_memory(job.clair.wider_frame(fits), job.device))
-        if passes.shares_subspace != passes.refine_any:
-            passes.refine_any = passes.shares_subspace
+        shared = max(own.summary.shared_structure for own in passes.done.values()) >= MIN_EXPLAINED_VARIANCE
+        if shared != refine_any:
+            passes.refine_any = shared
             passes.read(benign)
     for client in benign.nonzero()[:, 0].tolist():
         job.writer(folder, client).finish()
-    done = passes.done
-    modules = {name: done[name].summary for name in names}
+    modules = {name: passes.done[name].summary for name in names}
     result = ClairResult(job.adapters.names, benign, pooled.z, pooled.p_values, modules, True)
-    return result, {name: done[name].errors for name in names}
+    return result, {name: passes.done[name].errors for name in names}
 
 
 def search_on_disk(crew: Crew, names: Sequence[str]) -> tuple[list[ModuleFit], Tensor]:
     """Return the fits of some of the modules, and the set (K,) bool that stays when these modules judge it."""
-    found = list(crew.run(fit_and_search, names[:AGREED]))
-    work = fit_module if crew.job.clair.agree([frame for _, frame in found]) else fit_and_search
-    more = list(crew.run(work, names[AGREED:]))
-    frames = [frame for _, frame in found] + [own[1] for own in more if own[1] is not None]
-    fits = [fit for fit, _ in [*found, *more]]
+    found = list(crew.run(fit_module, names[:AGREED], True))
+    search = not crew.job.clair.agree([frame for _, frame in found])
+    found += crew.run(fit_module, names[AGREED:], search)
+    fits, frames = [fit for fit, _ in found], [frame for _, frame in found if frame is not None]
     return fits, crew.job.clair.iterate_verdict(fits, first_set(fits, frames))[0]
 
 
 def _in_memory(read: Read | None, device: str) -> Read | None:
-    """Return a function that computes scores on the device, from sets and to scores in main memory."""
+    """Return ``read`` for sets and scores in main memory; it computes on the device."""
     return None if read is None else (lambda members: [reading.cpu() for reading in read(members.to(device))])
 
 
 @dataclass
 class Passes:
-    """Passes over all modules; ``done`` holds the results of the last pass.
-
-    ``refine_any`` says whether the clients share a subspace in some module.
-    """
+    """Passes over all modules; ``done``: the last one's results; ``refine_any``: some module has a shared subspace."""
 
     crew: Crew
     folder: Path
@@ -88,7 +81,10 @@ class Passes:
         job, records = self.crew.job, Records.of_pass(self.records, benign, self.refine_any)
         names = list(job.adapters.modules)
         if not records.begun():
-            self._clear(benign)
+            for old in self.folder.iterdir():
+                shutil.rmtree(old)
+            for client in benign.nonzero()[:, 0].tolist():
+                job.writer(self.folder, client).create()
             records.begin()
         self.done = {name: known for name in names if (known := records.read(name)) is not None}
         missing = [name for name in names if name not in self.done]
@@ -100,18 +96,7 @@ class Passes:
             self._report([name])
         return [self.done[name].reading for name in names]
 
-    @property
-    def shares_subspace(self) -> bool:
-        """Whether the clients share a subspace in any module of the last pass."""
-        return max(own.summary.shared_structure for own in self.done.values()) >= MIN_EXPLAINED_VARIANCE
-
-    def _clear(self, benign: Tensor) -> None:
-        for old in self.folder.iterdir():
-            shutil.rmtree(old)
-        for client in benign.nonzero()[:, 0].tolist():
-            self.crew.job.writer(self.folder, client).create()
-
-    def _report(self, names: Sequence[str] | dict[str, Aligned]) -> None:
+    def _report(self, names: Iterable[str]) -> None:
         if self.progress is not None:
             for name in names:
                 self.progress(name, len(self.crew.job.adapters.modules))
@@ -143,8 +128,7 @@ def _crew(job: AlignmentJob, jobs: int) -> Iterator[Crew]:
     if jobs <= 1:
         yield Crew(job, None)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    with workers(jobs, _enlist, job, threads) as pool:
+    with workers(jobs, _enlist, job, max(1, torch.get_num_threads() // jobs)) as pool:
         yield Crew(job, pool)
 
 

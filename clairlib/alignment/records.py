@@ -19,10 +19,7 @@ from clairlib.recovery.verdict import ModuleScores
 
 @dataclass(frozen=True)
 class Records:
-    """Finished modules of a pass over all modules, in which a set of clients is taken to be benign.
-
-    ``key`` identifies the pass; a record of another pass does not count.
-    """
+    """Finished modules of the pass ``key`` over all modules; a record of another pass does not count."""
 
     folder: Path
     key: str
@@ -44,7 +41,7 @@ class Records:
         (self.folder / "pass").write_text(self.key)
 
     def read(self, name: str) -> Aligned | None:
-        """Return the result of a module's work; None if the work is not done."""
+        """Return the result of a module; None if it is not done."""
         path = self._path(name)
         if not path.exists():
             return None

@@ -1,9 +1,8 @@
 """Aggregation rules that CLAIR is compared with, in one registry.
 
-A rule combines the clients' products B A unless it says that it takes their factors. Some rules must be told a fact,
-such as the number of contaminated clients. Rules that work by inner products return adapters for adapters. Entrywise
-rules return dense matrices, as an entrywise median of adapters has full rank. They multiply adapters out in blocks of
-rows, so the number of entries in memory is bounded.
+A rule combines the clients' products B A unless it says that it takes their factors. Rules that work by inner products
+return adapters for adapters. Entrywise rules return dense matrices, as an entrywise median of adapters has full rank;
+they multiply adapters out in blocks of rows, so the number of entries in memory is bounded.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ Update = Tensor | LowRank
 Updates = Tensor | list[LowRank]  # dense stack (K, p, q), or adapters
 
 BLOCK_ENTRIES = 2**24  # most entries of all clients that an entrywise rule holds at a time: 128 MB in float64
+TOLD = {"number contaminated": "contaminated", "benign set": "benign", "rank": "rank"}  # argument of `aggregate`
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts that a rule may use besides the updates of one module.
+    """What a rule may use besides the updates of one module.
 
-    ``gram`` (K, K) holds the inner products of whole clients, summed over all modules. The caller tells the others: the
-    number of contaminated clients, the benign clients (K,) bool, and the rank of the shared subspace.
+    ``gram`` (K, K) holds the inner products of whole clients, summed over all modules. The caller tells the others, as
+    in `aggregate`.
     """
 
     gram: Tensor
@@ -49,8 +49,8 @@ Combine = Callable[[Updates, Facts], Any]
 class Aggregator:
     """An aggregation rule.
 
-    ``combine`` returns one update for all clients or, if ``personal``, one update per client. ``told`` names the fact
-    that the caller must tell the rule: a key of ``TOLD``, or "" for none.
+    ``combine`` returns one update for all clients or, if ``personal``, one per client. ``told`` names the fact that the
+    caller must tell the rule: a key of ``TOLD``, or "" for none.
     """
 
     name: str
@@ -60,35 +60,24 @@ class Aggregator:
     told: str = ""
 
 
-TOLD = {"number contaminated": "contaminated", "benign set": "benign", "rank": "rank"}  # argument of `aggregate`
-
-
 def aggregate(
-    name: str,
-    updates: Any,
-    *,
-    contaminated: int | None = None,
-    benign: Tensor | None = None,
-    rank: int | None = None,
+    name: str, updates: Any, *, contaminated: int | None = None, benign: Tensor | None = None, rank: int | None = None
 ) -> Any:
-    """Aggregate by the rule ``name`` and return one update for each of the K clients.
-
-    All clients get the same update unless the rule is personal.
+    """Aggregate by the rule ``name``, a key of ``AGGREGATORS``, and return one update for each of the K clients.
 
     Parameters
     ----------
-    name : str
-        A key of ``AGGREGATORS``.
     updates : (K, p, q) array, sequence of LowRank with any ranks, or dict of them by module
         With several modules, weights and neighbours are computed for whole clients. Robust PCA and Subspace-Median
         treat every module separately.
     contaminated, benign, rank : int, Tensor (K,) bool, int
-        Facts for the rules that must be told them. Other rules do not see them.
+        Number of contaminated clients, benign clients, and rank of the shared subspace, for rules that must be told.
+        Other rules do not see them.
 
     Returns
     -------
     list of K Tensor or LowRank
-        A dict of such lists by module if ``updates`` is a dict.
+        The same update K times unless the rule is personal. A dict of such lists by module if ``updates`` is a dict.
 
     Raises
     ------
@@ -142,13 +131,7 @@ def _by_gram_and_number(weights: Callable[[Tensor, int], Tensor]) -> Combine:
     return lambda updates, facts: weighted_mean(updates, weights(facts.gram, facts.contaminated))
 
 
-def _local(updates: Updates, facts: Facts) -> Updates:
-    """Return every client's own update."""
-    return updates
-
-
 def _benign_mean(updates: Updates, facts: Facts) -> Update:
-    """Average the products of the clients that are told to be benign."""
     assert facts.benign is not None  # `aggregate` has checked it
     return weighted_mean(updates, cw.equal_weights(facts.benign.to(facts.gram.device)))
 
@@ -157,8 +140,7 @@ def _entrywise(updates: Updates, rule: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a rule (K, b, q) -> (b, q) that treats every entry separately, over blocks of rows; dense (p, q)."""
     (p, q), K = updates[0].shape, len(updates)
     height = max(1, BLOCK_ENTRIES // (K * q))
-    blocks = [rule(_rows(updates, slice(start, start + height))) for start in range(0, p, height)]
-    return torch.cat(blocks)
+    return torch.cat([rule(_rows(updates, slice(start, start + height))) for start in range(0, p, height)])
 
 
 def _rows(updates: Updates, rows: slice) -> Tensor:
@@ -171,8 +153,8 @@ def _rows(updates: Updates, rows: slice) -> Tensor:
 def trimmed_mean(values: Tensor, trimmed: int) -> Tensor:
     """Average every entry over the clients (dim 0), without its ``trimmed`` largest and smallest values.
 
-    Source: Yin, Chen, Ramchandran, Bartlett (ICML 2018), who assume 2 trimmed < K. Beyond that the result is the
-    median.
+    Source: Yin, Chen, Ramchandran, Bartlett (ICML 2018), who assume 2 trimmed < K. Beyond that it is the median: for an
+    even number of clients, the mean of the middle two.
     """
     K = len(values)
     cut = min(trimmed, (K - 1) // 2)
@@ -180,7 +162,6 @@ def trimmed_mean(values: Tensor, trimmed: int) -> Tensor:
 
 
 def _coordinate_median(updates: Updates, facts: Facts) -> Tensor:
-    """Return the median of every entry: for an even number of clients, the mean of the middle two."""
     return _entrywise(updates, lambda block: trimmed_mean(block, len(block)))
 
 
@@ -190,18 +171,15 @@ def _trimmed_mean(updates: Updates, facts: Facts) -> Tensor:
 
 def _mixed_trimmed_mean(updates: Updates, facts: Facts) -> Tensor:
     """Mix nearest neighbours, then take the trimmed mean of the mixed updates."""
-    mixing = cw.nearest_neighbour_mixing(facts.gram, facts.contaminated)
-    return _entrywise(
-        updates, lambda block: trimmed_mean(torch.einsum("jk,kbq->jbq", mixing, block), facts.contaminated)
-    )
+    mixing, f = cw.nearest_neighbour_mixing(facts.gram, facts.contaminated), facts.contaminated
+    return _entrywise(updates, lambda block: trimmed_mean(torch.einsum("jk,kbq->jbq", mixing, block), f))
 
 
 def _robust_pca(updates: Updates, facts: Facts) -> Tensor:
-    """Average the low-rank parts of the columns of [vec Theta_1 .. vec Theta_K] (p*q, K).
+    """Average the low-rank parts of the columns of [vec Theta_1 .. vec Theta_K] (p*q, K), all in memory at once.
 
-    All entries are in memory at once. This is the decomposition of FedRPCA, applied to products instead of LoRA
-    parameters. FedRPCA also adds the scaled mean of the sparse parts, which it takes for the clients' own knowledge.
-    Here the sparse parts count as contamination and are left out.
+    FedRPCA decomposes LoRA parameters instead of products. It adds the scaled mean of the sparse parts, which it takes
+    for the clients' own knowledge. Here the sparse parts count as contamination and are left out.
     """
     X = _rows(updates, slice(None))
     low_rank, _ = robust_pca(X.flatten(1).T)
@@ -215,13 +193,12 @@ def _robust_pca_personal(updates: Updates, facts: Facts) -> Tensor:
     """
     X = _rows(updates, slice(None))
     centre = geometric_median(X)
-    wide = (X - centre).permute(1, 0, 2).flatten(1)  # (p, K*q)
-    low_rank, _ = robust_pca(wide)
+    low_rank, _ = robust_pca((X - centre).permute(1, 0, 2).flatten(1))
     return centre + low_rank.reshape(X.shape[1], len(X), X.shape[2]).permute(1, 0, 2)
 
 
 def _factor_mean(updates: Updates, facts: Facts) -> LowRank:
-    """Return (mean of B) (mean of A), the same for all clients; it is not the mean of the products."""
+    """Return (mean of B) (mean of A), which is not the mean of the products."""
     B, A = _factors(updates)
     return LowRank(B.mean(dim=0), A.mean(dim=0))
 
@@ -233,10 +210,7 @@ def _shared_A(updates: Updates, facts: Facts) -> list[LowRank]:
 
 
 def _factors(updates: Updates) -> tuple[Tensor, Tensor]:
-    """Stack the factors scale * B (K, p, rho) and A (K, rho, q) of adapters of one rank.
-
-    Raises TypeError for dense updates and ValueError for adapters of different ranks.
-    """
+    """Stack the factors scale * B (K, p, rho) and A (K, rho, q); the adapters must have one rank."""
     if isinstance(updates, Tensor):
         raise TypeError("takes the factors of adapters; got dense updates")
     ranks = sorted({update.rank for update in updates})
@@ -269,10 +243,9 @@ def _refine_by_median(X: Tensor, rank: int) -> Tensor:
     return X - project_out(basis, X - centre)
 
 
-NUMBER = "number contaminated"
-BLANCHARD = "Blanchard et al. NeurIPS 2017"
+NUMBER, BLANCHARD = "number contaminated", "Blanchard et al. NeurIPS 2017"
 _RULES = (
-    Aggregator("local", "", _local, personal=True),
+    Aggregator("local", "", lambda updates, facts: updates, personal=True),
     Aggregator("FedAvg", "McMahan et al. AISTATS 2017", _by_gram(cw.mean_weights)),
     Aggregator("FedAvg, benign only", "oracle", _benign_mean, told="benign set"),
     Aggregator("FedAvg, factors", "McMahan et al. AISTATS 2017", _factor_mean),

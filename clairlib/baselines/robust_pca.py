@@ -34,10 +34,7 @@ def robust_pca(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink_singular_values(matrix: Tensor, amount: float) -> Tensor:
-    """Reduce all singular values by ``amount``, but not below zero.
-
-    The computation uses the Gram matrix of the shorter side.
-    """
+    """Reduce all singular values by ``amount``, but not below zero, by the Gram matrix of the shorter side."""
     if matrix.shape[0] < matrix.shape[1]:
         return _shrink_singular_values(matrix.T, amount).T
     squares, V = torch.linalg.eigh(matrix.T @ matrix)

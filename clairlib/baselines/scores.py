@@ -13,8 +13,7 @@ from clairlib.baselines.weights import geometric_median, gram_matrix, krum_score
 def norm_score(updates: Tensor) -> Tensor:
     """Return |z| of every client's norm (K,): | ||Theta_k||_F - mean | / standard deviation (n - 1), over all clients.
 
-    This is the norm filter of federated systems. Its usual threshold is 3, which fewer than 11 clients cannot reach, as
-    |z| <= (K - 1) / sqrt(K). The scores are zero where all norms are equal.
+    Federated systems filter at |z| > 3, which fewer than 11 clients cannot reach. If all norms are equal, |z| is 0.
     """
     norms = torch.linalg.matrix_norm(updates.double())
     deviation = (norms - norms.mean()).abs()
@@ -23,10 +22,7 @@ def norm_score(updates: Tensor) -> Tensor:
 
 
 def krum_score(updates: Tensor, contaminated: int) -> Tensor:
-    """Return Krum's scores (K,), told how many clients are contaminated.
-
-    See `clairlib.baselines.weights.krum_scores`.
-    """
+    """Return Krum's scores (K,), told how many clients are contaminated, by `krum_scores`."""
     return krum_scores(gram_matrix(updates), contaminated)
 
 
@@ -41,5 +37,3 @@ CLIENT_SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "Krum distance": krum_score,
     "geometric median distance": lambda updates, contaminated: geometric_median_score(updates),
 }
-
-

@@ -1,8 +1,8 @@
 """Robust subspace estimators of the statistical literature, which CLAIR is compared with.
 
-Each estimator takes client updates (K, p, q) and the rank r, and returns an orthonormal basis (p, r), unique up to
-rotation. None estimates the rank or identifies the contaminated clients. `outlier_pursuit` and `tyler` treat each
-column as a point and do not model a common part M. Give them updates without M, `pair_differences`, or centred updates.
+Each takes client updates (K, p, q) and the rank r, and returns an orthonormal basis (p, r), unique up to rotation. None
+estimates the rank or identifies contaminated clients. `outlier_pursuit` and `tyler` treat each column as a point and
+have no common part M: give them updates without M, `pair_differences`, or updates after `centre`.
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ def pca(updates: Tensor, rank: int) -> Tensor:
     return leading_basis(updates - updates.mean(dim=0), rank)
 
 
-def outlier_pursuit(updates: Tensor, rank: int, lam: float | None = None) -> Tensor:
+def outlier_pursuit(updates: Tensor, rank: int) -> Tensor:
     """Column Outlier Pursuit (Xu, Caramanis, Sanghavi, arXiv:1010.4237): each column of each client is a point.
 
-    It minimises ||L||_* + lam sum_j ||c_j||_2 over X = L + C with n = K q columns, by `clairlib.recovery.convex` with q
-    = 1 and no common part. The default of ``lam`` is 1 / sqrt(log n) (Zhang, Lin, Zhang, AAAI 2015). Xu et al. use 3 /
-    (7 sqrt(c n)) for a contaminated fraction c, which needs few outliers: for c above (3/7)^2 it is below 1 / sqrt(n),
-    where L = 0 is optimal.
+    It minimises ||L||_* + lam sum_j ||c_j||_2 over X = L + C with n = K q columns. The lam is 1 / sqrt(log n) (Zhang,
+    Lin, Zhang, AAAI 2015). Xu et al. use 3 / (7 sqrt(c n)) for a contaminated fraction c. For c above (3/7)^2 that is
+    below 1 / sqrt(n), where L = 0 is optimal.
     """
     columns = updates.permute(0, 2, 1).flatten(0, 1)[:, :, None]  # (K*q, p, 1)
-    lam = 1 / math.sqrt(math.log(len(columns))) if lam is None else lam
+    lam = 1 / math.sqrt(math.log(len(columns)))
     return leading_basis(decompose(columns, lam=lam, with_common=False).low_rank, rank)
 
 
@@ -79,8 +78,7 @@ def block_fms(updates: Tensor, rank: int) -> Tensor:
 def tyler(updates: Tensor, rank: int) -> Tensor:
     """Return the leading eigenvectors of Tyler's M-estimator of scatter over the columns (Zhang, arXiv:1206.1386).
 
-    They are exact if more than a fraction r / p of the columns lies in the subspace and the other columns are in
-    general position.
+    They are exact if over r / p of the columns lie in the subspace and the others are in general position.
     """
     return torch.linalg.eigh(tyler_scatter(updates.double().permute(1, 0, 2).flatten(1))).eigenvectors.flip(1)[:, :rank]
 
@@ -91,8 +89,7 @@ def tyler_scatter(points: Tensor, iterations: int = TYLER_ITERATIONS) -> Tensor:
     The fixed-point iteration starts from the identity. If too many points lie in a subspace, no solution exists. The
     iteration then tends to a matrix supported on that subspace, and its other eigenvalues are held at ``SMALLEST``.
     """
-    p, _ = points.shape
-    points = points[:, points.norm(dim=0) > 0]
+    p, points = len(points), points[:, points.norm(dim=0) > 0]
     scatter = torch.eye(p, dtype=points.dtype)
     for _ in range(iterations):
         values, vectors = torch.linalg.eigh(scatter)

@@ -1,7 +1,7 @@
 """Client weights of robust means that depend on inner products alone: from a K x K Gram matrix to K weights.
 
 The Gram matrix G_jk = <Theta_j, Theta_k> gives norms, distances and covariances of updates and of their weighted means.
-For adapters it is computed from their factors. Weights are float64 (K,); `weighted_mean` computes the mean itself.
+Weights are float64 (K,); `weighted_mean` computes the mean itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ def gram_matrix(updates: Tensor | Sequence[LowRank]) -> Tensor:
         return X @ X.T
     B = torch.cat([u.scale * u.B.double() for u in updates], dim=1)  # (p, N)
     A = torch.cat([u.A.double() for u in updates])  # (N, q)
-    owner = torch.arange(len(updates), device=B.device).repeat_interleave(
-        torch.tensor([u.rank for u in updates], device=B.device)
-    )
+    ranks = torch.tensor([u.rank for u in updates], device=B.device)
+    owner = torch.arange(len(updates), device=B.device).repeat_interleave(ranks)
     member = torch.nn.functional.one_hot(owner, len(updates)).to(B.dtype)  # (N, K)
     return member.T @ ((B.T @ B) * (A @ A.T)) @ member
 
@@ -39,8 +38,7 @@ def gram_matrix(updates: Tensor | Sequence[LowRank]) -> Tensor:
 def weighted_mean(updates: Tensor | Sequence[LowRank], weights: Tensor) -> Tensor | LowRank:
     """Compute sum_k w_k Theta_k in float64: dense for dense updates, an adapter for adapters.
 
-    The adapter places the factors of all clients with w_k != 0 side by side, so its rank is the sum of their ranks. It
-    is the exact mean of the products, which the product of the factors' means is not.
+    The adapter has the factors of all clients with w_k != 0 side by side, so its rank is the sum of their ranks.
     """
     if isinstance(updates, Tensor):
         return torch.einsum("k,kpq->pq", weights, updates.double())
@@ -79,10 +77,10 @@ def equal_weights(chosen: Tensor) -> Tensor:
 
 
 def krum_scores(gram: Tensor, contaminated: int) -> Tensor:
-    """Return Krum's scores (K,), each the sum of squared distances to the K - f - 2 nearest other clients.
+    """Return Krum's scores (K,): sums of squared distances to the K - f - 2 nearest other clients.
 
     f is ``contaminated``. Source: Blanchard, El Mhamdi, Guerraoui, Stainer (NeurIPS 2017), who assume 2 f + 2 < K.
-    Beyond that the score uses at least one neighbour and is still defined, but without their guarantee.
+    Beyond that at least one neighbour is used, without their guarantee.
     """
     squared = squared_distances(gram).fill_diagonal_(torch.inf)
     neighbours = max(1, len(gram) - contaminated - 2)
@@ -97,58 +95,48 @@ def krum_weights(gram: Tensor, contaminated: int) -> Tensor:
 
 
 def multikrum_weights(gram: Tensor, contaminated: int) -> Tensor:
-    """MultiKrum: equal weights on the K - f clients with the least scores.
-
-    Blanchard et al. do not fix the number of clients that are kept.
-    """
+    """MultiKrum: equal weights on the K - f clients with the least scores; Blanchard et al. leave their number open."""
     kept = krum_scores(gram, contaminated).argsort(stable=True)[: len(gram) - contaminated]
     return equal_weights(torch.zeros_like(gram[0], dtype=torch.bool).index_fill(0, kept, True))
 
 
-def geometric_median_weights(gram: Tensor, *, tolerance: float = 1e-10, max_iterations: int = 1000) -> Tensor:
+def geometric_median_weights(gram: Tensor) -> Tensor:
     """Weights of the geometric median by Weiszfeld's iteration, w_k ~ 1 / ||Theta_k - sum_j w_j Theta_j||.
 
     This is the robust federated aggregation of Pillutla, Kakade, Harchaoui (IEEE TSP 2022). Distances are kept above
     the resolution of the Gram matrix, so an iterate may coincide with a client. The iteration stops when it moves by
-    less than ``tolerance`` times the mean distance of the clients.
+    less than 1e-10 times the mean distance of the clients.
     """
     weights = mean_weights(gram)
     smallest = RESOLUTION * gram.diagonal().max().sqrt()
-    for _ in range(max_iterations):
+    for _ in range(1000):
         distances = distances_to(gram, weights)
         if smallest == 0 or distances.max() <= smallest:
             break
         inverse = 1 / distances.clamp(min=smallest)
         step = inverse / inverse.sum() - weights
         weights = weights + step
-        if (step @ gram @ step).clamp(min=0.0).sqrt() <= tolerance * distances.mean():
+        if (step @ gram @ step).clamp(min=0.0).sqrt() <= 1e-10 * distances.mean():
             break
     return weights
 
 
-def clipped_step(gram: Tensor, weights: Tensor, radius: float) -> Tensor:
-    """Return the weights after one round of centred clipping from v = sum_j w_j Theta_j.
-
-    The round gives v + mean_k (Theta_k - v) min(1, radius / ||Theta_k - v||). Source: Karimireddy, He, Jaggi (ICML
-    2021).
-    """
-    shrink = (radius / distances_to(gram, weights)).clamp(max=1.0) / len(gram)
-    return weights * (1 - shrink.sum()) + shrink
-
-
 def centred_clipping_weights(gram: Tensor) -> Tensor:
-    """Centred clipping from v = 0 in ``CLIPPING_ROUNDS`` rounds, with the clients' median distance from v as radius.
+    """Centred clipping (Karimireddy, He, Jaggi, ICML 2021) from v = 0 in ``CLIPPING_ROUNDS`` rounds.
 
-    The rule for the radius is ours, as the source's needs the honest variance and the fraction of attackers. Our rule
-    clips half of the clients. The limit of the rounds is Huber's estimate of location with that scale. Before the limit
-    is reached, the weights need not sum to one.
+    A round moves v to v + mean_k (Theta_k - v) min(1, radius / ||Theta_k - v||). The radius is the clients' median
+    distance from v, which clips half of them. This rule is ours, as the source's needs the honest variance and the
+    fraction of attackers. The limit is Huber's estimate of location with that scale; before it, the weights need not
+    sum to one.
     """
     weights = torch.zeros_like(gram[0])
     for _ in range(CLIPPING_ROUNDS):
-        radius = float(distances_to(gram, weights).median())
+        distances = distances_to(gram, weights)
+        radius = float(distances.median())
         if radius == 0:
             break
-        weights = clipped_step(gram, weights, radius)
+        shrink = (radius / distances).clamp(max=1.0) / len(gram)
+        weights = weights * (1 - shrink.sum()) + shrink
     return weights
 
 
@@ -165,9 +153,9 @@ def caf_weights(gram: Tensor, contaminated: int) -> Tensor:
     """Covariance-bound agnostic filter (Allouah, Guerraoui, Stephan, ICML 2025).
 
     Each round multiplies a client's weight c_k by 1 - t_k / max t, where t_k is its squared component along the leading
-    direction of the weighted covariance. The rounds end when the weights sum to at most K - 2 f. The result is the mean
-    with the least leading variance among all rounds. If f is half of the clients or more, the largest minority is used
-    instead. The eigenvector is exact; the source takes one power step from a random start.
+    direction of the weighted covariance. The rounds end when the weights sum to at most K - 2 f, with f at most the
+    largest minority. The result is the mean with the least leading variance among all rounds. The eigenvector is exact;
+    the source takes one power step from a random start.
     """
     K, f = len(gram), min(contaminated, (len(gram) - 1) // 2)
     c, least, best = torch.ones_like(gram[0]), torch.inf, mean_weights(gram)

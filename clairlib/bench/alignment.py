@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -39,11 +38,10 @@ EXPLANATION = (
 def measure_planted(
     plan: Plan, *, scratch: Path | None = None, jobs: Sequence[int] = (1,), **sizes: Any
 ) -> pd.DataFrame:
-    """Write planted adapters, run `measure` on them, and remove them.
+    """Write planted adapters, run `measure` on them, and remove them; ``sizes`` are arguments of `synthesise`.
 
-    ``sizes`` are arguments of `synthesise`. The table has one more column, ``exact``: whether the clients found
-    contaminated are the planted ones. The planted adapters and the output made from them take twice the planted
-    adapters' size in ``scratch``.
+    The table has one more column, ``exact``: whether the clients found contaminated are the planted ones. The adapters
+    and the output made from them take twice the adapters' size in ``scratch``.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         truth = synthesise(Path(folder) / "planted", plan, **sizes)
@@ -59,14 +57,13 @@ def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] =
     Returns
     -------
     DataFrame
-        One row per device and number of ``jobs``. ``floor_seconds`` is the lower bound; its parts are ``read_seconds``,
+        One row per device and number of ``jobs``. ``floor_seconds`` is the lower bound, the sum of ``read_seconds``,
         ``copy_seconds`` (to the device) and ``gram_seconds``. ``align_seconds`` runs from the first byte to the report,
-        and ``search_seconds`` is its part until the first module is done. ``to_floor`` is align_seconds /
-        floor_seconds. If all files hold bfloat16 values, they can be multiplied as such without loss:
-        ``bfloat16_floor_seconds`` and ``to_bfloat16_floor`` are the bound and the ratio for such products.
-        ``memory_gb`` is an upper bound of the memory of all processes. ``dense_seconds`` is the time of the dense
-        route, scaled up by ``dense_factor`` and divided by ``jobs``; ``dense_to_align`` is its ratio to align_seconds.
-        ``contaminated`` holds the names of the clients found contaminated.
+        ``search_seconds`` until the first module is done; ``to_floor`` is align_seconds / floor_seconds. If all files
+        hold bfloat16 values, ``bfloat16_floor_seconds`` and ``to_bfloat16_floor`` are bound and ratio for products of
+        such values, which lose nothing. ``memory_gb`` is an upper bound over all processes. ``dense_seconds`` is the
+        time of the dense route, scaled up by ``dense_factor`` and divided by ``jobs``; ``dense_to_align`` is its ratio
+        to align_seconds. ``contaminated`` names the clients found contaminated.
 
     Raises
     ------
@@ -80,7 +77,9 @@ def measure(clients: Path, *, scratch: Path | None = None, jobs: Sequence[int] =
     rows = []
     for device, count in cases:
         parts, bfloat16_gram = floor_seconds(adapters, count, device)
-        own, memory = _alignment(clients, scratch, count, device)
+        with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+            arguments = (clients, Path(folder) / "out", count, device)
+            own, memory = apart(run_alignment, *arguments, children=count if count > 1 else 0)
         total, factor = dense[device]
         least, seconds = sum(parts.values()), own["align_seconds"]
         row = {"device": device, "jobs": count, **parts, "floor_seconds": least} | own | {"to_floor": seconds / least}
@@ -104,19 +103,13 @@ def floor_seconds(adapters: AdapterFiles, jobs: int, device: str = "cpu") -> tup
         tasks = [pool.submit(_rates, paths[i::jobs], products, device) for i in range(jobs)]
         rates = [task.result() for task in tasks]
     read, gram_rate, bfloat16_rate, copy = (sum(rate) for rate in zip(*rates, strict=True))
-    parts = {
-        "read_seconds": adapters.bytes / read,
-        "copy_seconds": adapters.bytes / copy if device == "cuda" else 0.0,
-        "gram_seconds": 1 / gram_rate,
-    }
+    copied = adapters.bytes / copy if device == "cuda" else 0.0
+    parts = {"read_seconds": adapters.bytes / read, "copy_seconds": copied, "gram_seconds": 1 / gram_rate}
     return parts, 1 / bfloat16_rate if held == {torch.bfloat16} else None
 
 
 def gram_products(adapters: AdapterFiles) -> list[tuple[Shape, float]]:
-    """List the products B' B and A A' of every module, and how often each is computed.
-
-    Each counts one half, because the result is symmetric.
-    """
+    """List the products B' B and A A' of every module, and how often; each counts half, as its result is symmetric."""
     often: Counter[Shape] = Counter()
     for own in adapters.modules.values():
         N = sum(client.rank for client in own)
@@ -162,18 +155,17 @@ def read_files(paths: Sequence[Path]) -> int:
     return size
 
 
-def dense_route(adapters: AdapterFiles, device: str = "cpu", clients: int = 2) -> tuple[float, float]:
+def dense_route(adapters: AdapterFiles, device: str = "cpu") -> tuple[float, float]:
     """Return the estimated seconds of the dense route through all modules, and the factor of scaling up.
 
-    A part is timed in the smallest module and scaled up: forming ``clients`` of the K updates (p, q), summing one
-    triangle of Theta_k Theta_k', and computing the eigenvectors of the scatter. Forming costs p q rho and the scatter
-    p^2 q; both are scaled as p^2 q. The eigenvectors are scaled as p^3. The estimate favours the dense route. It leaves
-    out the search, the leave-one-out scores, and the singular value decompositions that turn refined updates into
-    adapters.
+    A part is timed in the smallest module: forming two of the K updates (p, q), summing one triangle of
+    Theta_k Theta_k', and computing the eigenvectors of the scatter. Forming costs p q rho and the scatter p^2 q; both
+    are scaled up as p^2 q, the eigenvectors as p^3. The estimate favours the dense route: it leaves out the search, the
+    leave-one-out scores, and the singular value decompositions that turn refined updates into adapters.
     """
     shapes = {name: own[0].shape for name, own in adapters.modules.items()}
     name = min(shapes, key=lambda module: shapes[module][0] ** 2 * shapes[module][1])
-    (p, q), K, updates = shapes[name], len(adapters.names), adapters.read(name)[:clients]
+    (p, q), K, updates = shapes[name], len(adapters.names), adapters.read(name)[:2]
     formed, decomposed = dense_parts(updates, device)
     total = 0.0
     for rows, columns in shapes.values():
@@ -198,14 +190,6 @@ def dense_parts(updates: Sequence[LowRank], device: str) -> tuple[float, float]:
         return formed, lower_bound.now(device) - began - formed
 
 
-def _alignment(clients: Path, scratch: Path | None, jobs: int, device: str) -> tuple[dict[str, Any], int]:
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    try:
-        return apart(run_alignment, clients, folder / "out", jobs, device, children=jobs if jobs > 1 else 0)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def run_alignment(clients: Path, output: Path, jobs: int = 1, device: str = "cpu") -> dict[str, Any]:
     """Run an alignment; return its seconds, those of its search, and the names of the contaminated clients."""
     done: list[float] = []
@@ -219,27 +203,20 @@ def run_alignment(clients: Path, output: Path, jobs: int = 1, device: str = "cpu
 def apart(work: Callable[..., Any], *arguments: Any, children: int = 0) -> tuple[Any, int]:
     """Call work(*arguments) in a separate process with one thread; return its result and the peak of memory in bytes.
 
-    The peak is that of the process plus ``children`` times that of its largest child. It is an upper bound for all of
-    them together.
+    The peak is an upper bound: that of the process plus ``children`` times that of its largest child.
     """
     with workers(1, torch.set_num_threads, 1) as pool:
         return pool.submit(watched, work, arguments, children).result()
 
 
 def watched(work: Callable[..., Any], arguments: Sequence[Any], children: int) -> tuple[Any, int]:
+    """Return work(*arguments) and the peak of memory in bytes, as in `apart`, with this process as the separate one."""
     result = work(*arguments)
-    return result, _own_peak() + children * in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-
-
-def _own_peak() -> int:
-    """Return the peak of this process's memory in bytes.
-
-    On Linux ru_maxrss includes the memory that the parent held when it started this process; the status file does not.
-    """
-    if sys.platform == "linux":
+    own = in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if sys.platform == "linux":  # there it includes the memory that the parent held when it started this process
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    return in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        own = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return result, own + children * in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def in_bytes(maxrss: int) -> int:

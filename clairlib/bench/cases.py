@@ -43,10 +43,7 @@ EXPLANATION = "; ".join(
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: K clients, each of which trains on all its ``tokens`` at every step.
-
-    EXPLANATION explains the names of ``base`` and ``targets``.
-    """
+    """One row of the table: K clients, each of which trains on all its ``tokens`` at every step; see EXPLANATION."""
 
     base: str
     targets: str
@@ -58,10 +55,9 @@ class Case:
 def cases(
     clients: Sequence[int] | None = None, tokens: Sequence[int] | None = None, *, full: bool = False
 ) -> list[Case]:
-    """Return the rows: the copying experiment, then CLIENTS by TOKENS by TARGETS on both bases.
+    """Return the rows, without ``full`` only a part: the copying experiment, then CLIENTS by TOKENS by TARGETS by base.
 
-    Without ``full`` only a part of them is returned. Clients take MOST_STEPS steps. If all of them together have many
-    tokens, they take fewer, but at least LEAST_STEPS.
+    Clients take MOST_STEPS steps. If all of them together have many tokens, they take fewer, but at least LEAST_STEPS.
 
     Raises
     ------
@@ -77,17 +73,18 @@ def cases(
         quick = TOKENS[1:] if base == SMALL else TOKENS[1:2]
         for targets in TARGETS if full else TARGETS[:2]:
             for n in tokens or (TOKENS if full else quick):
-                chosen += [Case(base, targets, K, n, _steps(base, K * n, FULL if full else QUICK)) for K in clients]
+                for K in clients:
+                    steps = (FULL if full else QUICK) // (K * n) // (1 if base == SMALL else LARGER)
+                    chosen.append(Case(base, targets, K, n, min(max(steps, LEAST_STEPS), MOST_STEPS)))
     return chosen
-
-
-def _steps(base: str, tokens: int, most: int) -> int:
-    return min(max(most // tokens // (1 if base == SMALL else LARGER), LEAST_STEPS), MOST_STEPS)
 
 
 def model_of(case: Case, *, seed: int) -> tuple[Any, list[str]]:
     """Return the untrained base model and the full names of the adapted modules."""
-    model: Any = _llama(SIZES[case.base], seed)
+    sizes = SIZES[case.base] | {"max_position_embeddings": LENGTH}
+    with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
+        torch.manual_seed(derive(seed, "bench", "weights").initial_seed())
+        model: Any = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, use_cache=False))
     last = f"layers.{model.config.num_hidden_layers - 1}"
     ends = {
         EXPERIMENT: (f"{last}.self_attn.o_proj",), "last": (f"{last}.self_attn.o_proj", f"{last}.mlp.down_proj"),
@@ -97,19 +94,11 @@ def model_of(case: Case, *, seed: int) -> tuple[Any, list[str]]:
     return model.eval(), [name for name in linear if name.endswith(ends)]
 
 
-def _llama(sizes: dict[str, Any], seed: int) -> LlamaForCausalLM:
-    config = LlamaConfig(**sizes, max_position_embeddings=LENGTH, tie_word_embeddings=False, use_cache=False)
-    with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
-        torch.manual_seed(derive(seed, "bench", "weights").initial_seed())
-        return LlamaForCausalLM(config)
-
-
 def data_of(case: Case, vocabulary: int, *, seed: int) -> list[ClientData]:
     """Draw the clients' examples."""
-    clients = []
+    clients, length = [], min(LENGTH, case.tokens)
     for k in range(case.clients):
         draws = derive(seed, "bench", f"client_{k}")
-        length = min(LENGTH, case.tokens)
         tokens = labels = torch.randint(vocabulary, (case.tokens // length, length), generator=draws)
         if case.targets == EXPERIMENT:
             labels = torch.where(torch.rand(tokens.shape, generator=draws) < LABELLED, tokens, NO_LABEL)

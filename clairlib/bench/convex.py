@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
 from clairlib.recovery.convex import decompose
@@ -26,13 +26,6 @@ def convex(*, instances: int = 20, repeats: int = 3, generator: Generator) -> li
     alternate, and the best of ``repeats`` counts. cvxpy's compilation is done before and is not timed. torch runs on
     one thread; set OMP_NUM_THREADS=1 so that SCS does, too.
 
-    Parameters
-    ----------
-    instances : int
-        Number of rows.
-    repeats : int
-        Timed runs of each solver.
-
     Returns
     -------
     list of dict
@@ -45,13 +38,15 @@ def convex(*, instances: int = 20, repeats: int = 3, generator: Generator) -> li
     ModuleNotFoundError
         cvxpy is not installed.
     """
-    cvxpy = _cvxpy()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        import cvxpy
+    except ModuleNotFoundError as error:
+        message = "the convex benchmark needs cvxpy: pip install 'clairlib[test]'"
+        raise ModuleNotFoundError(message, name="cvxpy") from error
+    from clairlib.bench.training import one_thread
+
+    with one_thread():
         return [_row(cvxpy, index, repeats, generator) for index in range(instances)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def speed_ratio(rows: list[dict[str, Any]], key: str = "speed") -> float:
@@ -59,62 +54,38 @@ def speed_ratio(rows: list[dict[str, Any]], key: str = "speed") -> float:
     return statistics.median(row[key] for row in rows)
 
 
-def _cvxpy() -> ModuleType:
-    try:
-        import cvxpy
-    except ModuleNotFoundError as error:
-        message = "the convex benchmark needs cvxpy: pip install 'clairlib[test]'"
-        raise ModuleNotFoundError(message, name="cvxpy") from error
-    return cvxpy
-
-
 def _row(cvxpy: ModuleType, index: int, repeats: int, generator: Generator) -> dict[str, Any]:
     p, K, q = SIZES[index % len(SIZES)]
-    nu = 0.3 if index % 2 else 0.0
-    sigma = 0.05 if nu else 0.0
+    nu, sigma = (0.3, 0.05) if index % 2 else (0.0, 0.0)
     updates = planted(K=K, p=p, q=q, r=2, noise_std=sigma, generator=generator).updates
     reference = decompose(updates, nu=nu, tolerance=1e-9)
     optimum, lam = reference.certificate.primal, reference.lam
     problem = convex_problem(cvxpy, updates, lam, nu)
-    eps = _loosest(cvxpy, problem, optimum)
+    solve = partial(problem.solve, solver=cvxpy.SCS, max_iters=100_000, warm_start=False)
+    enough = (eps for eps in EPSILONS if abs(solve(eps=eps) - optimum) <= SAME_OBJECTIVE * optimum)
+    if (eps := next(enough, None)) is None:
+        aim = f"come within {SAME_OBJECTIVE} of the objective {optimum}"
+        raise RuntimeError(f"SCS did not {aim} even at eps {EPSILONS[-1]}")
     ours, theirs, inside = [], [], []
     for _ in range(repeats):
         start = time.perf_counter()
         found = decompose(updates, lam=lam, nu=nu)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
-        value = problem.solve(solver=cvxpy.SCS, eps=eps, max_iters=100_000, warm_start=False)
+        value = solve(eps=eps)
         theirs.append(time.perf_counter() - start)
         inside.append(problem.solver_stats.solve_time + problem.solver_stats.setup_time)
-    size = {"p": p, "K": K, "q": q, "nu": nu, "lam": lam, "optimum": optimum}
-    return size | {
-        "iterations": found.certificate.iterations,
-        "ours_seconds": min(ours),
-        "ours_error": abs(found.certificate.primal - optimum) / optimum,
-        "cvxpy_seconds": min(theirs),
-        "scs_seconds": min(inside),
-        "scs_error": abs(value - optimum) / optimum,
-        "scs_eps": eps,
-        "speed": min(theirs) / min(ours),
-        "speed_solver": min(inside) / min(ours),
-    }
-
-
-def _loosest(cvxpy: ModuleType, problem: Any, optimum: float) -> float:
-    for eps in EPSILONS:
-        value = problem.solve(solver=cvxpy.SCS, eps=eps, max_iters=100_000, warm_start=False)
-        if abs(value - optimum) <= SAME_OBJECTIVE * optimum:
-            return eps
-    raise RuntimeError(
-        f"SCS did not come within {SAME_OBJECTIVE} of the objective {optimum} even at eps {eps}"
-    )
+    return {
+        "p": p, "K": K, "q": q, "nu": nu, "lam": lam, "optimum": optimum,
+        "iterations": found.certificate.iterations, "ours_seconds": min(ours),
+        "ours_error": abs(found.certificate.primal - optimum) / optimum, "cvxpy_seconds": min(theirs),
+        "scs_seconds": min(inside), "scs_error": abs(value - optimum) / optimum, "scs_eps": eps,
+        "speed": min(theirs) / min(ours), "speed_solver": min(inside) / min(ours),
+    }  # fmt: skip
 
 
 def convex_problem(cvxpy: ModuleType, updates: Tensor, lam: float, nu: float, common: bool = True) -> Any:
-    """Build the program of `clairlib.recovery.convex` as a cvxpy problem, an independent reference.
-
-    ``updates`` is (K, p, q). Without ``common`` there is no common part M.
-    """
+    """Build the program of `clairlib.recovery.convex`, without ``common`` without its M, for updates (K, p, q)."""
     K, p, q = updates.shape
     M = cvxpy.Variable((p, q)) if common else cvxpy.Constant([[0.0] * q] * p)
     L, S = cvxpy.Variable((p, K * q)), cvxpy.Variable((p, K * q))

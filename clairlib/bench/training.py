@@ -1,8 +1,7 @@
 """Benchmark of the batched trainer against peft one client after the other, side by side in one run.
 
-Both sides train the same adapters on the same data from the same start. The time runs from set-up to the last step, and
-the losses must agree. The lower bound (``floor``) of both is the time of the matrix products that training cannot
-avoid.
+Both sides train the same adapters on the same data from the same start, and their losses must agree. The time runs from
+set-up to the last step. The lower bound (``floor``) of both is that of `clairlib.bench.lower_bound`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ def measure(case: Case, *, repeats: int = 2, device: str = "cpu", seed: int = 0)
         The case, and the number of ``labels`` in a client's batch. ``sequential_`` and ``batched_`` precede the values
         of each side: ``seconds``, ``rate`` (clients x steps / second), ``mb`` (10^6 bytes at the peak beyond what was
         held before; None if it cannot be read) and ``to_floor`` (seconds / floor_seconds). ``speed`` is
-        sequential_seconds / batched_seconds. ``floor_flops``, ``floor_seconds`` and ``floor_gflops`` belong to
-        `clairlib.bench.lower_bound.needed_products`. ``difference`` is the largest difference of the two sides' losses,
-        relative to a client's first loss.
+        sequential_seconds / batched_seconds. ``floor_flops``, ``_seconds`` and ``_gflops`` are the lower bound.
+        ``difference`` is the largest difference of the two sides' losses, relative to a client's first loss.
 
     Raises
     ------
@@ -70,40 +69,29 @@ def measure(case: Case, *, repeats: int = 2, device: str = "cpu", seed: int = 0)
     data = data_of(case, model.config.vocab_size, seed=seed)
     model.to(device)
     schedule = Schedule(steps=case.steps, learning_rate=LEARNING_RATE)
-    sides: dict[str, Callable[[], Tensor]] = {
-        "sequential": lambda: _sequential(model, data, targets, schedule, seed=seed, device=device),
-        "batched": lambda: _batched(model, data, targets, schedule, seed=seed, device=device),
-    }
+    runs: dict[str, list[tuple[Tensor, float, int | None]]] = {"sequential": [], "batched": []}
     with one_thread():
-        runs: dict[str, list[tuple[Tensor, float, int | None]]] = {side: [] for side in sides}
         for _ in range(repeats):
-            for side, run in sides.items():
+            for side, train in (("sequential", _sequential), ("batched", _batched)):
+                run = partial(train, model, data, targets, schedule, seed=seed, device=device)
                 runs[side].append(watched(run, device))
-        work = Work(case.clients, len(data[0].examples), _length(data[0]), _labels(data[0]), RANK, case.steps)
+        own = data[0].examples
+        labels = sum(int((example["labels"][1:] != NO_LABEL).sum()) for example in own)
+        work = Work(case.clients, len(own), len(own[0]["input_ids"]), labels, RANK, case.steps)
         products = lower_bound.needed_products(model, targets, work)
         least, flops = lower_bound.seconds(products, device), lower_bound.flops(products)
-    row = asdict(case) | {"labels": work.labels, "difference": _difference(*(own[0][0] for own in runs.values()))}
-    if not row["difference"] <= AGREE:
-        raise RuntimeError(f"the two sides' losses differ by {row['difference']:.2g} in {case}")
-    for side, own in runs.items():
-        row |= _figures(side, own, case.clients * case.steps, least)
-    speed = row["sequential_seconds"] / row["batched_seconds"]
-    bound = {"floor_flops": flops, "floor_seconds": least, "floor_gflops": flops / least / 1e9}
-    return row | {"speed": speed} | bound
-
-
-def _difference(expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference of losses (K, steps), relative to a client's first loss."""
-    return float(((found - expected).abs() / expected[:, :1]).max())
-
-
-def _figures(side: str, runs: Sequence[tuple[Tensor, float, int | None]], count: int, least: float) -> dict[str, Any]:
-    seconds = min(seconds for _, seconds, _ in runs)
-    peaks = [peak for *_, peak in runs if peak is not None]
-    return {
-        f"{side}_seconds": seconds, f"{side}_rate": count / seconds, f"{side}_to_floor": seconds / least,
-        f"{side}_mb": max(peaks) / 1e6 if peaks else None,
-    }  # fmt: skip
+    expected, found = (results[0][0] for results in runs.values())  # losses (K, steps)
+    difference = float(((found - expected).abs() / expected[:, :1]).max())
+    if not difference <= AGREE:
+        raise RuntimeError(f"the two sides' losses differ by {difference:.2g} in {case}")
+    row = asdict(case) | {"labels": labels, "difference": difference}
+    for side, results in runs.items():
+        seconds = min(seconds for _, seconds, _ in results)
+        peaks = [peak for *_, peak in results if peak is not None]
+        row |= {f"{side}_seconds": seconds, f"{side}_rate": case.clients * case.steps / seconds}
+        row |= {f"{side}_to_floor": seconds / least, f"{side}_mb": max(peaks) / 1e6 if peaks else None}
+    row["speed"] = row["sequential_seconds"] / row["batched_seconds"]
+    return row | {"floor_flops": flops, "floor_seconds": least, "floor_gflops": flops / least / 1e9}
 
 
 @contextmanager
@@ -117,29 +105,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _length(data: ClientData) -> int:
-    return len(data.examples[0]["input_ids"])
-
-
-def _labels(data: ClientData) -> int:
-    return sum(int((example["labels"][1:] != NO_LABEL).sum()) for example in data.examples)
-
-
-def _batched(
-    model: Any, data: list[ClientData], targets: list[str], schedule: Schedule, *, seed: int, device: str
-) -> Tensor:
+def _batched(model: Any, data: list[ClientData], targets: list[str], schedule: Schedule, **how: Any) -> Tensor:
     """Train with the batched trainer and return the losses (K, steps)."""
-    trained = train_adapters(model, data, targets, schedule, seed=seed, device=device)
+    trained = train_adapters(model, data, targets, schedule, **how)
     return torch.stack([client.losses for client in trained])
 
 
 def _sequential(
     model: Any, data: list[ClientData], targets: list[str], schedule: Schedule, *, seed: int, device: str
 ) -> Tensor:
-    """Train with peft in the ordinary way and return the losses (K, steps).
-
-    Clients train one after the other, with whole forward and backward passes.
-    """
+    """Train one client after the other with peft, with whole passes, and return the losses (K, steps)."""
     losses = torch.zeros(len(data), schedule.steps, device=device)
     for k, client in enumerate(data):
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
@@ -148,10 +123,8 @@ def _sequential(
             A = model.get_submodule(name).lora_A["default"].weight
             A.data.copy_(initial_factor(A, derive(seed, client.name, name)))
         ids, labels = (torch.stack([e[key] for e in client.examples]).to(device) for key in ("input_ids", "labels"))
-        optimizer = torch.optim.AdamW(
-            [w for w in adapted.parameters() if w.requires_grad], lr=schedule.learning_rate,
-            weight_decay=schedule.weight_decay,
-        )  # fmt: skip
+        trained = [w for w in adapted.parameters() if w.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
         for step in range(schedule.steps):
             optimizer.zero_grad()
             loss = adapted(input_ids=ids, labels=labels).loss
@@ -172,8 +145,11 @@ def watched(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float, int 
     gc.collect()
     before, began = _reset_peak(device), lower_bound.now(device)
     result = run()
-    seconds, after = lower_bound.now(device) - began, _peak(device)
-    return result, seconds, None if before is None or after is None else after - before
+    seconds = lower_bound.now(device) - began
+    if before is None:
+        return result, seconds, None
+    after = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    return result, seconds, None if after is None else after - before
 
 
 def _reset_peak(device: str) -> int | None:
@@ -191,10 +167,6 @@ def _reset_peak(device: str) -> int | None:
     return _resident("VmRSS")
 
 
-def _peak(device: str) -> int | None:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
-
-
 def _resident(key: str) -> int | None:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
@@ -209,6 +181,5 @@ def write(rows: Sequence[dict[str, Any]], stem: Path) -> None:
     record = {"what": EXPLANATION, "rows": list(rows), "provenance": provenance.collect()}
     texts = {".csv": table.getvalue(), ".json": json.dumps(record, indent=1, allow_nan=False) + "\n"}
     for suffix, text in texts.items():
-        path = stem.with_name(stem.name + suffix)
-        with write_atomically(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        with write_atomically(stem.with_name(stem.name + suffix)) as file:
+            file.write_text(text, encoding="utf-8")

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from typer import Argument, Option
 
-from clairlib.cli.console import console, progress, quiet_libraries, show, stop
+from clairlib.cli.console import print_table, progress, quiet_libraries, stop
+from clairlib.cli.options import Device, DeviceOption, Model
 
 bench = typer.Typer(help="Measure the solvers, the trainer and alignment.", no_args_is_help=True)
 
 
-class Model(StrEnum):
-    llama = "llama-2-7b"
-    qwen = "qwen2.5-0.5b"
-
-
-class Device(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 @bench.command()
 def convex(
-    instances: Annotated[int, typer.Option(min=1, help="Number of small planted instances.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the instances.")] = 0,
+    instances: Annotated[int, Option(min=1, help="Number of small planted instances.")] = 20,
+    seed: Annotated[int, Option(help="Seed of the instances.")] = 0,
 ) -> None:
     """Time the convex solver against cvxpy + SCS at equal objective, instance by instance."""
     from clairlib.bench.convex import convex as run
@@ -40,24 +30,21 @@ def convex(
         stop(error)
     columns = ["p", "K", "q", "nu", "ours_seconds", "cvxpy_seconds", "scs_seconds", "ours_error", "scs_error"]
     columns += ["speed", "speed_solver"]
-    table = Table(*(column.replace("_", " ") for column in columns))
-    for row in rows:
-        table.add_row(*(show(row[column]) for column in columns))
-    console().print(table)
+    print_table(columns, ([row[column] for column in columns] for row in rows))
     whole, solver = speed_ratio(rows), speed_ratio(rows, "speed_solver")
     typer.echo(f"median speed ratio: {whole:.3g} to cvxpy + SCS, {solver:.3g} to SCS alone")
 
 
 @bench.command()
 def training(
-    clients: Annotated[list[int] | None, typer.Option(min=1, help="Number of clients; repeatable.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a client's batch; repeatable.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="The whole table; about an hour on one CPU thread.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; the best one counts.")] = 2,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and initial factors.")] = 0,
+    clients: Annotated[list[int] | None, Option(min=1, help="Number of clients; repeatable.")] = None,
+    tokens: Annotated[list[int] | None, Option(min=2, help="Tokens of a client's batch; repeatable.")] = None,
+    full: Annotated[bool, Option("--full", help="The whole table; about an hour on one CPU thread.")] = False,
+    repeats: Annotated[int, Option(min=1, help="Timed runs of each side; the best one counts.")] = 2,
+    device: DeviceOption = Device.cpu,
+    seed: Annotated[int, Option(help="Seed of weights, data and initial factors.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(metavar="STEM", help="Write the table to STEM.csv, with provenance to STEM.json.")
+        Path | None, Option(metavar="STEM", help="Write the table to STEM.csv, with provenance to STEM.json.")
     ] = None,
 ) -> None:
     """Time the batched trainer against sequential peft, side by side, at equal losses; on the CPU with one thread.
@@ -81,29 +68,23 @@ def training(
             write(rows, output)
     except (ValueError, OSError) as error:
         stop(error)
-    table = Table(*(name.replace("_", " ") for name in SHOWN))
-    for row in rows:
-        values = (row[name] for name in SHOWN)
-        table.add_row(*(str(value) if isinstance(value, str | int) else show(value) for value in values))
-    console().print(table)
+    print_table(SHOWN, ([row[name] for name in SHOWN] for row in rows))
     typer.echo(EXPLANATION)
 
 
 @bench.command()
 def align(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="CLIENTS_DIR", help="Adapter folders; default: planted adapters.")
+        Path | None, Argument(metavar="CLIENTS_DIR", help="Adapter folders; default: planted adapters.")
     ] = None,
-    clients: Annotated[int, typer.Option(min=3, help="Planted clients, an eighth of them contaminated.")] = 64,
-    rank: Annotated[int, typer.Option(min=5, help="Rank of the planted adapters.")] = 16,
-    model: Annotated[Model, typer.Option(help="Model with the planted shapes.")] = Model.llama,
-    layers: Annotated[int, typer.Option(min=1, help="Layers with planted adapters; 32 layers are 5.1 GB.")] = 4,
-    jobs: Annotated[str, typer.Option(help="Numbers of processes, with commas between them.")] = "1,2",
-    scratch: Annotated[
-        Path | None, typer.Option(help="Folder for temporary files; default: the system's.")
-    ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the planted clients.")] = 0,
+    clients: Annotated[int, Option(min=3, help="Planted clients, an eighth of them contaminated.")] = 64,
+    rank: Annotated[int, Option(min=5, help="Rank of the planted adapters.")] = 16,
+    model: Annotated[Model, Option(help="Model with the planted shapes.")] = Model.llama,
+    layers: Annotated[int, Option(min=1, help="Layers with planted adapters; 32 layers are 5.1 GB.")] = 4,
+    jobs: Annotated[str, Option(help="Numbers of processes, with commas between them.")] = "1,2",
+    scratch: Annotated[Path | None, Option(help="Folder for temporary files; default: the system's.")] = None,
+    csv: Annotated[Path | None, Option(help="Also write the table to this file.")] = None,
+    seed: Annotated[int, Option(help="Seed of the planted clients.")] = 0,
 ) -> None:
     """Time `clair align` against a lower bound, reading and Gram products, and against the dense route."""
     from clairlib.bench.alignment import EXPLANATION, measure, measure_planted
@@ -127,8 +108,5 @@ def align(
     except (AdapterError, OSError) as error:
         stop(error)
     numbers = table.drop(columns="contaminated")
-    shown = Table(*(name.replace("_", " ") for name in numbers))
-    for row in numbers.itertuples(index=False):
-        shown.add_row(*(show(value) if isinstance(value, float) else str(value) for value in row))
-    console().print(shown)
+    print_table(numbers, numbers.itertuples(index=False))
     typer.echo(EXPLANATION)

@@ -8,44 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from typer import Argument, Option
 
 from clairlib.cli.bench import bench
-from clairlib.cli.console import console, progress, quiet_libraries, show, stop, terminable
+from clairlib.cli.console import print_table, progress, quiet_libraries, show, stop, terminable
+from clairlib.cli.options import Device, DeviceOption, OutputOption, OverwriteFlag, QuietFlag
 from clairlib.cli.synth import synth
 
 if TYPE_CHECKING:  # torch is imported inside the commands, so that --help answers at once
     from clairlib.recovery.result import ClairResult
 
-app = typer.Typer(
-    name="clair",
-    help="Find contaminated federated LoRA clients and refine the others (CLAIR).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="clair", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 
-
-class Solver(StrEnum):
-    consensus = "consensus"
-    convex = "convex"
-
-
-class Side(StrEnum):
-    output = "output"
-    input = "input"
-
-
-class Device(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Profile(StrEnum):
-    smoke = "smoke"
-    paper = "paper"
-    full = "full"
+Solver = StrEnum("Solver", ["consensus", "convex"])
+Side = StrEnum("Side", ["output", "input"])
+Profile = StrEnum("Profile", ["smoke", "paper", "full"])
 
 
 def _show_version(wanted: bool) -> None:
@@ -59,7 +37,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Find contaminated federated LoRA clients and refine the others (CLAIR)."""
@@ -68,28 +46,27 @@ def main(
 @app.command()
 def align(
     clients: Annotated[
-        list[Path],
-        typer.Argument(metavar="CLIENT_DIR", help="PEFT adapter folders, or one folder that holds them."),
+        list[Path], Argument(metavar="CLIENT_DIR", help="PEFT adapter folders, or one folder that holds them.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
-    rank: Annotated[int | None, typer.Option(help="Shared subspace rank; default: estimated per module.")] = None,
+    output: OutputOption,
+    rank: Annotated[int | None, Option(help="Shared subspace rank; default: estimated per module.")] = None,
     adapter_rank: Annotated[
-        int | None, typer.Option(help="Rank of the written adapters; default: each client's own.")
+        int | None, Option(help="Rank of the written adapters; default: each client's own.")
     ] = None,
-    solver: Annotated[Solver, typer.Option(help="Solver that finds the subspace.")] = Solver.consensus,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
-    side: Annotated[Side, typer.Option(help="Side of the updates that shares a subspace.")] = Side.output,
-    seed: Annotated[int, typer.Option(help="Seed of the randomised steps.")] = 0,
+    solver: Annotated[Solver, Option(help="Solver that finds the subspace.")] = Solver.consensus,
+    device: DeviceOption = Device.cpu,
+    side: Annotated[Side, Option(help="Side of the updates that shares a subspace.")] = Side.output,
+    seed: Annotated[int, Option(help="Seed of the randomised steps.")] = 0,
     keep_contaminated: Annotated[
-        bool, typer.Option("--keep-contaminated", help="Copy contaminated clients' adapters unchanged.")
+        bool, Option("--keep-contaminated", help="Copy contaminated clients' adapters unchanged.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an unfinished run.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    overwrite: OverwriteFlag = False,
+    resume: Annotated[bool, Option("--resume", help="Go on from an unfinished run.")] = False,
+    jobs: Annotated[int, Option(min=1, help="Number of processes.")] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, print the expected memory and time, write nothing.")
+        bool, Option("--dry-run", help="Check the input, print the expected memory and time, write nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Judge the clients' LoRA adapters, refine the benign ones and write them with a report."""
     from clairlib.alignment.align import align as run
@@ -97,29 +74,18 @@ def align(
     from clairlib.alignment.forecast import forecast
     from clairlib.core.files import AdapterError
 
+    method: dict[str, Any] = {"rank": rank, "solver": solver.value, "side": side.value, "seed": seed}
+    method |= {"adapter_rank": adapter_rank, "device": device.value}
     try:
         if dry_run:
-            method: dict[str, Any] = {"rank": rank, "solver": solver.value, "side": side.value, "seed": seed}
-            job = open_job(clients, adapter_rank=adapter_rank, device=device.value, **method)
-            typer.echo(str(forecast(job, jobs)))
+            typer.echo(str(forecast(open_job(clients, **method), jobs)))
             return
         with terminable(), progress("reading adapters", quiet=quiet) as bar:
             alignment = run(
-                clients,
-                output,
-                rank=rank,
-                adapter_rank=adapter_rank,
-                solver=solver.value,
-                side=side.value,
-                device=device.value,
-                seed=seed,
-                keep_contaminated=keep_contaminated,
-                overwrite=overwrite,
-                resume=resume,
-                jobs=jobs,
+                clients, output, **method, keep_contaminated=keep_contaminated, overwrite=overwrite, resume=resume,
+                jobs=jobs, draw=save_overview,
                 progress=lambda module, total: bar(advance=1, total=total, description=module),
-                draw=save_overview,
-            )
+            )  # fmt: skip
     except AdapterError as error:
         stop(error)
     if not quiet:
@@ -131,37 +97,37 @@ def align(
 @app.command()
 def train(
     clients: Annotated[
-        Path, typer.Argument(metavar="CLIENTS_DIR", help="Folder that holds a folder or a .jsonl file per client.")
+        Path, Argument(metavar="CLIENTS_DIR", help="Folder that holds a folder or a .jsonl file per client.")
     ],
-    model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the Hugging Face hub.")],
-    output: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    model: Annotated[str, Option(help="Base model: a folder, or a name on the Hugging Face hub.")],
+    output: OutputOption,
     targets: Annotated[
-        str, typer.Option(help="Ends of the adapted modules' names, with commas between them; or all-linear.")
+        str, Option(help="Ends of the adapted modules' names, with commas between them; or all-linear.")
     ] = "o_proj,down_proj",
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Scale of the adapters times their rank (LoRA alpha).")] = 16.0,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scale is alpha / sqrt(rank).")] = False,
+    rank: Annotated[int, Option(min=1, help="Rank of the adapters.")] = 8,
+    alpha: Annotated[float, Option(help="Scale of the adapters times their rank (LoRA alpha).")] = 16.0,
+    rslora: Annotated[bool, Option("--rslora", help="Scale is alpha / sqrt(rank).")] = False,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over a client's examples; default: 3, or no limit with --steps.")
+        int | None, Option(min=1, help="Passes over a client's examples; default: 3, or no limit with --steps.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps per client.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="AdamW's learning rate.")] = 2e-4,
+    steps: Annotated[int | None, Option(min=1, help="Most optimiser steps per client.")] = None,
+    batch: Annotated[int, Option(min=1, help="Examples per step.")] = 8,
+    learning_rate: Annotated[float, Option(min=0.0, help="AdamW's learning rate.")] = 2e-4,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of an example; default: 512, or the model's limit if lower.")
+        int | None, Option(min=2, help="Most tokens of an example; default: 512, or the model's limit if lower.")
     ] = None,
     validation: Annotated[
-        float, typer.Option(help="Fraction of a client's examples held out; the best adapter on them is kept.")
+        float, Option(help="Fraction of a client's examples held out; the best adapter on them is kept.")
     ] = 0.2,
     group_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens that go through the model together; fewer take less memory.")
+        int, Option(min=1, help="Most tokens that go through the model together; fewer take less memory.")
     ] = 4096,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16, on CUDA only.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of initial factors, order and held-out examples.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of an earlier run.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    device: DeviceOption = Device.cpu,
+    bf16: Annotated[bool, Option("--bf16", help="Products in bfloat16, on CUDA only.")] = False,
+    seed: Annotated[int, Option(help="Seed of initial factors, order and held-out examples.")] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on from an interrupted run.")] = False,
+    overwrite: OverwriteFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Train a LoRA adapter for every client, all at once, on one frozen base model; `clair align` takes the output.
 
@@ -193,12 +159,10 @@ def train(
 
 @app.command()
 def reproduce(
-    notebooks: Annotated[
-        list[str] | None, typer.Argument(metavar="NOTEBOOK", help="Notebooks to run; default: all.")
-    ] = None,
-    profile: Annotated[Profile, typer.Option(help="Size of the experiments.")] = Profile.smoke,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of notebooks that run at a time.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Also run notebooks that are up to date.")] = False,
+    notebooks: Annotated[list[str] | None, Argument(metavar="NOTEBOOK", help="Notebooks to run; default: all.")] = None,
+    profile: Annotated[Profile, Option(help="Size of the experiments.")] = Profile.smoke,
+    jobs: Annotated[int, Option(min=1, help="Number of notebooks that run at a time.")] = 1,
+    force: Annotated[bool, Option("--force", help="Also run notebooks that are up to date.")] = False,
 ) -> None:
     """Run the notebooks in ./notebooks through papermill and write a report into ./runs.
 
@@ -209,15 +173,9 @@ def reproduce(
 
     try:
         runs = run(
-            notebooks or None,
-            profile=profile.value,
-            jobs=jobs,
-            force=force,
-            source=Path("notebooks"),
-            output=Path("runs"),
-            figures=Path("figures") if profile is Profile.paper else None,
-            progress=True,
-        )
+            notebooks or None, profile=profile.value, jobs=jobs, force=force, source=Path("notebooks"),
+            output=Path("runs"), figures=Path("figures") if profile is Profile.paper else None, progress=True,
+        )  # fmt: skip
     except ReproduceError as error:
         stop(error)
     if any(notebook.status == "failed" for notebook in runs):
@@ -226,7 +184,7 @@ def reproduce(
 
 @app.command()
 def report(
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse results that are not of today's code.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Refuse results that are not of today's code.")] = False,
 ) -> None:
     """Write figures/claims.json and the table of docs/claims.md from what the notebooks measured.
 
@@ -265,44 +223,34 @@ def save_overview(result: ClairResult, path: Path) -> None:
 
 
 def _print_alignment(report: dict[str, Any], output: Path) -> None:
-    clients, modules = report["clients"], report["modules"]
-    table = Table("client", "verdict", "score", "p-value")
-    for client in clients:
+    verdicts, bad = [], 0
+    for client in report["clients"]:
+        bad += client["contaminated"]
         verdict = "[red]contaminated[/red]" if client["contaminated"] else "[green]benign[/green]"
-        table.add_row(escape(client["name"]), verdict, show(client["score"]), show(client["p_value"]))
-    detail = Table("module", "shape", "rank", "shared structure", "estimated gain", "refined", "truncation error")
-    for module in modules:
-        error = module["truncation_error"]
-        detail.add_row(
-            escape(module["name"]),
-            " x ".join(map(str, module["shape"])),
-            str(module["rank"]),
-            show(module["shared_structure"]),
-            show(module["estimated_gain"]),
-            "yes" if module["refined"] else "no, own updates kept",
-            f"{show(error['max'])} (mean {show(error['mean'])})",
-        )
-    bad = sum(client["contaminated"] for client in clients)
-    for printed in (table, detail):
-        for column in printed.columns:
-            column.overflow = "fold"  # names are never cut
-        console().print(printed)
-    typer.echo(f"{len(clients) - bad} benign, {bad} contaminated; written to {output}")
+        verdicts.append([escape(client["name"]), verdict, client["score"], client["p_value"]])
+    print_table(["client", "verdict", "score", "p-value"], verdicts)
+    details = []
+    for module in report["modules"]:
+        shape, error = " x ".join(map(str, module["shape"])), module["truncation_error"]
+        refined = "yes" if module["refined"] else "no, own updates kept"
+        numbers = [module["rank"], module["shared_structure"], module["estimated_gain"]]
+        errors = f"{show(error['max'])} (mean {show(error['mean'])})"
+        details.append([escape(module["name"]), shape, *numbers, refined, errors])
+    columns = ["module", "shape", "rank", "shared structure", "estimated gain", "refined", "truncation error"]
+    print_table(columns, details)
+    typer.echo(f"{len(verdicts) - bad} benign, {bad} contaminated; written to {output}")
 
 
 def _print_training(report: dict[str, Any], output: Path) -> None:
-    table = Table("client", "status", "examples", "cut off", "steps", "kept at step", "first loss", "last loss")
+    rows, diverged = [], []
     for client in report["clients"]:
-        trained = client["status"] == "trained"
-        status = "[green]trained[/green]" if trained else f"[red]diverged at step {client['diverged_at']}[/red]"
-        numbers = (client[key] for key in ("examples", "cut_off", "steps"))
-        kept = client["best_step"] or client["steps"]
-        losses = (show(client["losses"][place]) for place in (0, -1))
-        table.add_row(escape(client["name"]), status, *map(str, numbers), str(kept) if trained else "-", *losses)
-    for column in table.columns:
-        column.overflow = "fold"  # names are never cut
-    console().print(table)
-    diverged = [client["name"] for client in report["clients"] if client["status"] == "diverged"]
-    typer.echo(f"{len(report['clients']) - len(diverged)} adapters written to {output}")
+        status, kept = "[green]trained[/green]", client["best_step"] or client["steps"]
+        if client["status"] == "diverged":
+            status, kept = f"[red]diverged at step {client['diverged_at']}[/red]", None
+            diverged.append(client["name"])
+        counts = [client["examples"], client["cut_off"], client["steps"], kept]
+        rows.append([escape(client["name"]), status, *counts, client["losses"][0], client["losses"][-1]])
+    print_table(["client", "status", "examples", "cut off", "steps", "kept at step", "first loss", "last loss"], rows)
+    typer.echo(f"{len(rows) - len(diverged)} adapters written to {output}")
     if diverged:
         typer.echo(f"clair: no adapter for {', '.join(map(repr, diverged))}: the loss diverged", err=True)

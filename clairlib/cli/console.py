@@ -1,17 +1,18 @@
-"""Shared parts of the commands: errors in one line, progress on the error stream, and cleaning up after SIGTERM."""
+"""Shared parts of the commands: errors in one line, progress on the error stream, tables, cleaning up after SIGTERM."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 
 
 def stop(error: Exception) -> Any:
@@ -37,10 +38,7 @@ def terminable() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Switch off the progress bars and warnings of transformers, datasets and the hub.
-
-    The commands report what matters themselves.
-    """
+    """Switch off the bars and warnings of transformers, datasets and the hub; the commands say what matters."""
     import datasets
     import transformers
     from huggingface_hub.utils import logging as hub_logging
@@ -66,11 +64,17 @@ def progress(doing: str, *, quiet: bool = False) -> Iterator[Callable[..., None]
         yield lambda **changes: bar.update(task, **changes)
 
 
-def console() -> Console:
-    """Return the console for tables."""
-    return Console() if sys.stdout.isatty() else Console(width=160)  # rich would fold lines to files and pipes at 80
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table that wraps long values and cuts none; underscores in column names become spaces."""
+    table = Table(*(Column(name.replace("_", " "), overflow="fold") for name in columns))
+    for row in rows:
+        table.add_row(*map(show, row))
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # rich would fold files and pipes at 80
+    console.print(table)
 
 
-def show(value: float | None) -> str:
-    """Format a number with three significant digits; "-" for None."""
-    return "-" if value is None else f"{value:.3g}"
+def show(value: Any) -> str:
+    """Return a value as text: a float with three significant digits, "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

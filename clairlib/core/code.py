@@ -14,16 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def code_digest(text: str, beside: Path) -> str:
     """Return the sha256, in hexadecimal, of Python code and of the project files that it imports, even indirectly.
 
-    The project files are those of clairlib and of the packages in the folder ``beside``. Docstrings, comment lines and
-    blank lines do not count; a comment behind code does. Every file with the stem of a module beside it counts with the
-    module (``page.css`` with ``page.py``). Imports inside functions count. Imports under ``if TYPE_CHECKING`` count
-    only for names that a package loads lazily. A module that is run by name, as in ["-m", "clairlib"], counts as
-    imported.
-
-    Raises
-    ------
-    SyntaxError
-        The text, or a file that it imports, is not Python.
+    The project files are those of clairlib and of the packages in the folder ``beside``; every file with the stem of a
+    module beside it counts with the module (``page.css`` with ``page.py``). Docstrings, comment lines and blank lines
+    do not count; a comment behind code does. Imports inside functions count, those under ``if TYPE_CHECKING`` only for
+    names that a package loads lazily. A module that is run by name, as in ["-m", "clairlib"], counts as imported.
+    Text, or an imported file, that is not Python raises SyntaxError.
     """
     files: set[Path] = set()
     todo = set(_imports(text, beside))
@@ -36,7 +31,8 @@ def code_digest(text: str, beside: Path) -> str:
         for part in sorted(file.parent.glob(f"{file.stem}.*")):
             if part.is_file():
                 content = _bare(read_source(part)) if part.suffix == ".py" else read_source(part)
-                digest.update(f"{_label(part, beside)}\0{content}\0".encode())
+                root = PACKAGE.parent if part.is_relative_to(PACKAGE) else beside  # so a path is the same everywhere
+                digest.update(f"{part.relative_to(root).as_posix()}\0{content}\0".encode())
     return digest.hexdigest()
 
 
@@ -63,12 +59,6 @@ def _bare(text: str) -> str:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
     return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
-
-
-def _label(file: Path, beside: Path) -> str:
-    """Return a name of the file that is the same on every machine."""
-    root = PACKAGE.parent if file.is_relative_to(PACKAGE) else beside
-    return file.relative_to(root).as_posix()
 
 
 @lru_cache(maxsize=4096)
@@ -112,10 +102,7 @@ def _with_packages(name: str) -> Iterator[str]:
 
 
 def _lazy_home(package: str, name: str, beside: Path) -> Iterator[str]:
-    """Yield the module from which a package loads a name on first use, and its packages.
-
-    Its imports under ``if TYPE_CHECKING`` name the module.
-    """
+    """Yield the module, named under ``if TYPE_CHECKING``, from which a package loads a name, and its packages."""
     file = _file_of(package, beside)
     if file is None or file.name != "__init__.py":
         return
@@ -128,9 +115,6 @@ def _lazy_home(package: str, name: str, beside: Path) -> Iterator[str]:
 def _file_of(name: str, beside: Path) -> Path | None:
     """Return the file of a module or package of this project; None for any other name."""
     first, *rest = name.split(".")
-    place = PACKAGE if first == "clairlib" else beside / first
-    place = place.joinpath(*rest)
-    for file in (place.with_suffix(".py"), place / "__init__.py"):
-        if file.is_file():
-            return file
-    return None
+    place = (PACKAGE if first == "clairlib" else beside / first).joinpath(*rest)
+    files = (place.with_suffix(".py"), place / "__init__.py")
+    return next((file for file in files if file.is_file()), None)

@@ -18,13 +18,7 @@ class AdapterError(ValueError):
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """Return the path of the regular file ``name`` in ``folder``.
-
-    Raises
-    ------
-    AdapterError
-        The file is missing, is not a regular file, or is a link that leads outside the folder.
-    """
+    """Return the path of a file; raise AdapterError if it is missing, not regular, or a link that leads outside."""
     path = folder / name
     if not os.path.lexists(path):
         raise AdapterError(f"{name} is missing in {str(folder)!r}")
@@ -37,10 +31,7 @@ def regular_file(folder: Path, name: str) -> Path:
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to.
-
-    When the block ends, the file there replaces ``path``; if the block raises, the file is removed.
-    """
+    """Yield a path to write to; the file there replaces ``path`` when the block ends, or is removed if it raises."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -53,8 +44,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
 def whole_folder(output: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a new folder to write into; it becomes ``output`` when the block ends, and is removed if the block raises.
 
-    The folder lies beside ``output`` until then, so that the last step is one rename. If an old output is replaced, it
-    is moved aside first, moved back if the rename fails, and removed only afterwards.
+    It lies beside ``output`` until then, so that the last step is one rename. An old output is moved aside first, moved
+    back if the rename fails, and removed only afterwards.
 
     Raises
     ------
@@ -85,16 +76,14 @@ def resumable_folder(
 ) -> Iterator[tuple[Path, Path]]:
     """Yield an output folder like `whole_folder`, but in a form in which a killed or interrupted run can be resumed.
 
-    Two folders are yielded: the one that becomes ``output``, and one beside it for records of finished work. With
-    ``resume``, both are as an earlier run of the same ``identity`` left them, if there is one. Otherwise both are
-    empty. An unfinished run leaves its folders behind if its process is killed; with ``resume`` also if it is
-    interrupted.
+    Two folders are yielded: the one that becomes ``output``, and one for records of finished work. With ``resume`` they
+    are as an earlier run of the same ``identity`` left them, otherwise empty. An unfinished run leaves its folders
+    behind if its process is killed; with ``resume`` also if it is interrupted.
 
     Raises
     ------
     AdapterError
-        As for `whole_folder`. Also if there is an unfinished run and ``resume`` is False, or it has another identity,
-        or it is still running.
+        As for `whole_folder`; or an unfinished run is still running, has another identity, or ``resume`` is False.
     """
     output = Path(os.path.abspath(output))
     _check_output(output, overwrite, inputs)
@@ -171,7 +160,7 @@ def _check_output(output: Path, overwrite: bool, inputs: Iterable[Path]) -> None
 
 
 def _written_names(output: Path) -> set[str]:
-    """Return the names of what an earlier run wrote into the folder, from its report; empty without such a report."""
+    """Return the names of what an earlier run wrote into the folder, according to its report."""
     try:
         report = json.loads((output / REPORT).read_text(encoding="utf-8"))
         clients = {str(client["name"]) for client in report["clients"]}

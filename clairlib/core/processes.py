@@ -18,7 +18,7 @@ def workers(count: int, prepare: Callable[..., None] | None = None, *arguments: 
     Processes are spawned because forking breaks CUDA. If the block raises, waiting tasks are cancelled.
     """
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin, initargs=(prepare, arguments))
+    pool = ProcessPoolExecutor(count, spawn, _begin, (prepare, arguments))
     try:
         yield pool
     except BaseException:
@@ -28,10 +28,7 @@ def workers(count: int, prepare: Callable[..., None] | None = None, *arguments: 
 
 
 def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Start a thread that ends this worker when its parent process ends, so that a killed run leaves no process behind.
-
-    Then call ``prepare(*arguments)``.
-    """
+    """Watch the parent process, so that a killed run leaves no worker behind, and call ``prepare(*arguments)``."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -18,13 +18,8 @@ PACKAGES = ("clairlib", "torch", "transformers", "peft", "datasets", "numpy", "s
 def collect(**extra: Any) -> dict[str, Any]:
     """Return versions, device, processors, git commit and time of this process, and the fields of ``extra``.
 
-    ``git`` is {"commit": str, "dirty": bool} of the checkout from which clairlib is imported, None for an installed
-    copy. ``versions`` leaves out packages that are not installed. ``time`` is UTC, to the second.
-
-    Raises
-    ------
-    ValueError
-        ``extra`` contains a field that is collected here.
+    ``git`` is the `git_state` of the checkout from which clairlib is imported. ``time`` is UTC, to the second. A field
+    of ``extra`` that is collected here raises ValueError.
     """
     facts: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **versions()},
@@ -41,11 +36,10 @@ def collect(**extra: Any) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return the commit of the git checkout at ``folder`` and whether it has changed files; None if it is no checkout.
+    """Return {"commit": str, "dirty": bool} of the git checkout whose top is ``folder``; None if it is no such top.
 
-    ``folder`` must be the top of the checkout: a repository that merely encloses the folder (such as an environment
-    inside another project) does not count. Changes under ``figures`` and ``docs`` do not make the checkout dirty.
-    ``figures`` holds results, which are written while a run is still going on, and ``docs`` holds text.
+    A repository that merely encloses the folder (such as an environment inside another project) does not count. Changes
+    under ``figures``, where a run writes results while it is going on, and under ``docs`` do not count as dirty.
     """
     top = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")

@@ -10,18 +10,10 @@ import torch
 def derive(seed: int, *names: str | int) -> torch.Generator:
     """Return a CPU generator that depends on the seed and on all names, in their order, and on nothing else.
 
-    The generator's seed is the start of sha256("seed/name/name"). It is the same in every process and on every machine
-    (Python's own ``hash`` is not). Torch's CPU generator uses 32 bits of it, so two of n generators agree with a chance
-    of about n^2 / 2^33, which is one in ten thousand for a thousand generators.
-
-    Raises
-    ------
-    ValueError
-        A name contains a slash, which would make ("a/b",) and ("a", "b") the same.
-
-    Examples
-    --------
-    >>> noise = torch.randn(3, generator=derive(0, "client", 7))
+    Its seed is the start of sha256("seed/name/name"), the same on every machine (Python's own ``hash`` is not). Torch's
+    CPU generator uses 32 bits of it, so two of n generators agree with a chance of about n^2 / 2^33, which is one in
+    ten thousand for a thousand generators. A slash in a name, which would make ("a/b",) and ("a", "b") the same, raises
+    ValueError.
     """
     for name in names:
         if "/" in str(name):

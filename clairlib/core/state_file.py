@@ -26,14 +26,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) ->
         with partial.open("rb") as file:
             os.fsync(file.fileno())
 
-def load(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the facts that `save` wrote.
 
-    Raises
-    ------
-    ValueError
-        The file is not a checkpoint, or it is the checkpoint of a run with another fingerprint.
-    """
+def load(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and facts that `save` wrote; raise ValueError if the file is no such file or another run's."""
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
@@ -43,6 +38,7 @@ def load(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any
     if facts.get("fingerprint") != fingerprint:
         raise ValueError(f"checkpoint {str(path)!r} is of other settings, data or model; remove it or name another")
     return tensors, facts
+
 
 def digest(facts: Mapping[str, Any], parts: Iterable[Tensor]) -> str:
     """Return the sha256 of settings and tensors, in hexadecimal."""

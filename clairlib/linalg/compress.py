@@ -1,10 +1,10 @@
 """Compressed cores of many adapters: coordinates that all clients share, and coordinates of each client's own.
 
 K adapters of rank rho span N = K rho directions on either side. Only the leading directions of all clients together
-hold what the clients share; each of the other directions belongs to one client. In these coordinates an update is a
-matrix of size (lead + rho) x (lead + rho), computed from two Gram matrices alone. The part of other clients in a
-client's own directions is neglected. In the mean of n clients this part is 1 / n of their noise there;
-`description_length.with_neglected` accounts for it.
+hold what the clients share; each other direction belongs to one client. In these coordinates an update is a matrix of
+size (lead + rho) x (lead + rho), computed from two Gram matrices alone. The part of other clients in a client's own
+directions is neglected; in the mean of n clients it is 1 / n of their noise there, for which
+`description_length.with_neglected` accounts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from clairlib.linalg.rank import numerical_ranks
 from clairlib.linalg.subspace import squared_singular_values
 
 LEAD = 64  # shared coordinates on either side: leading directions of the members together
-# with at most so many rows or columns, the adapters' noise fills all of them, and cores hold every direction
-FILLED = 128
+FILLED = 128  # most rows or columns that the adapters' noise fills, so that cores hold every direction
 GUARD = 16  # directions in the subspace iteration beyond those kept
 ROUNDS = 4  # rounds of the subspace iteration; directions of noise need not converge
 
@@ -47,10 +46,10 @@ class Compressed:
 def leads(stacked: StackedFactors, rank: int | None = None, members: Tensor | None = None) -> tuple[int, int]:
     """Return how many shared directions to keep on the output and the input side.
 
-    On a side of at most ``FILLED`` rows or columns, all directions are kept. On a longer side, at most ``LEAD`` and at
-    most three quarters of the directions of ``members`` (K,) bool, or of all clients, are kept. The rest are each
-    client's own: if few clients span few directions, own directions would otherwise pass for shared. In any case at
-    least twice the shared ``rank``, if it is given, and twice the largest rank of a member are kept.
+    On a side of at most ``FILLED`` rows or columns, all directions are kept. On a longer side at most ``LEAD`` and at
+    most three quarters of the directions of ``members`` (K,) bool, or of all clients, are kept: own directions of few
+    clients would otherwise pass for shared. At least twice the shared ``rank``, if given, and twice the largest rank of
+    a member are kept.
     """
     ranks = torch.tensor(stacked.ranks)[_members(stacked, members).cpu()]
     most = max(min(LEAD, 3 * int(ranks.sum()) // 4), 2 * int(ranks.max()), 2 * (rank or 0))
@@ -65,8 +64,8 @@ def compress(
 
     The shared directions of the output side are the leading directions of sum_k Theta_k Theta_k' / ||Theta_k||^2, so
     that a client does not count more for a larger update; those of the input side likewise. The sum is over ``members``
-    (K,) bool, or over all clients if None. It is restricted to the members because the spectrum of their scatter ends
-    in their own noise only if other clients have chosen no direction.
+    (K,) bool, by default all clients: the spectrum of the members' scatter ends in their own noise only if other
+    clients have chosen no direction.
     """
     members = _members(stacked, members)
     left, L = _side(stacked, lead[0], members, generator)
@@ -79,10 +78,7 @@ def _members(stacked: StackedFactors, members: Tensor | None) -> Tensor:
 
 
 def _side(stacked: StackedFactors, lead: int, members: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Return the basis (N, d), in B, of the output side's shared directions, and the clients' B_k as (K, d + w, w).
-
-    The B_k are given in the shared coordinates and in the client's own coordinates.
-    """
+    """Return the basis (N, d), in B, of the output side's shared directions, and B_k in shared and own coordinates."""
     own = stacked.blocks(stacked.G_B)
     other = stacked.blocks(stacked.G_A)
     energies = (own * other).sum(dim=(1, 2))  # ||B_k A_k||^2
@@ -90,15 +86,14 @@ def _side(stacked: StackedFactors, lead: int, members: Tensor, generator: Genera
     basis, coordinates = _leading(stacked, _root(other) * shares[:, None, None], lead, generator)
     coordinates = stacked.by_client(coordinates)  # (K, d, w)
     rest = _root(own - coordinates.mT @ coordinates, 1e-7, own)
-    return basis, torch.cat([coordinates, rest], dim=1)
+    return basis, torch.cat([coordinates, rest], dim=1)  # (K, d + w, w)
 
 
 def _leading(stacked: StackedFactors, F: Tensor, lead: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Return the ``lead`` leading left singular directions of B blockdiag(F).
+    """Return the ``lead`` leading left singular directions of B blockdiag(F) as coefficients (N, d), and B in them.
 
-    They are given as coefficients (N, d) in B; B is given in their coordinates (d, N). The method is randomised
-    subspace iteration (Halko, Martinsson and Tropp 2011) in the precision of the factors, then one Rayleigh-Ritz step
-    in float64.
+    The method is randomised subspace iteration (Halko, Martinsson and Tropp 2011) in the precision of the factors, then
+    one Rayleigh-Ritz step in float64.
     """
     N, dtype = len(stacked.G_B), stacked.B.dtype
     width = min(N, lead + GUARD)
@@ -116,10 +111,7 @@ def _leading(stacked: StackedFactors, F: Tensor, lead: int, generator: Generator
 
 
 def _ranks(stacked: StackedFactors) -> Tensor:
-    """Return the numerical ranks (K,) of the updates.
-
-    Directions of a factor do not count if they may be rounding of its Gram matrix.
-    """
+    """Return the numerical ranks (K,) of the updates, without directions that may be rounding of a Gram matrix."""
     rounding = stacked.width * torch.finfo(stacked.B.dtype).eps
     left, right = (_root(stacked.blocks(G), rounding) for G in (stacked.G_B, stacked.G_A))
     return numerical_ranks(squared_singular_values(stacked.scales[:, None, None] * (left @ right)))
@@ -128,8 +120,7 @@ def _ranks(stacked: StackedFactors) -> Tensor:
 def _root(blocks: Tensor, floor: float = 1e-14, whole: Tensor | None = None) -> Tensor:
     """Return the symmetric roots (K, w, w) of positive semidefinite blocks.
 
-    Eigenvalues below ``floor`` times a trace count as 0. The trace is that of the block. If the blocks are remainders
-    of larger ones, these are given as ``whole`` and their traces are used.
+    Eigenvalues below ``floor`` times the trace of the block, or of the ``whole`` whose remainder it is, count as 0.
     """
     values, vectors = torch.linalg.eigh(blocks)
     size = (blocks if whole is None else whole).diagonal(dim1=1, dim2=2).sum(dim=1)

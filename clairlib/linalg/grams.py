@@ -1,7 +1,6 @@
-"""Stacked factors of all clients for one module, and the two Gram matrices from which everything is computed.
+"""Stacked factors B (p, N) and A (N, q) of all clients for one module; N is the sum of their ranks.
 
-No matrix of size p x q is formed. Let B (p, N) and A (N, q) be the factors of all clients, where N is the sum of their
-ranks. Then every inner product of updates, means and projections follows from B' B and A A'.
+No p x q matrix is formed: every inner product of updates, means and projections follows from B' B and A A'.
 """
 
 from __future__ import annotations
@@ -82,10 +81,7 @@ class StackedFactors:
 
 
 def stack(updates: Sequence[LowRank]) -> StackedFactors:
-    """Stack the clients' factors and compute their Gram matrices.
-
-    The Gram matrices take about (p + q) N^2 operations; they are the only large products.
-    """
+    """Stack the clients' factors and compute their Gram matrices, the only large products: (p + q) N^2 operations."""
     dtypes = {factor.dtype for update in updates for factor in (update.B, update.A)}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     B = torch.cat([u.B for u in updates], dim=1).to(dtype)
@@ -96,10 +92,7 @@ def stack(updates: Sequence[LowRank]) -> StackedFactors:
 
 
 def gram(B: Tensor) -> Tensor:
-    """Return B' B (N, N) of B (p, N), in float64.
-
-    The products are in B's precision, and only one triangle of the blocks is computed.
-    """
+    """Return B' B (N, N) of B (p, N), in float64, from products in B's precision of one triangle of the blocks."""
     N = B.shape[1]
     G = B.new_empty(N, N)
     edges = [N * i // PANELS for i in range(PANELS + 1)]
@@ -113,10 +106,9 @@ def gram(B: Tensor) -> Tensor:
 def bfloat16_products(device: torch.device, exact: bool) -> Iterator[None]:
     """Let float32 products multiply in bfloat16 (TF32 on a GPU) and add in float32, if the processor supports it.
 
-    ``exact`` says that the factors hold bfloat16 values. The product of two such values has 16 significant bits, so
-    this makes no rounding error that single precision would not make too. If ``exact`` is False, or before PyTorch 2.9,
-    nothing changes. The setting belongs to the whole process: a lock gives it to one thread at a time, but it affects
-    products in other threads meanwhile.
+    ``exact`` says that the factors hold bfloat16 values. Products of two such values have 16 significant bits, so no
+    rounding is added to that of single precision. If ``exact`` is False, or before PyTorch 2.9, nothing changes. The
+    setting is the whole process's: a lock gives it to one thread at a time, but products in other threads change too.
     """
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     matmul: Any = getattr(backend, "matmul", None)

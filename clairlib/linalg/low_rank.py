@@ -20,14 +20,8 @@ SURE = 1e-10
 class LowRank:
     """One client's update ``scale * B @ A`` of a p x q weight matrix, kept as factors.
 
-    Parameters
-    ----------
-    B : Tensor (p, rho)
-        Output-side factor (PEFT's ``lora_B``).
-    A : Tensor (rho, q)
-        Input-side factor (PEFT's ``lora_A``).
-    scale : float
-        Scaling of the product; alpha / rho for LoRA, alpha / sqrt(rho) for rsLoRA.
+    ``B`` (p, rho) and ``A`` (rho, q) are the factors of the output and the input side, PEFT's ``lora_B`` and
+    ``lora_A``. ``scale`` is alpha / rho for LoRA, alpha / sqrt(rho) for rsLoRA.
     """
 
     B: Tensor
@@ -45,7 +39,7 @@ class LowRank:
         return self.B.shape[1]
 
     def dense(self) -> Tensor:
-        """Return the p x q update itself. For tests and dense input; never called for adapters."""
+        """Return the p x q update itself, for tests and dense input."""
         return self.scale * (self.B @ self.A)
 
 
@@ -53,9 +47,8 @@ class LowRank:
 class Cores:
     """Updates in orthonormal coordinates: Theta_k = left @ core[k] @ right.T.
 
-    ``left`` (p, m) and ``right`` (q, n) have orthonormal columns; None means that the coordinates are the original
-    ones. ``core`` is (K, m, n), float64. Products with orthonormal columns are isometries, so norms, inner products,
-    projections and singular values of the cores are those of the updates.
+    ``core`` is (K, m, n), float64. ``left`` (p, m) and ``right`` (q, n) have orthonormal columns, so norms, inner
+    products, projections and singular values of the cores are those of the updates; None: the original coordinates.
     """
 
     core: Tensor
@@ -84,9 +77,9 @@ class Cores:
 
 
 def _orthonormal_side(blocks: list[Tensor], length: int) -> tuple[Tensor | None, list[Tensor]]:
-    """Return an orthonormal basis Q of the joint column space of blocks (length, rho_k), and the blocks in Q.
+    """Return an orthonormal basis of the joint columns of blocks (length, rho_k), and the blocks in it.
 
-    Q is None, and the blocks are unchanged, if the blocks have at least ``length`` columns in all.
+    The basis is None, and the blocks are unchanged, if they have at least ``length`` columns in all.
     """
     widths = [block.shape[1] for block in blocks]
     if sum(widths) >= length:
@@ -109,33 +102,21 @@ def cores_of_dense(updates: Tensor) -> Cores:
 
 
 def _without_empty_directions(cores: Cores) -> Cores:
-    """Remove the rows and columns of the cores that are empty in every client.
-
-    The coordinates then have the dimensions of the updates' joint column and row space, in whatever form the updates
-    came.
-
-    Raises
-    ------
-    OverflowError
-        An update overflows float64.
-    """
-    core = cores.core
+    """Reduce the coordinates to the updates' joint column and row space; raise OverflowError beyond float64."""
+    core, left, right = cores.core, cores.left, cores.right
     if not bool(core.isfinite().all()):
         raise OverflowError("an update overflows float64")
-    rows = _used_directions(core)
-    core = core if rows is None else rows.T @ core
-    columns = _used_directions(core.mT)
-    core = core if columns is None else core @ columns
-    left = cores.left if rows is None else cores.lift_rows(rows)
-    right = cores.right if columns is None else cores.lift_columns(columns)
+    if (rows := _used_directions(core)) is not None:
+        core, left = rows.T @ core, cores.lift_rows(rows)
+    if (columns := _used_directions(core.mT)) is not None:
+        core, right = core @ columns, cores.lift_columns(columns)
     return Cores(core, left, right)
 
 
 def _used_directions(core: Tensor) -> Tensor | None:
     """Return an orthonormal basis (m, j) of the joint column space of the blocks (K, m, n); None if j = m."""
     K, m, n = core.shape
-    # so that squares neither overflow nor vanish
-    core = core / core.abs().max().clamp(min=torch.finfo(core.dtype).tiny)
+    core = core / core.abs().max().clamp(min=torch.finfo(core.dtype).tiny)  # squares neither overflow nor vanish
     if K * n >= m:
         spectrum = torch.linalg.eigvalsh(torch.einsum("kmn,kln->ml", core, core))
         # The eigenvalues are squares, so a ratio above SURE is far above rounding, and no SVD is needed.
@@ -147,15 +128,11 @@ def _used_directions(core: Tensor) -> Tensor | None:
 
 
 def truncate(update: LowRank, rank: int) -> tuple[LowRank, float]:
-    """Return the best rank-``rank`` approximation in Frobenius norm (Eckart-Young), in factored form.
+    """Return the best rank-``rank`` approximation in Frobenius norm (Eckart-Young), and its relative Frobenius error.
 
-    Returns
-    -------
-    LowRank
-        Balanced factors (both carry the square root of the singular values), scale 1, of inner dimension exactly
-        ``rank``, padded with zeros if the update has fewer directions. Dtype and device are those of ``update``.
-    float
-        Relative Frobenius error ||update - truncated|| / ||update||, before rounding to the dtype; 0 for a zero update.
+    The factors are balanced (both carry the square root of the singular values), with scale 1, the dtype and device of
+    ``update``, and inner dimension exactly ``rank``, padded with zeros if the update has fewer directions. The error is
+    ||update - truncated|| / ||update|| before rounding to the dtype; 0 for a zero update.
     """
     Qb, Rb = torch.linalg.qr(update.scale * update.B.double())
     Qa, Ra = torch.linalg.qr(update.A.double().T)
@@ -174,6 +151,7 @@ def truncate(update: LowRank, rank: int) -> tuple[LowRank, float]:
 def as_dense(updates: Mapping[str, Tensor | Sequence[LowRank]]) -> dict[str, Tensor]:
     """Return the updates by module as dense matrices (K, p, q), float64; updates from adapters keep their rank."""
     return {name: torch.stack([_dense(update) for update in own]) for name, own in updates.items()}
+
 
 def _dense(update: Tensor | LowRank) -> Tensor:
     return update.double() if isinstance(update, Tensor) else update.scale * (update.B.double() @ update.A.double())

@@ -17,21 +17,15 @@ def numerical_ranks(squares: Tensor) -> Tensor:
     """Return the numerical ranks (n,) of products of factors, from their squared singular values (n, m), descending."""
     return (squares > squares[:, :1] * FLOAT32_ROUNDING**2).sum(dim=1)
 
+
 def gap_rank(eigenvalues: Tensor, limit: int) -> int:
     """Return the number of directions that a gap in a scatter's spectrum separates from the noise; 0 without a gap.
 
-    The method is Onatski's edge distribution estimator (Review of Economics and Statistics 92, 2010). Near its edge,
-    the spectrum of noise falls like j^(2/3), for isotropic and for coloured noise alike. The slope of this fall is
-    fitted below the candidate rank, and the rank is the last position where consecutive eigenvalues differ by more than
-    ``EDGE_FACTOR`` slopes. This is repeated until the candidate stays. Nothing is assumed about the noise level or the
-    noise covariance.
-
-    Parameters
-    ----------
-    eigenvalues : Tensor
-        Squared singular values, descending, without those that are zero.
-    limit : int
-        Largest rank to return.
+    ``eigenvalues`` are squared singular values, descending, without those that are zero. ``limit`` is the largest rank
+    to return. The method is Onatski's edge distribution estimator (Review of Economics and Statistics 92, 2010). Near
+    its edge, the spectrum of noise falls like j^(2/3), whatever the noise's level and covariance. The slope of this
+    fall is fitted below the candidate rank, and the rank is the last position where consecutive eigenvalues differ by
+    more than ``EDGE_FACTOR`` slopes. This is repeated until the candidate stays.
     """
     values = eigenvalues.clamp(min=0.0).cpu().numpy()
     limit = min(limit, len(values) - 1)
@@ -51,13 +45,13 @@ def gap_rank(eigenvalues: Tensor, limit: int) -> int:
         candidate = rank
     return rank
 
+
 def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
     """Return the rank of the shared subspace: the gap of `gap_rank`, else the largest ratio of consecutive eigenvalues.
 
-    The ratio is taken in the first quarter of the spectrum (Ahn and Horenstein, Econometrica 81, 2013). It decides if
-    no gap stands out or if the spectrum is too short to fit one. It prefers a low rank, because every superfluous
-    direction lets an unrelated client pass for a member. The result is at least 1 unless all eigenvalues or ``limit``
-    are zero.
+    The ratio (Ahn and Horenstein, Econometrica 81, 2013) is taken in the first quarter of the spectrum. It prefers a
+    low rank, because every superfluous direction lets an unrelated client pass for a member. The result is at least 1
+    unless all eigenvalues or ``limit`` are zero.
     """
     limit = min(limit, len(eigenvalues))
     rank = gap_rank(eigenvalues, limit)
@@ -67,15 +61,15 @@ def estimate_rank(eigenvalues: Tensor, limit: int) -> int:
     head = max(1, min(limit, len(values) // 4))
     return int(np.argmax(values[:head] / np.maximum(values[1 : head + 1], ROUNDING * values[0]))) + 1
 
+
 def held_out_rank(energies: Tensor, limit: int) -> int:
     """Return the number of leading directions in which held-out clients vary as the other clients predict; may be 0.
 
     ``energies`` (p,) is the mean energy of a held-out client in each principal direction of the other clients,
-    descending. A direction may look large only because it was fitted to the noise of its clients; then it holds no more
-    of another client than the following directions do. Directions count as long as their energy exceeds
-    ``HELD_OUT_SNR`` times the median of the next ``HELD_OUT_WINDOW``. Beyond this point, the noise in a direction
-    exceeds its signal, and a client loses less by averaging the direction out than by keeping it. The method finds up
-    to ``HELD_OUT_WINDOW`` / 2 directions; a larger number of them raises the median and hides them.
+    descending. A direction fitted to noise holds no more of another client than the following directions do. Directions
+    count as long as their energy exceeds ``HELD_OUT_SNR`` times the median of the next ``HELD_OUT_WINDOW``. Beyond this
+    point the noise in a direction exceeds its signal, and a client loses less by averaging the direction out. More than
+    ``HELD_OUT_WINDOW`` / 2 directions raise the median and hide themselves.
     """
     values, rank = energies.cpu(), 0
     while rank < min(limit, len(values) - 1):
@@ -83,6 +77,7 @@ def held_out_rank(energies: Tensor, limit: int) -> int:
             break
         rank += 1
     return rank
+
 
 def resolved_rank(eigenvalues: Tensor) -> int:
     """Return the number of eigenvalues of a scatter, descending, above rounding: its numerical rank."""

@@ -15,10 +15,8 @@ from clairlib.linalg.grams import StackedFactors
 from clairlib.linalg.low_rank import LowRank
 
 GUARD = 8  # directions in the subspace iteration beyond those wanted
-# Few rounds are needed if a gap ends the subspace; without a gap, a rank taken from noise converges slowly.
-MOST_ROUNDS = 200
-# residual over the spectral gap; it bounds the angle to the subspace
-CONVERGED = {torch.float64: 1e-11, torch.float32: 1e-7}
+MOST_ROUNDS = 200  # few are needed if a gap ends the subspace; without a gap, a rank taken from noise converges slowly
+CONVERGED = {torch.float64: 1e-11, torch.float32: 1e-7}  # residual over the spectral gap; it bounds the angle
 ROUNDING = 1e-13
 OFF_ROUNDS = 3  # directions of noise need not converge: more rounds lower the truncation error by about a thousandth
 PARTS = 4  # groups of clients whose refined adapters are computed one after the other
@@ -28,8 +26,8 @@ PARTS = 4  # groups of clients whose refined adapters are computed one after the
 class RefinedSubspace:
     """Shared subspace and off-subspace common part of a set of clients, as combinations of all clients' factors.
 
-    The orthonormal basis is U = B ``basis``, with ``basis`` (N, r). The common part is P_perp M = (B - U U' B)
-    diag(``shares``) A, where ``shares`` (N,) are the weights of the members' columns in their mean, times their scales.
+    The orthonormal basis is U = B ``basis``, (N, r). The common part is P_perp M = (B - U U' B) diag(``shares``) A;
+    ``shares`` (N,) are the weights of the members' columns in their mean, times their scales.
     """
 
     stacked: StackedFactors
@@ -43,8 +41,7 @@ class RefinedSubspace:
     def common_part(self) -> LowRank:
         """Return P_perp M in factored form; its inner dimension is the sum of the members' ranks."""
         used, s = self.shares != 0, self.stacked
-        U = self.lifted_basis()
-        B = s.B[:, used]
+        U, B = self.lifted_basis(), s.B[:, used]
         return LowRank((B - U @ (U.T @ B)) * self.shares[used].to(B.dtype), s.A[used])
 
 
@@ -52,8 +49,8 @@ def shared_part(stacked: StackedFactors, members: Tensor, weights: Tensor, start
     """Return the leading directions of sum_k w_k (Theta_k - M)(Theta_k - M)' over the members (K,) bool, and M.
 
     There are ``rank`` directions, or fewer if the members do not differ in so many. The method is subspace iteration
-    with Rayleigh-Ritz steps, from the combinations ``start`` (N, m), m >= rank, until the subspace stays. The scatter
-    is B Omega B' with Omega = blockdiag(w_k c_k^2 G_A[k, k]) - (s_i s_j / W) G_A[i, j], s = w c.
+    with Rayleigh-Ritz steps from the combinations ``start`` (N, m), m >= rank. The scatter is B Omega B' with
+    Omega = blockdiag(w_k c_k^2 G_A[k, k]) - (s_i s_j / W) G_A[i, j], s = w c.
     """
     w = torch.where(members, weights, 0.0)
     W = w.sum()
@@ -68,39 +65,31 @@ def shared_part(stacked: StackedFactors, members: Tensor, weights: Tensor, start
 
     V, inner = orthonormal(start, stacked.G_B @ start)
     for _ in range(MOST_ROUNDS if rank else 0):
-        rank = min(rank, V.shape[1])  # smaller than requested if the members do not differ in so many directions
+        rank = min(rank, V.shape[1])
         image = scatter(inner)
         seen = stacked.G_B @ image
         values, E = torch.linalg.eigh(inner.T @ image)
         values, E = values.flip(0), E.flip(1)
         V, inner, image, seen = V @ E, inner @ E, image @ E, seen @ E
         residual = image[:, :rank] - V[:, :rank] * values[:rank]
-        if _angle(stacked.G_B, residual, values, rank) <= CONVERGED[stacked.B.dtype]:
+        gap = values[rank - 1] - (values[rank] if len(values) > rank else values.new_zeros(()))
+        size = (residual * (stacked.G_B @ residual)).sum().clamp(min=0.0).sqrt()
+        if float(size / gap.clamp(min=torch.finfo(gap.dtype).tiny)) <= CONVERGED[stacked.B.dtype]:
             break
         V, inner = orthonormal(image, seen)
     return RefinedSubspace(stacked, V[:, :rank], shares)
 
 
 def orthonormal(V: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Return combinations W (N, m') of the columns of V with W' G W = I, and G W, from ``inner`` = G V.
-
-    Directions that hold rounding only are dropped, so m' may be smaller than the number of columns of V.
-    """
+    """Return combinations W of the columns of V, less those of rounding, with W' G W = I, and G W; ``inner`` = G V."""
     values, E = torch.linalg.eigh(V.T @ inner)
     kept = values > ROUNDING * values[-1:]
     E = (E[:, kept] * values[kept].rsqrt()).flip(1)
     return V @ E, inner @ E
 
 
-def _angle(G: Tensor, residual: Tensor, values: Tensor, rank: int) -> float:
-    """Return a bound on the sine of the angle to the exact subspace: residual over the gap that ends the subspace."""
-    beyond = values[rank] if len(values) > rank else values.new_zeros(())
-    size = (residual * (G @ residual)).sum().clamp(min=0.0).sqrt()
-    return float(size / (values[rank - 1] - beyond).clamp(min=torch.finfo(G.dtype).tiny))
-
-
 def _near_off_part(shared: RefinedSubspace, count: int, generator: Generator) -> Tensor:
-    """Return combinations (N, m), m slightly above ``count``, near the leading left singular directions of P_perp M.
+    """Return slightly more than ``count`` combinations near the leading left singular directions of P_perp M.
 
     The method is randomised subspace iteration off the subspace, in the precision of the factors.
     """
@@ -120,9 +109,9 @@ def _near_off_part(shared: RefinedSubspace, count: int, generator: Generator) ->
 class Assembly:
     """The parts from which all refined adapters of a module are assembled.
 
-    ``left`` (p, r + t): the shared subspace and the leading directions of the common part. ``outside`` (t, q): the
-    common part in these directions. ``gram`` (t, t) and ``cross`` (t, N): inner products of the rows of ``outside``
-    with one another and with the rows of A. ``energy``: ||P_perp M||_F^2.
+    ``left`` (p, r + t): the shared subspace and t leading directions of the common part, in which it is ``outside``
+    (t, q). ``gram`` (t, t), ``cross`` (t, N): inner products of the rows of ``outside`` with one another and with the
+    rows of A. ``energy``: ||P_perp M||_F^2.
     """
 
     shared: RefinedSubspace
@@ -153,9 +142,9 @@ def refined_adapters(
 ) -> Iterator[tuple[LowRank, float]]:
     """Yield P Theta_k + P_perp M of ``clients`` at adapter ranks ``ranks``, with the relative truncation errors.
 
-    The factors are balanced for the given ``scales``. Their inner dimension is exactly the rank, padded with zeros. The
-    result is the best in Frobenius norm among all updates that use the directions of ``assembly``. The clients are
-    processed in groups, so small that their factors are few compared with B and A.
+    The factors are balanced for the given ``scales`` and padded with zeros to exactly the rank. The result is the best
+    in Frobenius norm among all updates that use the directions of ``assembly``. The clients are processed in groups, so
+    small that their factors are few compared with B and A.
     """
     step = max(1, len(assembly.shared.stacked.ranks) // PARTS)
     for i in range(0, len(clients), step):

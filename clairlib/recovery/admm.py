@@ -3,8 +3,6 @@
 Blocks are kept as (p, K, q), so that their concatenation [X_1 .. X_K], (p, K*q), is a view.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -46,14 +44,13 @@ class Iterate:
 def iterates(problem: Problem) -> Iterator[Iterate]:
     """Yield the iterates of two-block ADMM. Each block is minimised in closed form; T = S + Z.
 
-    Block 1, (M, L) with W = X - T + Y/beta: the minimum is M = mean_k W_k and L = SVT_{1/beta}(W - M). Proof: let
-    C = I - 11'/K (on clients) and let (M, L) be any pair. The pair (mean W, L C) is at least as good: L C has no larger
-    nuclear norm, because C is a contraction, and ||W - M - L||_F^2 >= ||(W - M - L) C||_F^2 = ||W C - L C||_F^2.
-    Among all L with L = L C, SVT(W C) is the best, and it has zero block mean because W C has.
+    Block 1, (M, L) with W = X - T + Y/beta: the minimum is M = mean_k W_k and L = SVT_{1/beta}(W - M). Proof: let C = I
+    - 11'/K (on clients). For any (M, L), the pair (mean W, L C) is at least as good: C is a contraction, so L C has no
+    larger nuclear norm, and ||W - M - L||_F^2 >= ||(W - M - L) C||_F^2 = ||W C - L C||_F^2. SVT(W C) is the best of all
+    L = L C, and its block mean is zero because that of W C is.
 
-    Block 2, (S, Z) with R = X - M - L + Y/beta: the best Z is beta nu / (1 + beta nu) (R - S). This leaves
-    lam sum ||S_k||_F + beta / (2 (1 + beta nu)) ||R - S||_F^2, whose minimum is block shrinkage of R at
-    lam (1 + beta nu) / beta.
+    Block 2, (S, Z) with R = X - M - L + Y/beta: the best Z is beta nu / (1 + beta nu) (R - S). What remains, lam sum
+    ||S_k||_F + beta / (2 (1 + beta nu)) ||R - S||_F^2, is least for block shrinkage of R at lam (1 + beta nu) / beta.
 
     With two blocks and a penalty that is constant in the end, the iterates converge (Boyd et al. 2011, section 3.2).
     """
@@ -99,9 +96,8 @@ def shrink_blocks(blocks: Tensor, threshold: float) -> Tensor:
 def shrink_spectrum(blocks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Apply singular value thresholding to the concatenation; return the result and its nuclear norm.
 
-    The eigenvectors of the smaller Gram matrix are used, 1.4 to 3 times faster than an SVD. Squaring gives a kept
-    singular value s >= threshold a relative error of about 1e-16 (s_max / s)^2. If threshold >= 1e-4 s_max, this is at
-    most 1e-8, enough for duality gaps of 1e-6. For a smaller threshold the SVD is used.
+    The smaller Gram matrix is 1.4 to 3 times faster than an SVD. Squaring gives a kept singular value s a relative
+    error of about 1e-16 (s_max / s)^2, at most 1e-8 if threshold >= 1e-4 s_max. Below it the SVD is used.
     """
     wide = blocks.flatten(1)  # (p, K*q)
     tall = wide.shape[0] > wide.shape[1]
@@ -117,10 +113,7 @@ def shrink_spectrum(blocks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def dual_scale(problem: Problem, dual: Tensor) -> tuple[float, float]:
-    """Return the best t >= 0 for which t Y is dual feasible, and the dual value at t Y.
-
-    Y must be centred, with spectral norm <= 1.
-    """
+    """Return the best t >= 0 for which t Y is dual feasible, and the dual value there. Y is centred, ||Y||_2 <= 1."""
     linear, square = float((dual * problem.data).sum()), float(dual.square().sum())
     largest = float(block_norms(dual).max())
     t = min(1.0, problem.lam / largest) if largest > 0 else 1.0
@@ -145,10 +138,7 @@ def relative_gap(primal: float, dual: float) -> float:
 
 
 def quick_gap(problem: Problem, iterate: Iterate) -> float:
-    """Return the relative duality gap of (M, L) with the best S for it.
-
-    Only norms that the iteration has computed are used, so no factorisation is needed.
-    """
+    """Return the relative duality gap of (M, L) with the best S for it, without any factorisation."""
     rest = problem.data - iterate.common_part - iterate.low_rank
     contamination = shrink_blocks(rest, problem.lam * problem.nu)
     primal = objective(problem, iterate.nuclear, contamination, rest - contamination)

@@ -1,7 +1,5 @@
 """CLAIR: recover the shared subspace, find the contaminated clients, refine the others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -35,13 +33,11 @@ MAX_SEARCH_CLIENTS = 256  # clients among which the first set is searched; its f
 class CLAIR:
     """Collaborative low-rank alignment and identifiable recovery.
 
-    The rank, the noise level and the number of contaminated clients need not be known.
-
-    Benign clients follow the model Theta_k = M + U A_k + H_k. U spans the shared subspace, in which each client has its
-    own part U A_k. M is common to the benign clients, and only its part outside span(U) is identifiable. The
-    heterogeneity H_k is small. Contaminated clients are arbitrary. The problem and the idea of a structured low-rank
-    plus block-sparse decomposition are from the paper's abstract (arXiv:2605.21217). The form of the program, the
-    equations and the algorithms are this project's reconstruction.
+    Rank, noise level and number of contaminated clients need not be known. Benign clients follow the model Theta_k = M
+    + U A_k + H_k. U spans the shared subspace, in which each client has its own part U A_k. M is common to the benign
+    clients, and only its part outside span(U) is identifiable. The heterogeneity H_k is small. Contaminated clients are
+    arbitrary. The problem and the idea of a structured low-rank plus block-sparse decomposition are from the paper's
+    abstract (arXiv:2605.21217). The program's form, the equations and the algorithms are our reconstruction.
 
     Parameters
     ----------
@@ -49,13 +45,12 @@ class CLAIR:
         Dimension r of the shared subspace; estimated per module if None.
     solver : {"consensus", "convex"}
         Method that finds the first set of benign clients. ``consensus`` grows candidate sets from a few clients each.
-        ``convex`` solves the structured low-rank + block-sparse program and attaches its duality gap as certificate.
-        The convex program finds contamination that is larger than the estimation noise of an update; ``consensus`` also
-        finds smaller contamination.
+        ``convex`` solves the structured low-rank + block-sparse program and attaches its duality gap as certificate; it
+        finds only contamination that is larger than the estimation noise of an update.
     side : {"output", "input"}
         Side of the weight matrix on which the subspace lies: rows p (LoRA B) or columns q (LoRA A).
     seed : int
-        Seed of the random sample of client tuples and of randomised linear algebra. The result depends on the data, the
+        Seed of the random client tuples and of randomised linear algebra. The result depends on the data, the
         parameters and this seed only.
     lam : float, optional
         Weight of the contamination term of the convex program; chosen from its window (`lambda_window`) if None.
@@ -64,14 +59,8 @@ class CLAIR:
     """
 
     def __init__(
-        self,
-        rank: int | None = None,
-        solver: str = "consensus",
-        side: str = "output",
-        *,
-        seed: int = 0,
-        lam: float | None = None,
-        tolerance: float = 1e-6,
+        self, rank: int | None = None, solver: str = "consensus", side: str = "output", *, seed: int = 0,
+        lam: float | None = None, tolerance: float = 1e-6,
     ) -> None:
         if solver not in ("consensus", "convex"):
             raise ValueError(f"solver must be 'consensus' or 'convex'; got {solver!r}")
@@ -83,14 +72,8 @@ class CLAIR:
         self.lam, self.tolerance = lam, tolerance
 
     def fit(
-        self,
-        updates: Any,
-        names: list[str] | None = None,
-        weights: Any = None,
-        expected_sq_error: Any = None,
-        noise: Any = None,
-        *,
-        progress: Callable[[str], None] | None = None,
+        self, updates: Any, names: list[str] | None = None, weights: Any = None, expected_sq_error: Any = None,
+        noise: Any = None, *, progress: Callable[[str], None] | None = None,
     ) -> ClairResult:
         """Find the contaminated clients and refine the others.
 
@@ -101,20 +84,14 @@ class CLAIR:
         names : list of str, optional
             Client names; ``client_0``, ``client_1``, ... if None.
         weights : array (K,), optional
-            Positive weights. The noise variance of client k is proportional to 1 / weights[k]; a usual weight is the
-            sample size. The convex program itself ignores the weights. The frames that are fitted to its benign clients
-            use them.
+            Positive weights, usually sample sizes: the noise variance of client k is proportional to 1 / weights[k].
+            The convex program ignores them; the frames that are fitted to its benign clients use them.
         expected_sq_error : array (K,), or dict of module name -> array, optional
             Expected squared error ||E_k||_F^2 of each update if it is known, e.g. from the standard errors of a
             regression. Differences between benign clients beyond it count as heterogeneity, and refinement is refused
-            if averaging these differences out costs more than it gains. ``noise`` is the old name of this parameter; it
-            will be removed in version 0.3.
+            if averaging them out costs more than it gains. ``noise`` is the old name, until version 0.3.
         progress : callable, optional
             Called with the name of each module when its subspace has been found.
-
-        Returns
-        -------
-        ClairResult
 
         Raises
         ------
@@ -123,8 +100,7 @@ class CLAIR:
         """
         modules, clients, by_module = read_modules(updates, names, self.side)
         w = read_weights(weights, clients).to(modules[0].reference.device)
-        errors = expected_sq_error if noise is None else noise
-        known = read_expected_errors(errors, [module.name for module in modules], clients)
+        known = read_expected_errors(expected_sq_error if noise is None else noise, [m.name for m in modules], clients)
         few = pilots(modules, self.solver)
         first = [self.prepare(module, w, expected_sq_error=known.get(module.name)) for module in few]
         benign, certificates = self.search(few, first)
@@ -136,11 +112,8 @@ class CLAIR:
                     fits[module.name] = self.prepare(module, w, members, expected_sq_error=known.get(module.name))
             return [fits[module.name] for module in modules]
 
-        def read(members: Tensor) -> list[ModuleScores]:
-            return [fit.reading(members) for fit in fitted(members)]
-
-        start = self.iterate_verdict(first, benign)[0]
-        benign, pooled = iterate_verdict(start, read, self.wider_frame(first))
+        start, wider = self.iterate_verdict(first, benign)[0], self.wider_frame(first)
+        benign, pooled = iterate_verdict(start, lambda members: [f.reading(members) for f in fitted(members)], wider)
         outcomes = []
         for fit in fitted(benign):
             outcomes.append(fit.outcome(benign))
@@ -151,24 +124,14 @@ class CLAIR:
             module.name: _module_result(module, fit, outcome, refine_any, certificates.get(module.name))
             for module, fit, outcome in zip(modules, fitted(benign), outcomes, strict=True)
         }
-        numpy = modules[0].numpy
-        out = (lambda t: t.cpu().numpy()) if numpy else (lambda t: t)
+        out = (lambda t: t.cpu().numpy()) if modules[0].numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
 
     def prepare(
-        self,
-        module: Module,
-        weights: Tensor,
-        members: Tensor | None = None,
-        *,
-        expected_sq_error: Tensor | None = None,
-        keep: bool = False,
+        self, module: Module, weights: Tensor, members: Tensor | None = None, *,
+        expected_sq_error: Tensor | None = None, keep: bool = False,
     ) -> ModuleFit:
-        """Compute a module's cores; the result fits a frame to any set of clients.
-
-        Compressed cores do not hold the updates exactly and suit only sets close to ``members`` (K,) bool. With
-        ``keep``, the clients' stacked factors are stored beside compressed cores.
-        """
+        """Compute cores; compressed ones suit only sets near ``members`` (K,) bool. ``keep`` stores their factors."""
         self._check_rank(module, len(weights))
         updates = module.updates
         known: dict[str, Any] = {"expected_sq_error": expected_sq_error}
@@ -186,10 +149,7 @@ class CLAIR:
         return ModuleFit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, **known)
 
     def search(self, modules: Sequence[Module], fits: Sequence[ModuleFit]) -> tuple[Tensor, dict[str, Certificate]]:
-        """Return the first set of benign clients (K,) bool from the fits of some modules.
-
-        Also return the certificates of the convex program by module name, an empty dict for the consensus solver.
-        """
+        """Return the first set of benign clients (K,) bool, and the convex program's certificates by module name."""
         frames: list[Frame] = []
         certificates = {}
         for module, fit in zip(modules, fits, strict=True):
@@ -202,10 +162,7 @@ class CLAIR:
         return first_set(fits, frames), certificates
 
     def agree(self, frames: Sequence[Frame]) -> bool:
-        """Return whether enough modules have found the same set to stop the search.
-
-        Always False for the convex program: it is solved in all modules, for the certificates.
-        """
+        """Return whether enough modules found the same set; never for the convex program, which is solved in all."""
         same = all(torch.equal(frame.members, frames[0].members) for frame in frames)
         return self.solver == "consensus" and len(frames) == AGREED and same
 
@@ -243,10 +200,7 @@ class CLAIR:
             raise ValueError(f"rank {self.rank} is larger than the updates of module {module.name!r} allow, {largest}")
 
     def _convex_members(self, module: Module) -> tuple[Tensor, Certificate]:
-        """Return the clients (K,) bool without a contamination part in the convex program, and the certificate.
-
-        The noisy form of the program (nu > 0) is used if the updates are noisy.
-        """
+        """Return the clients (K,) bool without contamination in the convex program, and its certificate."""
         updates = module.updates
         cores = cores_of_dense(updates) if isinstance(updates, Tensor) else cores_of_factors(updates)
         size = float(cores.core.abs().max()) or 1.0
@@ -263,10 +217,7 @@ class CLAIR:
 
 
 def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
-    """Return the modules in which the first set is searched.
-
-    They are ``PILOT_MODULES`` modules spread evenly over all, or all modules for the convex program.
-    """
+    """Return the modules that are searched: ``PILOT_MODULES`` spread evenly, or all for the convex program."""
     if solver == "convex" or len(fits) <= PILOT_MODULES:
         return list(fits)
     return [fits[i * (len(fits) - 1) // (PILOT_MODULES - 1)] for i in range(PILOT_MODULES)]
@@ -281,17 +232,14 @@ def first_set(fits: Sequence[ModuleFit], frames: Sequence[Frame]) -> Tensor:
 def _module_result(
     module: Module, fit: ModuleFit, outcome: Outcome, refine_any: bool, certificate: Certificate | None
 ) -> ModuleResult:
-    """Assemble a module's result; the updates are refined only if that is estimated to pay.
-
-    ``refine_any`` says whether the clients share a subspace in some module. If not, no module is refined.
-    """
+    """Assemble a module's result; ``refine_any`` says whether the clients share a subspace in some module."""
     frame, is_refined = outcome.frame, outcome.is_refined(refine_any)
     if isinstance(fit.cores, Cores):
         basis, off = fit.lifted(frame)
     else:
         shared = fit.shared(frame, fit.stacked or stack(cast(list[LowRank], module.updates)))
         basis, off = shared.lifted_basis(), shared.common_part()
-    benign = frame.members
+    refine = frame.members if is_refined else torch.zeros_like(frame.members)
     return ModuleResult(
         name=module.name,
         shape=module.shape[::-1] if module.transposed else module.shape,
@@ -299,7 +247,7 @@ def _module_result(
         basis=module.out(basis),
         common_part=module.out_update(off),
         scores=outcome.scores.cpu().numpy() if module.numpy else outcome.scores,
-        refined=_refine(module, basis, off, benign if is_refined else torch.zeros_like(benign)),
+        refined=_refine(module, basis, off, refine),
         gain=outcome.gain.relative,
         gain_terms=outcome.gain.scaled(fit.size * fit.size),
         is_refined=is_refined,
@@ -310,10 +258,7 @@ def _module_result(
 
 
 def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
-    """Return P Theta_k + P_perp M for the clients to ``refine`` and their own update for the others.
-
-    The result has the form of the input.
-    """
+    """Return P Theta_k + P_perp M for the clients to ``refine``, the others' own updates, in the form of the input."""
     if isinstance(module.updates, Tensor):
         X = module.updates.double()
         refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + off.dense(), X)
@@ -331,10 +276,7 @@ def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
 
 
 def _noise_norm(X: Tensor, rank: int | None) -> float:
-    """Estimate the Frobenius norm of a benign client's estimation noise.
-
-    The estimate is the root mean energy of the leave-one-out residuals of the robust half; 0 if it is mere rounding.
-    """
+    """Estimate the norm of a client's noise: the root mean leave-one-out energy of the robust half; 0 if rounding."""
     ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
     frame = fit_frame(X, ones, robust_half(X, ones, rank), rank)
     energy = float(leave_one_out(X, ones, frame)[frame.members].square().sum(dim=(1, 2)).mean())

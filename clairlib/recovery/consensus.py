@@ -1,11 +1,8 @@
 """Consensus solver: find the frame on which the largest group of clients agrees, with nothing known in advance.
 
 Candidate sets grow from a few start sets. In each round a set keeps the clients whose leave-one-out residuals fit it.
-The description length then decides between the candidates: it codes the clients as members of frames and as outliers,
-and the shortest code wins. This solver is not from the paper.
+The description length then decides between the candidates. This solver is not from the paper.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, log
@@ -13,19 +10,13 @@ from math import ceil, log
 import torch
 from torch import Generator, Tensor
 
+from clairlib.recovery import start_sets as starts
 from clairlib.recovery.description_length import best_set
 from clairlib.recovery.detection import FAMILY_ERROR, benign_set, calibrate
 from clairlib.recovery.effective_dimensions import SharedBlock
 from clairlib.recovery.frame import Frame, fit_frame, floor_energy, rank_limit
 from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, inside_energy, log_scores, shared_structure
-from clairlib.recovery.start_sets import (
-    START_RANK,
-    candidate_tuples,
-    robust_half,
-    score_tuples,
-    spread_starts,
-    start_sets,
-)
+from clairlib.recovery.start_sets import candidate_tuples, robust_half, score_tuples, spread_starts, start_sets
 
 SHORTLIST_OF_REST = 20  # tuples among the clients outside a candidate set, from which one further start is taken
 GROWTH = 1.5  # largest factor by which a set grows in a round
@@ -36,28 +27,13 @@ SPLITS = 10  # largest number of successive cuts of a set to its closer part
 
 
 def consensus(
-    X: Tensor,
-    weights: Tensor,
-    *,
-    rank: int | None = None,
+    X: Tensor, weights: Tensor, *, generator: Generator, rank: int | None = None,
     shared_block: SharedBlock | None = None,
-    generator: Generator,
 ) -> Frame:
     """Return the frame with the most members in the shortest description of the clients.
 
-    Parameters
-    ----------
-    X : Tensor (K, p, q), float64
-        Client updates, or their cores.
-    weights : Tensor (K,)
-        Noise variance of client k is proportional to 1 / weights[k].
-    rank : int, optional
-        Rank of the shared subspace; estimated if None.
-    shared_block : (rows, columns), optional
-        Number of leading rows and columns that are coordinates of all clients, as in `clairlib.recovery.frame`; all
-        rows and columns if None.
-    generator : Generator
-        Draws the tuples if there are more than ``start_sets.TUPLE_LIMIT``.
+    X (K, p, q), float64, are the updates or their cores, and ``weights`` (K,) their weights. ``rank`` is estimated if
+    None. ``shared_block`` (rows, columns) is as in `clairlib.recovery.frame`. ``generator`` draws the tuples.
     """
     shared_block = shared_block or (X.shape[1], X.shape[2])
     tuples = candidate_tuples(len(X), *shared_block, generator=generator)
@@ -96,10 +72,9 @@ def larger_group(
 ) -> Frame:
     """Return the frame of a larger group that shares a subspace among the other clients, or ``best`` if there is none.
 
-    The description length depends on how well a group agrees. A few contaminated clients that send the same update, or
-    updates without estimation noise, agree better than honest clients ever do. In that case the larger group decides.
-    It is searched among the ``candidates`` first, then by a new run of the solver on the other clients. A group
-    includes all clients that the verdict does not tell apart from its members.
+    The description length depends on how well a group agrees. A few contaminated clients that send the same or
+    noiseless updates agree better than honest clients ever do; then the larger group decides. It is searched among
+    ``candidates``, then by a new run, and includes all clients that the verdict cannot tell from it.
     """
     others = ~best.members
     K = int(others.sum())
@@ -132,10 +107,7 @@ def like_members(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 
 
 class FrameCache:
-    """Frames of sets of clients, with the log scores (K,) of all clients and the variance of a score, see `log_scores`.
-
-    Every set is remembered, because growing from different starts passes through the same sets again and again.
-    """
+    """Frames of sets of clients, each fitted once, with the log scores (K,) of all clients and their variance."""
 
     def __init__(self, X: Tensor, weights: Tensor, rank: int | None, shared_block: SharedBlock | None = None) -> None:
         self.X, self.weights, self.rank, self.shared_block = X, weights, rank, shared_block
@@ -151,17 +123,16 @@ class FrameCache:
         return self._known[key]
 
 
-def split_off(judge: FrameCache, starts: Sequence[Tensor]) -> list[Frame]:
-    """Cut each of the ``starts`` (K,) bool repeatedly by the scores; return the frames of the sets that remain.
+def split_off(judge: FrameCache, sets: Sequence[Tensor]) -> list[Frame]:
+    """Cut each of the ``sets`` (K,) bool repeatedly by the scores; return the frames of the sets that remain.
 
-    The description length decides whether a cut was right, because clients on the other side of the cut have directions
-    of their own. With few columns it compares little more than energies, and would separate clients of unequal noise.
-    In that case a frame is kept only if the scores form two groups.
+    The description length decides whether a cut was right, by the directions of the clients on its other side. With few
+    columns it compares little more than energies; then a frame is kept only if the scores form two groups.
     """
     frames = []
-    for start in starts:
-        frame, x, variance = judge(split_repeatedly(judge, start))
-        if judge.X.shape[2] >= START_RANK or are_two_groups(x, frame.members, variance):
+    for members in sets:
+        frame, x, variance = judge(split_repeatedly(judge, members))
+        if judge.X.shape[2] >= starts.START_RANK or are_two_groups(x, frame.members, variance):
             frames.append(frame)
     return [frame for frame in frames if frame.size >= judge.least]
 
@@ -169,8 +140,8 @@ def split_off(judge: FrameCache, starts: Sequence[Tensor]) -> list[Frame]:
 def split_repeatedly(judge: FrameCache, members: Tensor) -> Tensor:
     """Replace the set (K,) bool by the part of all clients closest to its frame, again and again, until it stays.
 
-    Growing a set adds every client that cannot be told apart from a member, one by one, and so loses a small group if
-    its noise is large. Cutting all scores in two at their largest difference does not.
+    Growing adds every client that cannot be told apart from a member, one by one, and so loses a small group if its
+    noise is large. Cutting all scores in two at their largest difference does not.
     """
     for _ in range(SPLITS):
         part = closer_part(judge(members)[1])
@@ -183,10 +154,9 @@ def split_repeatedly(judge: FrameCache, members: Tensor) -> Tensor:
 def are_two_groups(x: Tensor, members: Tensor, variance: float) -> bool:
     """Return whether the scores (K,) of the members and of the others are two groups rather than two halves of one.
 
-    The test compares two normals, each client in its own, with one normal for all, by the classification likelihood
-    (Biernacki, Celeux and Govaert 2000). In it, the halves of one normal lose log 2 - log(1 - 2 / pi)^(-1/2) = .19 per
-    client, and two equal groups lose less than ``CUT_LOSS`` if they are at least 3.3 standard deviations apart. Fitted
-    variances are at least ``variance``.
+    Two normals, each client in its own, are compared with one by the classification likelihood (Biernacki, Celeux and
+    Govaert 2000). In it, the halves of one normal lose log 2 - log(1 - 2 / pi)^(-1/2) = .19 per client, and two equal
+    groups at least 3.3 standard deviations apart less than ``CUT_LOSS``. Variances are at least ``variance``.
     """
     K, n = len(x), int(members.sum())
     if n == K:
@@ -196,20 +166,14 @@ def are_two_groups(x: Tensor, members: Tensor, variance: float) -> bool:
 
 
 def _log_likelihood(x: Tensor, least: float) -> float:
-    """Return the log-likelihood of values (n,), up to constants, under the best normal.
-
-    The variance of the normal is at least ``least``.
-    """
+    """Return the log-likelihood of values (n,), up to constants, under the best normal with variance >= ``least``."""
     n, squares = len(x), float((x - x.mean()).square().sum())
     variance = max(squares / n, least)
     return -0.5 * (n * log(variance) + squares / variance)
 
 
 def closer_part(x: Tensor) -> Tensor:
-    """Return the group (K,) bool of lower scores, by the cut with the largest between-group variance (Otsu 1979).
-
-    All clients are returned if all scores are equal.
-    """
+    """Return the lower scores (K,) bool by the cut of largest variance between groups (Otsu 1979); all if equal."""
     ordered, order = x.sort()
     if ordered[0] == ordered[-1]:
         return torch.ones_like(x, dtype=torch.bool)
@@ -223,11 +187,10 @@ def closer_part(x: Tensor) -> Tensor:
 
 
 def grow_twice(judge: FrameCache, start: Tensor) -> list[Frame]:
-    """Grow a set from a start at a strict level, then go on from the result at a lenient level; return both frames.
+    """Grow a set from a start at a strict level, then go on from the result at a lenient level; return the frames.
 
-    The first leaves out each client whose p-value is below ``FAMILY_ERROR``, so that a small benign set does not take
-    in clients around it. The second divides this level by K, so that benign clients are rarely left out by chance. The
-    list is shorter if a set dies out or if the first holds all clients.
+    The first leaves out clients with p-values below ``FAMILY_ERROR``, so that a small benign set does not take in
+    clients around it. The second divides this level by K, so that benign clients are rarely left out by chance.
     """
     frames = []
     for level in (FAMILY_ERROR, FAMILY_ERROR / len(start)):
@@ -244,9 +207,8 @@ def grow_twice(judge: FrameCache, start: Tensor) -> list[Frame]:
 def grow(judge: FrameCache, members: Tensor, level: float) -> Frame | None:
     """Grow a set of clients, at most by the factor ``GROWTH`` per round, and refit it until a set returns.
 
-    In each round all clients are scored by their leave-one-out residuals from the frame of the set. A client fits if
-    its p-value against the members exceeds ``level``, and the closest clients that fit form the next set. None if fewer
-    than three clients fit together.
+    A client fits if the p-value of its leave-one-out residual against the members exceeds ``level``; the closest
+    clients that fit form the next set. None if fewer than three clients fit together.
     """
     seen: list[Tensor] = []
     while int(members.sum()) >= 3:

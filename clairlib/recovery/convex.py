@@ -3,17 +3,14 @@
     minimise  || [L_1 .. L_K] ||_* + lam sum_k ||S_k||_F + 1/(2 nu) sum_k ||Z_k||_F^2
     subject to  X_k = M + L_k + S_k + Z_k                                  (nu = 0: Z = 0)
 
-The program is this project's reconstruction from the abstract of arXiv:2605.21217, not an equation of the paper. Its
-dual is:
+Its dual bounds the optimum from below, so a feasible pair proves how far it is from optimal:
 
     maximise  sum_k <Y_k, X_k> - nu/2 sum_k ||Y_k||_F^2
     subject to  ||[Y_1 .. Y_K]||_2 <= 1,  ||Y_k||_F <= lam,  sum_k Y_k = 0.
 
-The dual bounds the optimum from below, so a feasible pair proves how far it is from optimal. The iteration and the
-bounds are in `clairlib.recovery.admm`; as there, private functions hold blocks as (p, K, q).
+The program is this project's reconstruction from the abstract of arXiv:2605.21217, not an equation of the paper. The
+iteration and the bounds are in `clairlib.recovery.admm`; as there, private functions hold blocks as (p, K, q).
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -22,30 +19,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clairlib.recovery.admm import (
-    Iterate,
-    Problem,
-    dual_scale,
-    iterates,
-    objective,
-    quick_gap,
-    relative_gap,
-    shrink_blocks,
-)
+from clairlib.recovery.admm import Problem, dual_scale, iterates, objective, quick_gap, relative_gap, shrink_blocks
 
 NEGLIGIBLE = 1e-4  # relative size below which a singular value or a client's contamination counts as zero
-
 ROUNDING = 1e-14  # updates that differ by less than this, relative to their size, are identical
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Bounds on the optimum of the convex program: dual <= optimum <= primal.
+    """Bounds on the optimum of the convex program: dual <= optimum <= primal, objective values at the decomposition.
 
-    Both bounds are objective values at the tensors of the decomposition. ``relative_gap`` is (primal - dual) / primal,
-    0 if the objective is 0. ``converged`` says whether the gap is within the requested tolerance. The gap is relative
-    to the objective, and a contaminated client far larger than the others inflates the objective. In that case request
-    a smaller tolerance.
+    ``relative_gap`` is (primal - dual) / primal, 0 if the objective is 0; ``converged`` says whether it is within the
+    tolerance. A contaminated client far larger than the others inflates the objective; then request a smaller one.
     """
 
     primal: float
@@ -60,7 +45,7 @@ class Decomposition:
     """X_k = M + L_k + S_k (+ residual if nu > 0), float64 on the device of the input.
 
     ``common_part`` M (p, q); ``low_rank`` L, ``contamination`` S and the dual variable ``dual`` Y, each (K, p, q). L
-    has zero mean over clients. P M could be moved between M and L, so M alone is identified only off the subspace.
+    has zero mean over clients. M is identified only off the subspace.
     """
 
     common_part: Tensor
@@ -77,25 +62,13 @@ class Decomposition:
         return (self.contamination != 0).flatten(1).any(1)
 
 
-@dataclass(frozen=True)
-class _Solution:
-    common_part: Tensor
-    low_rank: Tensor
-    contamination: Tensor
-    dual: Tensor
-    certificate: Certificate
-
-
 def decompose(
-    updates: Tensor,
-    *,
-    lam: float | None = None,
-    nu: float = 0.0,
-    with_common: bool = True,
-    tolerance: float = 1e-6,
+    updates: Tensor, *, lam: float | None = None, nu: float = 0.0, with_common: bool = True, tolerance: float = 1e-6,
     max_iterations: int = 5000,
 ) -> Decomposition:
     """Split client updates into a common part, a low-rank part and a block-sparse part by the convex program.
+
+    The result scales, is permuted and rotated with the updates. Only the objective is certified, not uniqueness.
 
     Parameters
     ----------
@@ -110,21 +83,13 @@ def decompose(
         but not at 80 %, and not with 40 % colluding clients. Give lam in such cases.
     nu : float
         Weight of the residual, in units of the updates; nu = 0 asks for an exact split. Singular values of L are shrunk
-        by nu and blocks of S by lam nu. Estimation noise of standard deviation sigma per entry therefore stays out of L
-        and S if nu >= sigma (sqrt(p) + sqrt(K q)) and lam nu is well above sigma sqrt(p q).
+        by nu and blocks of S by lam nu. Noise of standard deviation sigma per entry therefore stays out of L and S if
+        nu >= sigma (sqrt(p) + sqrt(K q)) and lam nu is well above sigma sqrt(p q).
     with_common : bool
         False leaves out M, and sum_k Y_k = 0 in the dual: Outlier Pursuit in blocks (Xu, Caramanis, Sanghavi 2012).
-    tolerance : float
-        Relative duality gap at which to stop.
-    max_iterations : int
-        Largest number of iterations. When it is reached, the best point so far is returned, with
-        ``certificate.converged`` False unless its gap is within ``tolerance``.
-
-    Returns
-    -------
-    Decomposition
-        Scaling all updates (and nu) scales it, permuting clients permutes it, rotating either side rotates it. The
-        optimum need not be unique; only its objective is certified.
+    tolerance, max_iterations : float, int
+        Relative duality gap and number of iterations at which to stop. At the latter the best point so far is returned,
+        with ``certificate.converged`` False unless its gap is within ``tolerance``.
 
     Raises
     ------
@@ -138,11 +103,12 @@ def decompose(
     if float(centred.norm()) <= ROUNDING * float(blocks.norm()):
         centred = torch.zeros_like(centred)
     scale = float(torch.linalg.matrix_norm(centred.flatten(1), ord=2)) or 1.0
-    problem = Problem(centred / scale, lam or _first_weight(blocks.shape[1]), nu / scale, with_common)
+    first = lam or 1 / math.sqrt(math.log(max(blocks.shape[1], 3)))
+    problem = Problem(centred / scale, first, nu / scale, with_common)
     if lam is None:
         problem = _centre_in_window(problem, max_iterations)
-    found = _solve(problem, tolerance, max_iterations)
-    bounds = found.certificate
+    found, iterations = _solve(problem, tolerance, max_iterations)
+    primal, dual, gap = scale * found.certificate.primal, scale * found.certificate.dual, found.certificate.relative_gap
     return Decomposition(
         common_part=(origin + scale * found.common_part)[:, 0],
         low_rank=scale * found.low_rank.permute(1, 0, 2),
@@ -150,7 +116,7 @@ def decompose(
         dual=found.dual.permute(1, 0, 2),
         lam=problem.lam,
         nu=nu,
-        certificate=replace(bounds, primal=scale * bounds.primal, dual=scale * bounds.dual),
+        certificate=Certificate(primal, dual, gap, iterations, gap <= tolerance),
     )
 
 
@@ -165,26 +131,17 @@ def _check(updates: Tensor, lam: float | None, nu: float, max_iterations: int) -
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
 
 
-def _first_weight(clients: int) -> float:
-    return 1 / math.sqrt(math.log(max(clients, 3)))
-
-
 def _centre_in_window(problem: Problem, max_iterations: int) -> Problem:
-    """Move lam to the geometric mean of the window of a loose solution, at most three times.
-
-    An infinite upper end (no client is contaminated) is replaced by 1. This is the smallest upper end that a single
-    contaminated client can have, so a single contaminated client would still be found. If no client is benign, or L =
-    0, lam is below the window and moves half way (geometrically) to 1.
-    """
+    """Move lam to the geometric mean of the window of a loose solution, at most three times."""
     for _ in range(3):
         for iterate in itertools.islice(iterates(problem), max_iterations):
             if quick_gap(problem, iterate) <= 1e-3:
                 break
         low_rank, contamination = iterate.low_rank.permute(1, 0, 2), iterate.contamination.permute(1, 0, 2)
         low, high = lambda_window(low_rank, contamination)
-        if low == 0:
+        if low == 0:  # no client is benign, or L = 0: lam is below the window
             low, high = problem.lam, 1.0
-        elif math.isinf(high):
+        elif math.isinf(high):  # no client is contaminated: 1 is the smallest end that a single one can have
             high = 1.0
         if low >= high:
             break
@@ -194,45 +151,37 @@ def _centre_in_window(problem: Problem, max_iterations: int) -> Problem:
     return problem
 
 
-def _solve(problem: Problem, tolerance: float, max_iterations: int) -> _Solution:
+def _solve(problem: Problem, tolerance: float, max_iterations: int) -> tuple[Decomposition, int]:
     """Iterate until the exact certificate is within the tolerance; the cheap gap says when to compute it."""
-    best = _without_contamination(problem)
+    # S = 0: averaging and PCA, optimal if the multiplier has all ||Y_k||_F <= lam
+    best = _given_contamination(problem, torch.zeros_like(problem.data), None)
     if best.certificate.relative_gap <= tolerance:
-        return _stamp(best, 0, tolerance)
+        return best, 0
     for step, iterate in enumerate(iterates(problem), start=1):
         last = step >= max_iterations
         if last or quick_gap(problem, iterate) <= tolerance:
             found = _given_contamination(problem, iterate.contamination, iterate.dual)
             if last:
-                rest = _given_low_rank(problem, iterate)
-                best = min(best, found, rest, key=lambda s: s.certificate.relative_gap)
-                return _stamp(best, step, tolerance)
+                common_part, low_rank = iterate.common_part, iterate.low_rank
+                contamination = shrink_blocks(problem.data - common_part - low_rank, problem.lam * problem.nu)
+                other = _certify(problem, common_part, low_rank, contamination, iterate.dual)
+                return min(best, found, other, key=lambda s: s.certificate.relative_gap), step
             if found.certificate.relative_gap <= tolerance:
-                return _stamp(found, step, tolerance)
+                return found, step
     raise AssertionError("unreachable: the iterates never end")
 
 
-def _stamp(solution: _Solution, iterations: int, tolerance: float) -> _Solution:
-    bounds = solution.certificate
-    converged = bounds.relative_gap <= tolerance
-    return replace(solution, certificate=replace(bounds, iterations=iterations, converged=converged))
-
-
-def _certify(
-    problem: Problem, common_part: Tensor, low_rank: Tensor, contamination: Tensor, dual: Tensor
-) -> _Solution:
+def _certify(problem: Problem, common_part: Tensor, low_rank: Tensor, sparse: Tensor, dual: Tensor) -> Decomposition:
     """Recompute the bounds from the tensors by singular values; the dual variable is scaled to be exactly feasible."""
-    spectral = float(torch.linalg.matrix_norm(dual.flatten(1), ord=2))
-    dual = dual / max(1.0, spectral)
+    dual = dual / max(1.0, float(torch.linalg.matrix_norm(dual.flatten(1), ord=2)))
     t, lower = dual_scale(problem, dual)
-    residual = problem.data - common_part - low_rank - contamination
     nuclear = torch.linalg.svdvals(low_rank.flatten(1)).sum()
-    upper = objective(problem, nuclear, contamination, residual)
-    certificate = Certificate(upper, lower, relative_gap(upper, lower), 0, False)
-    return _Solution(common_part, low_rank, contamination, t * dual, certificate)
+    upper = objective(problem, nuclear, sparse, problem.data - common_part - low_rank - sparse)
+    bounds = Certificate(upper, lower, relative_gap(upper, lower), 0, False)
+    return Decomposition(common_part, low_rank, sparse, t * dual, problem.lam, problem.nu, bounds)
 
 
-def _given_contamination(problem: Problem, contamination: Tensor, dual: Tensor | None) -> _Solution:
+def _given_contamination(problem: Problem, contamination: Tensor, dual: Tensor | None) -> Decomposition:
     """Return the best (M, L) for a given S. The result is feasible, and S keeps its exact zeros."""
     rest = problem.data - contamination
     common_part = problem.centre(rest)
@@ -248,50 +197,24 @@ def _given_contamination(problem: Problem, contamination: Tensor, dual: Tensor |
     return _certify(problem, common_part, low_rank.reshape(rest.shape), contamination, dual)
 
 
-def _without_contamination(problem: Problem) -> _Solution:
-    """Return the solution with S = 0: averaging and PCA. It is optimal if its multiplier has all ||Y_k||_F <= lam."""
-    return _given_contamination(problem, torch.zeros_like(problem.data), None)
-
-
-def _given_low_rank(problem: Problem, iterate: Iterate) -> _Solution:
-    """Return the solution with the best S for a given (M, L)."""
-    rest = problem.data - iterate.common_part - iterate.low_rank
-    contamination = shrink_blocks(rest, problem.lam * problem.nu)
-    return _certify(problem, iterate.common_part, iterate.low_rank, contamination, iterate.dual)
-
-
 def lambda_window(low_rank: Tensor, contamination: Tensor, *, rank: int | None = None) -> tuple[float, float]:
     """Return the interval of lam in which the convex program can return this decomposition.
 
         low = max_{k in S} ||V_k||_F,   high = 1 / || [C_k / ||C_k||_F]_{k not in S} ||_2,
 
-    where [L_1 .. L_K] = U diag(s) [V_1 .. V_K]' is the thin SVD (V_k is q x r), C_k is the contamination of
-    client k and S is the set of clients whose contamination is negligible (at most 1e-4 of the largest).
+    where [L_1 .. L_K] = U diag(s) [V_1 .. V_K]' is the thin SVD (V_k is q x r), C_k is the contamination of client k
+    and S is the set of clients whose contamination is negligible (at most 1e-4 of the largest).
 
-    Derivation. If (M, L, C) is optimal, there is a multiplier Y with Y in the subdifferential of ||L||_*,
-    Y_k = lam C_k / ||C_k||_F off S, ||Y_k||_F <= lam on S and sum_k Y_k = 0.
-    The first condition gives U'Y_k = V_k', so lam >= ||Y_k||_F >= ||V_k||_F for every k in S: the low end.
-    The first condition also gives ||Y||_2 <= 1, so lam || [C_k / ||C_k||_F]_{k not in S} ||_2 <= 1: the high end.
+    Derivation. If (M, L, C) is optimal, there is a multiplier Y in the subdifferential of ||L||_* with Y_k = lam C_k /
+    ||C_k||_F off S, ||Y_k||_F <= lam on S and sum_k Y_k = 0. Being a subgradient gives U'Y_k = V_k', so lam >=
+    ||Y_k||_F >= ||V_k||_F on S: the low end. It also gives ||Y||_2 <= 1: the high end.
 
-    Parameters
-    ----------
-    low_rank : Tensor (K, p, q)
-        Blocks L_k, in the gauge of the optimum: mean zero over clients, because the mean is part of M.
-    contamination : Tensor (K, p, q)
-        Blocks C_k; zero for benign clients.
-    rank : int, optional
-        Rank of [L_1 .. L_K]; by default the number of singular values above 1e-4 of the largest.
+    Both ends are necessary, not sufficient: sum_k Y_k = 0 is not used. Contamination that leans to one side (sum_k C_k
+    / ||C_k||_F far from zero) pulls M aside, which costs L an extra direction. This is our derivation, not the paper's.
 
-    Returns
-    -------
-    (low, high) : tuple of float
-        Dimensionless. low is 0 if L = 0 or no client is benign; high is inf if no client is contaminated.
-
-    Notes
-    -----
-    Both ends are necessary, not sufficient. The derivation does not use sum_k Y_k = 0. Contamination that leans to one
-    side (sum_k C_k / ||C_k||_F far from zero) pulls M aside, which costs L an extra direction. The window is this
-    project's own derivation for its reconstruction of the program; it is not taken from the paper (arXiv:2605.21217).
+    ``low_rank`` holds the L_k (K, p, q), of mean zero over clients because the mean is part of M, ``contamination`` the
+    C_k. ``rank`` is that of [L_1 .. L_K], by default the number of singular values above 1e-4 of the largest. low is 0
+    if L = 0 or no client is benign; high is inf if no client is contaminated.
     """
     count, p, q = low_rank.shape
     sizes = torch.linalg.vector_norm(contamination, dim=(1, 2))  # (K,)

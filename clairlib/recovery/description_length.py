@@ -1,9 +1,4 @@
-"""Description length: decide which candidate frame is that of the benign clients.
-
-Each client is coded either as a member of a frame or as an outlier; the partition with the shortest code decides.
-"""
-
-from __future__ import annotations
+"""Description length: code each client as a member of a candidate frame or as an outlier; the shortest code decides."""
 
 from dataclasses import replace
 from math import log
@@ -20,8 +15,7 @@ from clairlib.recovery.frame import Frame, centred, floor_energy, rank_limit
 from clairlib.recovery.leave_one_out import leave_one_out
 
 OWN_RANK = 16  # largest number of directions of its own with which an outlier is described
-# own energy per degree of freedom, over the noise, above which only the own part counts
-OUTLIER_NOISE_RATIO = 1.5
+OUTLIER_NOISE_RATIO = 1.5  # own energy per degree of freedom, over the noise, above which only the own part counts
 
 
 def best_set(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
@@ -31,10 +25,7 @@ def best_set(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
 
 
 def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[Frame]:
-    """Return the candidates, and their sets with the ranks of the others.
-
-    So the sets are compared, not the ranks estimated for them.
-    """
+    """Return the candidates, and their sets at the others' ranks, so that sets are compared and not estimated ranks."""
     p, q = candidates[0].shared_block[0], X.shape[2]
     frames = list(candidates)
     for frame in candidates:
@@ -47,9 +38,8 @@ def at_every_rank(X: Tensor, weights: Tensor, candidates: list[Frame]) -> list[F
 def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) -> Frame:
     """Return the frame with the most members in the shortest description of the clients as members and outliers.
 
-    The length of a partition is in twice natural units. It is the sum over clients of each client's cheapest
-    description, plus log p for every parameter of the frames in use, plus a fixed price if any client is described as
-    contaminated.
+    The length of a partition, in twice natural units, sums each client's cheapest description, log p for every
+    parameter of the frames in use, and a fixed price if any client is described as contaminated.
     """
     K = len(X)
     costs, overheads = description_lengths(X, weights, candidates)
@@ -58,13 +48,9 @@ def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) ->
     best: tuple[float, list[int]] | None = None
     for first in range(len(candidates)):
         chosen, cost, length = [first], costs[first], float(costs[first].sum() + overheads[first])
-        while len(chosen) < len(candidates):
+        while rest := [c for c in range(len(candidates)) if c not in chosen]:
             used = float(overheads[chosen].sum())
-            options = [
-                (float(torch.minimum(cost, costs[c]).sum() + used + overheads[c]), c)
-                for c in range(len(candidates))
-                if c not in chosen
-            ]
+            options = [(float(torch.minimum(cost, costs[c]).sum() + used + overheads[c]), c) for c in rest]
             if min(options)[0] >= length:
                 break
             length, c = min(options)
@@ -81,31 +67,28 @@ def shortest_description(X: Tensor, weights: Tensor, candidates: list[Frame]) ->
 def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> tuple[Tensor, Tensor]:
     """Return the cost (F, K) of each client's description through each frame, and the cost (F,) of each frame.
 
-    The unit is the noise energy of one degree of freedom, estimated from leave-one-out residuals. The estimate is that
-    of the frame with the least noise; its effective dimensions (rows, columns) are used for all frames. A member costs
-    the energy of its residual, and log p for each of its coefficients. An outlier has g directions of its own, at rows
-    + columns - g parameters each, and a variance of its own for the rest (`own_variance`). It is described on top of
-    the frame's subspace, with coefficients, or without the subspace, whichever is cheaper. The influence of an outlier
-    is bounded, so outliers do not choose the frame, and a frame is not cheaper for holding directions that only one
-    client uses. A frame costs log p for each parameter of its subspace and its common part.
+    The unit is the noise energy of one degree of freedom, from the leave-one-out residuals of the frame with the least
+    noise; its effective rows and columns are used for all frames. A member costs the energy of its residual, and log p
+    for each of its coefficients. An outlier has g directions of its own, at rows + columns - g parameters each, and a
+    variance of its own for the rest (`own_variance`). It is described on top of the frame's subspace, with
+    coefficients, or without the subspace, whichever is cheaper. The influence of an outlier is bounded, so outliers do
+    not choose the frame. A frame costs log p for each parameter of its subspace and its common part.
     """
     K, p, q = X.shape
     noise = [left_out_noise(X, weights, f) for f in candidates]
     base = candidates[min(range(len(candidates)), key=noise.__getitem__)]
-    R = _residuals(X, weights, base)
-    p_eff, q_eff = EffectiveDimensions(R[base.members], base.shared_block).effective_dimensions(free_clients(base, q))
+    R = project_out(base.basis, _differences(X, weights, base))
+    free = max(base.size - 1 - base.rank / q, 0.5)  # the fit used up one member for the mean, r / q for the subspace
+    p_eff, q_eff = EffectiveDimensions(R[base.members], base.shared_block).effective_dimensions(free)
     unit = max(min(noise), floor_energy(X)) / (p_eff * q_eff)  # noise energy of one degree of freedom
     rows, price = p_eff + base.rank, log(p)
-
     costs = torch.empty(len(candidates), K, dtype=X.dtype, device=X.device)
-    # cost of an outlier without the subspace; it is the same at every rank of a set
-    without_subspace: dict[bytes, Tensor] = {}
+    without_subspace: dict[bytes, Tensor] = {}  # cost of an outlier by set; it is the same at every rank of a set
     for i, frame in enumerate(candidates):
         coefficients, D = price * frame.rank * q_eff, _differences(X, weights, frame)
         R = project_out(frame.basis, D)
         total = weights[frame.members].sum()
-        # part of a non-member's energy that is its own rather than the error of the mean
-        own = total / (total + weights)
+        own = total / (total + weights)  # part of a non-member's energy that is not the error of the mean
         off = max(rows - frame.rank, 1.0)  # a frame of higher rank than the base may leave almost no rows
         in_frame = _own_description(R / unit**0.5, off, q_eff, own, price) + coefficients
         key = frame.members.cpu().numpy().tobytes()
@@ -119,11 +102,9 @@ def description_lengths(X: Tensor, weights: Tensor, candidates: list[Frame]) -> 
 
 
 def _own_description(R: Tensor, rows: float, columns: float, own: Tensor, price: float) -> Tensor:
-    """Return the cost (K,) of describing residuals, in units of the noise, by g directions of their own and a variance.
-
-    g is the cheapest number of directions for each client.
-    """
-    tails = tail_energies(R, int(min(rows, columns, OWN_RANK)))  # (K, g + 1)
+    """Return the cost (K,) of residuals in units of the noise: the cheapest g own directions, and a variance."""
+    tails = torch.nn.functional.pad(squared_singular_values(R).flip(1).cumsum(dim=1).flip(1), (0, 1))
+    tails = tails[:, : int(min(rows, columns, OWN_RANK)) + 1]  # energy beyond the top g singular directions
     g = torch.arange(tails.shape[1], device=R.device)
     free = (rows - g) * (columns - g)  # degrees of freedom left to noise
     off = free * own_variance(tails / free.clamp(min=1e-9), own[:, None])
@@ -134,17 +115,11 @@ def _differences(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     return with_neglected(centred(X, weights, frame) * weights.sqrt()[:, None, None], weights, frame)
 
 
-def _residuals(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    return project_out(frame.basis, _differences(X, weights, frame))
-
-
 def with_neglected(R: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     """Add to residuals (K, p, q) from a frame the energy that the compressed cores neglect.
 
-    In the own coordinates of a member j, the members' mean has a fraction w_j / W of the noise of j. The cores neglect
-    this part in the residuals of all other clients. Without it, a frame with few members, whose fractions are large,
-    would seem to have less noise. The energy is added in each client's own coordinates, as if the noise of the others
-    were its own.
+    In the own coordinates of a member j, the members' mean has a fraction w_j / W of the noise of j, which the cores
+    neglect in the residuals of all other clients. Without it, a frame with few members would seem to have less noise.
     """
     rows, columns = frame.shared_block
     if frame.shared_block == R.shape[1:]:
@@ -160,39 +135,20 @@ def with_neglected(R: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:
     """Return the off-subspace noise energy of a member, from its leave-one-out residuals.
 
-    The energy is divided by 1 + r / (q (s - 1)), because a subspace fitted without the member leaves that much more
-    outside. In-sample residuals would be far too small if a few clients are fitted with many directions, because these
-    are the largest directions of their noise.
+    It is divided by 1 + r / (q (s - 1)), because a subspace fitted without the member leaves that much more outside.
+    In-sample residuals of few clients would be far too small.
     """
     R = with_neglected(leave_one_out(X, weights, frame), weights, frame)
     energy = R[frame.members].square().sum(dim=(1, 2)).mean()
     return float(energy) / (1 + frame.rank / (X.shape[2] * max(frame.size - 1, 1)))
 
 
-def free_clients(frame: Frame, q: int) -> float:
-    """Return the number of members less the part of their off-subspace noise that the fit used up.
-
-    The mean uses up one member, the subspace r / q.
-    """
-    return max(frame.size - 1 - frame.rank / q, 0.5)
-
-
 def own_variance(x: Tensor, own: Tensor) -> Tensor:
-    """Return the cost per degree of freedom of a non-member with a variance of its own.
+    """Return the cost per degree of freedom of a non-member with a variance of its own: 1 + log x, or x if x < 1.
 
     ``x`` is its energy per degree of freedom in units of the noise, and ``own`` the part of x that is its own. If x own
     exceeds ``OUTLIER_NOISE_RATIO``, it replaces x: far from the frame, the error of the members' mean is not part of
-    the outlier's variance. Closer to the frame, that error is the price of being outside. The cost is 1 + log x, or x
-    if x < 1, because no variance is below the noise of the members.
+    the outlier's variance. No variance is below the members' noise.
     """
     x = torch.where(x * own > OUTLIER_NOISE_RATIO, x * own, x)
     return torch.where(x > 1, 1 + x.clamp(min=1).log(), x)
-
-
-def tail_energies(R: Tensor, largest: int) -> Tensor:
-    """Return the energy (K, largest + 1) of each residual (K, p, q) beyond its top g singular directions.
-
-    g runs over 0 .. largest.
-    """
-    squares = squared_singular_values(R)
-    return torch.nn.functional.pad(squares.flip(1).cumsum(dim=1).flip(1), (0, 1))[:, : largest + 1]

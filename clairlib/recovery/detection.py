@@ -1,12 +1,9 @@
 """Detection of contaminated clients: calibration of log scores on a set of benign clients, and two decisions.
 
-Decision (i): is any client contaminated, either one by one or as a group? The nominal family-wise error if no client is
-contaminated is ``FAMILY_ERROR``; it is measured, not proved.
-Decision (ii): which clients are contaminated? The cut with the least error is used: the point where a two-component
-model of the log scores gives posterior one half.
+Decision (i): is any client contaminated, one by one or as a group? If none is, the nominal family-wise error is
+``FAMILY_ERROR``; it is measured, not proved. Decision (ii): which clients are contaminated? They are cut where a
+two-component model of the log scores gives posterior one half, the least error.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -22,10 +19,9 @@ PRIOR_CLIENTS = 6.0  # weight, in clients, of the variance under pure noise agai
 
 @dataclass(frozen=True)
 class Calibration:
-    """Position of every client relative to the benign members.
+    """Position (K,) of every client relative to the benign members; a member is compared with the other members only.
 
-    ``z`` (K,) is the distance from the members' mean log score in standard deviations. ``p_values`` (K,) is the chance
-    that a benign client's score is at least as high. A member is compared with the other members only.
+    ``z``: standard deviations from the members' mean log score; ``p_values``: chances that a benign score is as high.
     """
 
     z: Tensor
@@ -36,8 +32,7 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
     """Compare every log score with those of the members, by a moderated t statistic.
 
     The members' variance is shrunk towards ``variance``, the variance under pure noise, with the weight of
-    ``PRIOR_CLIENTS`` further clients (Smyth 2004). This keeps power if there are few members. A member is left out of
-    its own comparison.
+    ``PRIOR_CLIENTS`` further clients (Smyth 2004). This keeps power if there are few members.
     """
     x, n = log_scores.double(), int(members.sum())
     mean = x[members].mean()
@@ -56,10 +51,9 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
 def any_contaminated(p_values: Tensor) -> bool:
     """Decision (i): return whether Simes' test rejects that all clients are benign.
 
-    The statistic is min_i K p_(i) / i over the sorted p-values (Simes 1986). The test is as strict as Bonferroni for
-    one extreme client and has power if many clients stand out a little. Its level is a theorem for independent
-    p-values. The p-values of clients that are compared with one another are slightly dependent, so the level is nominal
-    here. Half of ``FAMILY_ERROR`` is spent here; the other half is left to the search that chose the members.
+    The statistic is min_i K p_(i) / i over the sorted p-values (Simes 1986), with power if many clients stand out a
+    little. Its level is a theorem for independent p-values. Here they are slightly dependent, so it is nominal. It is
+    half of ``FAMILY_ERROR``; the search for members may spend the rest.
     """
     return simes_cut(p_values) >= 0
 
@@ -75,9 +69,8 @@ def simes_cut(p_values: Tensor) -> float:
 def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: float, inside: Tensor) -> Tensor:
     """Make both decisions: return the benign clients (K,) bool, which are all clients if none stands out.
 
-    ``p_values`` are calibrated on ``members``. ``inside`` (K,) are log energies inside the subspace. If Simes' test
-    rejects, decision (ii) starts from the members that it does not reject. Otherwise decision (ii) starts from all
-    members, and counts only if its suspects lack energy inside the subspace.
+    ``p_values`` are calibrated on ``members``. ``inside`` (K,) are log energies inside the subspace. Decision (ii)
+    starts from the members that Simes' test does not reject. If it rejects none, the suspects must lack inside energy.
     """
     if any_contaminated(p_values):
         return least_error_set(log_scores, members & (p_values > simes_cut(p_values)), variance)
@@ -88,12 +81,10 @@ def benign_set(log_scores: Tensor, members: Tensor, p_values: Tensor, variance: 
 def lacks_subspace_energy(inside: Tensor, suspects: Tensor) -> bool:
     """Decision (i) for a group: return whether the suspects have less energy in the subspace than the other clients.
 
-    ``inside`` (K,) are the log energies in the subspace. The test is a one-sided Mann-Whitney test at level
-    ``STRANGER_ERROR``. A client that does not use the subspace has almost no energy in it. If all clients were benign,
-    their individual parts inside the subspace would be exchangeable. Suspects are chosen by their energy outside the
-    subspace, corrected for the size of the update, which includes both parts. Therefore the level is nominal, not
-    exact. This test never decides which clients are contaminated: a client is not flagged because its part inside is
-    missing or large.
+    ``inside`` (K,) are the log energies in the subspace, compared by a one-sided Mann-Whitney test at level
+    ``STRANGER_ERROR``. A client that does not use the subspace has almost no energy in it, while the individual parts
+    of benign clients inside it are exchangeable. The level is nominal, because the choice of suspects depends on the
+    size of the part inside. This test never decides which clients are contaminated.
     """
     if not bool(suspects.any()) or bool(suspects.all()):
         return False
@@ -101,20 +92,18 @@ def lacks_subspace_energy(inside: Tensor, suspects: Tensor) -> bool:
     return bool(stats.mannwhitneyu(x[s], x[~s], alternative="less").pvalue <= STRANGER_ERROR)
 
 
-def least_error_set(log_scores: Tensor, members: Tensor, variance: float, rounds: int = 30) -> Tensor:
+def least_error_set(log_scores: Tensor, members: Tensor, variance: float) -> Tensor:
     """Decision (ii): return the benign clients (K,) bool under a two-component model of the log scores.
 
-    The iteration starts from ``members`` and assigns every client to the likelier component until no client moves, at
-    most ``rounds`` times. Each component is normal with unknown centre and variance, estimated from the *other*
-    clients, so a client's predictive distribution is a Student t. The benign variance is shrunk towards ``variance``
-    with the weight of ``PRIOR_CLIENTS`` clients. The contaminated variance is shrunk, with the weight of one client,
-    towards the square of a quarter of the distance between the centres, which puts the midpoint two standard deviations
-    away. A client below the benign centre is benign. A single suspect stays contaminated, because nothing is known of
-    its component.
+    Starting from ``members``, every client is assigned to the likelier component until none moves, at most 30 times.
+    Each component is normal with unknown centre and variance, estimated from the *other* clients, so a client's
+    predictive distribution is a Student t. The benign variance is shrunk towards ``variance`` with the weight of
+    ``PRIOR_CLIENTS`` clients; the contaminated one, with the weight of one client, towards the square of a quarter of
+    the distance between the centres. A client below the benign centre is benign. A single suspect stays contaminated.
     """
     x = log_scores.double().cpu().numpy()
     benign = members.cpu().numpy().copy()
-    for _ in range(rounds):
+    for _ in range(30):
         updated = _likelier_benign(x, benign, variance)
         if (updated == benign).all():
             break

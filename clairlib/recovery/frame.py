@@ -5,13 +5,10 @@ this subspace (P C = 0). It stands for the affine subspace {C + U F}, where U (p
 (r, q) is free. Throughout this package "frame" has this meaning.
 
 The output side is the row side (p). Clients come as a float64 stack X (K, p, q) with weights w (K,): the noise variance
-of client k is proportional to 1 / w_k. The first rows and columns, counted by ``shared_block``, are coordinates of all
-clients. The remaining ones, if any, are each client's own: client k's own coordinates are orthogonal to those of every
-other client, although they are stored at the same positions. The entries there have no part in the subspace, and they
-enter the mean of the members only through the client itself.
+of client k is proportional to 1 / w_k. The first rows and columns, counted by ``shared_block`` (None: all), are
+coordinates of all clients. The others are each client's own: orthogonal to those of every other client, although stored
+at the same positions. Entries there have no part in the subspace, and enter the mean only through the client itself.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
@@ -27,12 +24,11 @@ ROUNDING_ENERGY = 1e-20  # energies below this fraction of a client's mean energ
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame (P, C) of dimension r, fitted to ``members`` (K,) bool.
+    """A frame (P, C) of dimension ``rank`` r, fitted to ``members`` (K,) bool, of which there are ``size``.
 
     ``basis`` U (p, r) with P = U U', unique up to rotation of its columns. ``mean`` M (p, q), the weighted mean of the
     members; C = P_perp M. ``eigenvalues`` (p,) of the members' weighted centred scatter, descending, and its
-    ``eigenvectors`` (p, p); the basis is the first r of them. ``shared_block`` (rows, columns), the number of leading
-    coordinates of all clients: mean, eigenvalues and eigenvectors live there, and are zero elsewhere.
+    ``eigenvectors`` (p, p), of which the first r are the basis. All are zero outside the ``shared_block``.
     """
 
     members: Tensor
@@ -44,12 +40,10 @@ class Frame:
 
     @property
     def rank(self) -> int:
-        """Dimension r of the subspace."""
         return self.basis.shape[1]
 
     @property
     def size(self) -> int:
-        """Number of members."""
         return int(self.members.sum())
 
 
@@ -61,11 +55,7 @@ def rank_limit(members: int, p: int, q: int) -> int:
 def fit_frame(
     X: Tensor, weights: Tensor, members: Tensor, rank: int | None = None, shared_block: SharedBlock | None = None
 ) -> Frame:
-    """Fit a frame to a set of clients: their weighted mean, and the leading eigenvectors of their centred scatter.
-
-    scatter = sum_k w_k (X_k - M)(X_k - M)'. ``rank=None`` estimates the rank. ``shared_block=None`` means all of p and
-    q.
-    """
+    """Fit a frame: weighted mean M, leading eigenvectors of sum_k w_k (X_k - M)(X_k - M)'; rank estimated if None."""
     rows, columns = shared_block = shared_block or (X.shape[1], X.shape[2])
     w = weights[members]
     mean = torch.zeros_like(X[0])
@@ -81,10 +71,7 @@ def fit_frame(
 
 
 def _less_mean(X: Tensor, shares: Tensor, mean: Tensor, shared_block: SharedBlock) -> Tensor:
-    """Return X_k - M for clients with fractions ``shares`` (K,) of the total weight of M.
-
-    In a client's own coordinates M consists of this client's entries only, times its fraction.
-    """
+    """Return X_k - M for clients with ``shares`` (K,) of M's weight; in own coordinates, M is X_k times its share."""
     D = X - mean
     rows, columns = shared_block
     if shared_block != X.shape[1:]:
@@ -103,9 +90,8 @@ def centred(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 def keep_directions(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     """Return the frame with all directions that refinement should keep as the members' own.
 
-    If a gap ends the spectrum, these are the directions of the frame. If not, they are the directions that hold more
-    signal than noise in held-out clients. The two choices differ because the verdict is better with few directions,
-    while a refined client is better with every direction that pays.
+    If a gap ends the spectrum, these are the frame's. If not, they are the directions that hold more signal than noise
+    in held-out clients: the verdict is better with few directions, a refined client with every direction that pays.
     """
     if gap_rank(frame.eigenvalues[: resolved_rank(frame.eigenvalues)], frame.rank) == frame.rank:
         return frame
@@ -120,10 +106,7 @@ def _gram(D: Tensor) -> Tensor:
 
 
 def member_loads(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
-    """Return E_k (n, p, q) of the members, in the coordinates of the scatter's eigenvectors.
-
-    Without client k the scatter decreases by E_k E_k'.
-    """
+    """Return E_k (n, p, q) of the members in eigenvector coordinates; without client k the scatter loses E_k E_k'."""
     w = weights[frame.members]
     loss = (w * w.sum() / (w.sum() - w)).sqrt()  # the scatter decreases by w_k W / (W - w_k) D_k D_k'
     return frame.eigenvectors.T @ centred(X, weights, frame)[frame.members] * loss[:, None, None]
@@ -132,10 +115,9 @@ def member_loads(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
 def _rank(D: Tensor, values: Tensor, own: bool) -> int:
     """Estimate the rank of centred blocks D (n, p, q), whose scatter has the eigenvalues ``values``.
 
-    ``own`` says whether the clients have rows of their own outside the shared block. If not, and if every client lies
-    in the span of the others, there is no noise and every direction is shared. The noise of low-rank adapters also lies
-    in few directions, as many as the ranks of the adapters add up to, but each client brings its own ones. So does a
-    client that shares nothing. In these cases the gap is searched among the directions that are present.
+    ``own`` says whether clients have rows outside the shared block. If not, and if every client lies in the span of the
+    others, there is no noise and every direction is shared. The noise of low-rank adapters also lies in few directions,
+    but each client brings its own, and so does a client that shares nothing. The gap is searched among those.
     """
     n, p, q = D.shape
     resolved, limit = resolved_rank(values), rank_limit(n, p, q)
@@ -152,5 +134,3 @@ def floor_energy(X: Tensor) -> float:
     """Return the energy below which a residual counts as exactly zero: the rounding of a client's mean energy."""
     energy = float(torch.linalg.vector_norm(X)) ** 2 / len(X)
     return max(ROUNDING_ENERGY * energy, torch.finfo(torch.float64).tiny)
-
-

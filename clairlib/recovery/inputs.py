@@ -1,7 +1,5 @@
 """Input checks: read client updates in every accepted form once, and give results back in the same form."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -22,8 +20,7 @@ MAX_WEIGHT_RATIO = 1e9  # at larger ratios, a sum over clients in float64 no lon
 class Module:
     """The clients' updates of one weight matrix, with the side whose subspace is sought as rows.
 
-    ``updates`` is a stack (K, p, q) or a list of LowRank. ``transposed`` says that rows and columns were swapped,
-    ``numpy`` that results are returned as numpy arrays.
+    ``transposed`` says that rows and columns were swapped, ``numpy`` that results are returned as numpy arrays.
     """
 
     name: str
@@ -61,21 +58,9 @@ def transpose(update: LowRank) -> LowRank:
 
 
 def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list[Module], list[str], bool]:
-    """Check updates and convert them to modules.
+    """Check updates and convert them to modules, in the order of the input.
 
-    Returns
-    -------
-    list of Module
-        The modules, in the order of the input.
-    list of str
-        Client names.
-    bool
-        Whether the input was a dict of modules.
-
-    Raises
-    ------
-    TypeError, ValueError
-        One line that names the module and the client.
+    Also return client names and whether the input was a dict. Errors (TypeError, ValueError) name module and client.
     """
     by_module = isinstance(updates, Mapping)
     groups = updates if by_module else {SINGLE: updates}
@@ -88,10 +73,9 @@ def read_modules(updates: Any, names: list[str] | None, side: str) -> tuple[list
             what = f"a (K, p, q) array or a sequence of LowRank; got {type(group).__name__}"
             raise TypeError(f"updates{where(module)} must be {what}")
     counts = {module: len(group) for module, group in groups.items()}
-    K = next(iter(counts.values()))
+    first, K = next(iter(counts.items()))
     for module, count in counts.items():
         if count != K:
-            first = next(iter(counts))
             raise ValueError(f"every module must have one update per client; {module!r} has {count}, {first!r} has {K}")
     if K < MINIMUM_CLIENTS:
         raise ValueError(f"need at least {MINIMUM_CLIENTS} clients to tell which of them differ; got {K}")
@@ -158,9 +142,8 @@ def _read_factors(group: Sequence[Any], clients: list[str], transposed: bool, wh
         if update.B.ndim != 2 or update.A.ndim != 2 or update.B.shape[1] != update.A.shape[0]:
             raise ValueError(f"client {client!r} has factors {tuple(update.B.shape)}, {tuple(update.A.shape)}{where}")
         if read and update.shape != read[0].shape:
-            raise ValueError(
-                f"updates must share (p, q); client {client!r} has {update.shape}{where}, expected {read[0].shape}"
-            )
+            found = f"client {client!r} has {update.shape}{where}, expected {read[0].shape}"
+            raise ValueError(f"updates must share (p, q); {found}")
         if not isinstance(update.scale, int | float):
             raise TypeError(f"client {client!r} has scale {update.scale!r}{where}, expected a number")
         if not (bool(update.B.isfinite().all() and update.A.isfinite().all()) and isfinite(update.scale)):

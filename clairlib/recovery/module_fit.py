@@ -22,20 +22,13 @@ from clairlib.recovery.verdict import ModuleScores, wider_frame
 class ModuleFit:
     """One module during the fit. Its cores are divided by ``size``, their largest entry, so that squares stay in range.
 
-    The frame of the last requested set and its scores are remembered. ``stacked`` are the clients' factors, if they are
-    kept. ``expected_sq_error`` (K,) are the expected squared errors of the clients' updates, if they are known.
-    Compressed cores are ``compressed_for`` a set of clients (K,) bool, or for all clients if None.
+    The frame of the last requested set and its scores are remembered. ``stacked`` are the factors and
+    ``expected_sq_error`` (K,) the expected errors, if known. Compressed cores are ``compressed_for`` a set (None: all).
     """
 
     def __init__(
-        self,
-        name: str,
-        cores: Cores | Compressed,
-        weights: Tensor,
-        rank: int | None,
-        *,
-        compressed_for: Tensor | None = None,
-        stacked: StackedFactors | None = None,
+        self, name: str, cores: Cores | Compressed, weights: Tensor, rank: int | None, *,
+        compressed_for: Tensor | None = None, stacked: StackedFactors | None = None,
         expected_sq_error: Tensor | None = None,
     ) -> None:
         self.name, self.cores, self.weights, self.rank, self.stacked = name, cores, weights, rank, stacked
@@ -92,10 +85,7 @@ class ModuleFit:
         return self.cores.lift_rows(frame.basis), off
 
     def shared(self, frame: Frame, stacked: StackedFactors) -> RefinedSubspace:
-        """Return subspace and common part of a frame from the clients' factors.
-
-        This is for compressed cores, which hold only the leading directions of the frame.
-        """
+        """Return subspace and common part of a frame from the clients' factors, for cores that are compressed."""
         assert isinstance(self.cores, Compressed)
         start = frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
         return shared_part(stacked, frame.members, self.weights, self.cores.left @ start, frame.rank)
@@ -105,9 +95,8 @@ class ModuleFit:
 class Outcome:
     """Outcome of a module for a set of benign clients.
 
-    ``frame`` with the directions to keep; z ``scores`` (K,) of this module alone; ``gain`` in units of the cores;
-    ``structure``, the members' explained variance (`shared_structure`); ``spectrum``, the singular values of the
-    members' centred stack.
+    ``frame`` with directions to keep; z ``scores`` (K,) of this module alone; ``gain`` in units of the cores;
+    ``structure``, the members' `shared_structure`; ``spectrum``, singular values of the members' centred stack.
     """
 
     frame: Frame
@@ -117,10 +106,5 @@ class Outcome:
     spectrum: Tensor
 
     def is_refined(self, refine_any: bool) -> bool:
-        """Return whether refinement is estimated to pay.
-
-        ``refine_any`` says whether the clients share a subspace in some module. If not, a difference between clients is
-        as likely to be each client's own as to be noise, but the estimated gain takes it for noise. Then nothing is
-        refined.
-        """
+        """Return whether refinement is estimated to pay and ``refine_any``: clients share a subspace in some module."""
         return refine_any and self.gain.relative > 0

@@ -18,10 +18,9 @@ from clairlib.recovery.leave_one_out import LeaveOneOut
 class Gain:
     """Estimated errors of local and refined updates: mean squared Frobenius norms over the benign clients.
 
-    ``local`` is the estimation noise outside and inside the subspace, ``inside`` the part inside it. ``off_subspace``
-    is the outside noise that remains after averaging. ``heterogeneity`` is the energy of benign differences that
-    averaging removes. ``subspace_cost`` is the signal lost because the subspace is estimated, less the benign
-    differences that the tilt of the estimated subspace keeps; it may be negative.
+    ``local`` is the noise of an update, ``inside`` its part in the subspace, ``off_subspace`` the outside noise after
+    averaging. ``heterogeneity`` is the energy of benign differences that averaging removes. ``subspace_cost`` is the
+    signal lost by the subspace's tilt, less the benign differences that it keeps.
     """
 
     local: float
@@ -47,28 +46,22 @@ def refined_core(X: Tensor, frame: Frame) -> Tensor:
 
 
 def estimate_gain(
-    X: Tensor,
-    weights: Tensor,
-    frame: Frame,
-    known: float | None = None,
-    left_out: LeaveOneOut | None = None,
+    X: Tensor, weights: Tensor, frame: Frame, known: float | None = None, left_out: LeaveOneOut | None = None,
     ranks: Tensor | None = None,
 ) -> Gain:
     """Estimate the gain of refinement over local updates (our form of the abstract's oracle gain, its claim C4).
 
     With s members, off-subspace noise N per member, effective dimensions p_e, q_e and structured heterogeneity h^2, the
     local error is N (1 + r / p_e) and the refined error is N r / p_e + N / s + h^2 (1 - 1/s) + r (N - h^2) / (q_e s).
-    The last term is the first-order cost of the estimated subspace; h^2 enters because the tilted subspace keeps a part
-    of the heterogeneity.
+    The last term is the first-order cost of the estimated subspace, whose tilt keeps a part of h^2.
 
     The energy V of leave-one-out residuals is (N + h^2) (1 + r / (q_e (s - 1))), because a subspace fitted without the
-    member leaves that much more of its energy outside. h^2 is estimated from the singular values that stand above the
-    noise in the members' own spectra (gap of the mean squared singular values), less the noise in them; it is 0 for
-    adapters of rank below 8. Not guaranteed: differences between benign clients that look like noise, spread over all
-    directions, cannot be told from estimation noise by any method that sees one update per client. If ``known`` is
-    given, the expected ||E_k||_F^2 of a client of weight 1, they can: residual energy beyond the part p_e / (p_e + r)
-    of ``known`` that lies outside the subspace counts as heterogeneity. ``left_out`` are the residuals of all clients
-    and ``ranks`` (K,) the numerical ranks of their updates, if they are known.
+    member leaves that much more outside. h^2 is estimated from the singular values that stand above the noise in the
+    members' own spectra (gap of the mean squared singular values), less the noise in them; it is 0 for adapters of rank
+    below 8. Not guaranteed: benign differences that look like noise, spread over all directions, cannot be told from it
+    by any method that sees one update per client. They can if ``known``, the expected ||E_k||_F^2 of a client of weight
+    1, is given: residual energy beyond its part p_e / (p_e + r) outside the subspace then counts as heterogeneity.
+    ``left_out`` are all residuals and ``ranks`` (K,) the updates' ranks, if known.
     """
     left_out = left_out or LeaveOneOut.of(X, weights, frame)
     s, r, R = frame.size, frame.rank, left_out.benign.R
@@ -91,11 +84,7 @@ def estimate_gain(
 
 
 def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, columns: float) -> float:
-    """Return h^2 of the structure outside a subspace that is fitted to all members: the part that averaging removes.
-
-    A subspace may have grown to hold each client's own differences. Such differences stand out in the leave-one-out
-    residuals, but refinement keeps them.
-    """
+    """Return h^2 of the structure outside a subspace fitted to all members: the part that averaging removes."""
     s = frame.size
     residuals = project_out(frame.basis, centred(X, weights, frame)[frame.members])  # H_k enters times 1 - 1/s
     energy = float(residuals.square().sum(dim=(1, 2)).mean())
@@ -106,9 +95,8 @@ def _kept_out(X: Tensor, weights: Tensor, frame: Frame, rank: int, rows: float, 
 def _structure(R: Tensor, squares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the squared singular values (s, g) of the residuals above the noise, and the residuals without them.
 
-    g is the same number for all clients, from the gap of their mean spectrum; the spectrum of one client is too rough
-    to show a gap. At most ``rank`` directions are examined, the rank of the median update: an adapter of rank rho
-    confines its noise to rho directions, and with few of them no gap can be found.
+    g is from the gap of the mean spectrum, because that of one client is too rough to show a gap. At most ``rank``
+    directions are examined, the rank of the median update, to which an adapter confines its noise.
     """
     g = gap_rank(squares.mean(dim=0)[:rank], rank // 2)
     if not g:
@@ -121,8 +109,7 @@ def energy_above_noise(squares: Tensor, V: float, rows: float, columns: float) -
     """Return the energy of the signal behind singular values that noise has raised, as a mean over clients.
 
     y^2 = (x^2 + a) (x^2 + b) / x^2 for a signal x in noise with a = sigma^2 rows, b = sigma^2 columns (Benaych-Georges
-    and Nadakuditi 2012), solved for x^2. sigma^2 is the rest of V divided by rows x columns; this is iterated until it
-    stays.
+    and Nadakuditi 2012), solved for x^2. sigma^2 is the rest of V divided by rows x columns, iterated until it stays.
     """
     noise, energy = V, 0.0
     for _ in range(100):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,10 @@ class ModuleSummary:
 
     ``shape`` is (p, q) and ``rank`` is r. ``scores`` (K,) are as in ClairResult, but of this module alone. ``gain`` is
     the estimated fraction of the local squared error that refinement removes, ``gain_terms`` its parts. ``is_refined``
-    is False if refinement was refused, either because the gain is not positive or because no module has a shared
-    subspace; clients then keep their own updates. ``shared_structure``, in [0, 1], is the explained variance of the
-    benign clients by leave-one-out prediction, beyond chance. ``spectrum`` holds the singular values of the benign
-    clients' centred stack; the rank shows as a drop in it. ``certificate`` is that of the convex program, None for the
-    consensus solver.
+    is False if clients keep their own updates: the gain is not positive, or no module has a shared subspace.
+    ``shared_structure``, in [0, 1], is the explained variance of the benign clients by leave-one-out prediction, beyond
+    chance. ``spectrum`` holds the singular values of the benign clients' centred stack; the rank shows as a drop in it.
+    ``certificate`` is that of the convex program, if solved.
     """
 
     name: str
@@ -43,14 +41,24 @@ class ModuleSummary:
 class ModuleResult(ModuleSummary):
     """Results of one weight matrix, with its subspace and the refined updates.
 
-    ``basis`` U (p, r), or (q, r) for side "input", is unique up to rotation, so compare subspaces with
-    ``subspace.sin_theta``. ``common_part`` is P_perp M (p, q). ``refined`` has the form of the input; a contaminated
-    client has its own update there.
+    ``basis`` U (p, r), or (q, r) for side "input", is unique up to rotation; compare with ``subspace.sin_theta``.
+    ``common_part`` is P_perp M (p, q). ``refined`` has the form of the input, with a contaminated client's own update.
     """
 
     basis: Any
     common_part: Any
     refined: Any
+
+
+def _of_modules(name: str, meaning: str) -> property:
+    """Make a property that reads a field of the module, or a dict of it if the updates were given by module."""
+
+    def read(result: ClairResult) -> Any:
+        if result.by_module:
+            return {m: getattr(module, name) for m, module in result.modules.items()}
+        return getattr(result.modules[SINGLE], name)
+
+    return property(read, doc=meaning)
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,13 @@ class ClairResult:
 
     ``benign`` (K,) bool. ``scores`` (K,) say how far each client stands above the benign ones, in standard deviations
     of their log leave-one-out energy off the subspace. ``p_values`` (K,) are the chance that a benign client scores as
-    high. The family-wise error of the verdict is 1 % if no client is contaminated. This assumes that the clients' noise
-    variances are proportional to 1 / weights: a client with noisier data and no weight that says so looks contaminated.
+    high. The family-wise error is 1 % if no client is contaminated and noise variances are proportional to 1 / weights;
+    a client with noisier data and no weight that says so looks contaminated. ``modules`` holds a `ModuleResult` by
+    name, or a `ModuleSummary` if the refined updates are on disk.
+
     ``rank``, ``basis``, ``common_part``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of
-    the module, or dicts by module if the updates were given by module. ``modules`` maps each module name to a
-    `ModuleResult`, or to a `ModuleSummary` if the refined updates are on disk.
+    the module, or dicts if the updates were given by module. Look at ``shared_structure`` first: if it is near 0, no
+    shared subspace is visible; below ``MIN_EXPLAINED_VARIANCE`` in every module, nothing is refined.
     """
 
     names: list[str]
@@ -73,52 +83,14 @@ class ClairResult:
     modules: dict[str, Any]
     by_module: bool
 
-    def _of_modules(self, value: Callable[[ModuleResult], Any]) -> Any:
-        return {m: value(r) for m, r in self.modules.items()} if self.by_module else value(self.modules[SINGLE])
-
-    @property
-    def rank(self) -> Any:
-        """Rank r of the shared subspace."""
-        return self._of_modules(lambda m: m.rank)
-
-    @property
-    def basis(self) -> Any:
-        """Orthonormal basis U (p, r) of the shared subspace."""
-        return self._of_modules(lambda m: m.basis)
-
-    @property
-    def common_part(self) -> Any:
-        """Common part outside the subspace, P_perp M (p, q)."""
-        return self._of_modules(lambda m: m.common_part)
-
-    @property
-    def common(self) -> Any:
-        """Old name of ``common_part``; it will be removed in version 0.3."""
-        return self.common_part
-
-    @property
-    def refined(self) -> Any:
-        """Refined updates, in the form of the input; contaminated clients hold their own update."""
-        return self._of_modules(lambda m: m.refined)
-
-    @property
-    def gain(self) -> Any:
-        """Estimated fraction of the local squared error that refinement removes."""
-        return self._of_modules(lambda m: m.gain)
-
-    @property
-    def shared_structure(self) -> Any:
-        """Explained variance of the benign clients by leave-one-out prediction, beyond chance, in [0, 1].
-
-        Look at this value first: if it is near 0, no shared subspace is visible in the adapters. If it is below
-        ``MIN_EXPLAINED_VARIANCE`` in every module, nothing is refined.
-        """
-        return self._of_modules(lambda m: m.shared_structure)
-
-    @property
-    def certificate(self) -> Any:
-        """Duality gap of the convex program; None for the consensus solver."""
-        return self._of_modules(lambda m: m.certificate)
+    rank = _of_modules("rank", "Rank r of the shared subspace.")
+    basis = _of_modules("basis", "Orthonormal basis U (p, r) of the shared subspace.")
+    common_part = _of_modules("common_part", "Common part outside the subspace, P_perp M (p, q).")
+    common = _of_modules("common_part", "Old name of ``common_part``; it will be removed in version 0.3.")
+    refined = _of_modules("refined", "Refined updates, in the form of the input; contaminated clients hold their own.")
+    gain = _of_modules("gain", "Estimated fraction of the local squared error that refinement removes.")
+    shared_structure = _of_modules("shared_structure", "Explained variance of benign clients, see `ModuleSummary`.")
+    certificate = _of_modules("certificate", "Duality gap of the convex program; None for the consensus solver.")
 
     @property
     def contaminated(self) -> list[str]:
@@ -138,8 +110,8 @@ class ClairResult:
             lines.append("no shared subspace found: the updates do not predict one another, so the verdict says little")
         width = max(len(name) for name in self.names)
         lines.append(f"{'client':<{width}}  verdict       score  p-value")
-        rows = zip(self.names, self.benign.tolist(), self.scores.tolist(), self.p_values.tolist(), strict=True)
-        for name, ok, score, p in rows:
+        columns = self.benign.tolist(), self.scores.tolist(), self.p_values.tolist()
+        for name, ok, score, p in zip(self.names, *columns, strict=True):
             lines.append(f"{name:<{width}}  {'benign' if ok else 'contaminated':<12}  {score:5.1f}  {p:.2g}")
         for m in self.modules.values():
             found = f"rank {m.rank}, shared structure {m.shared_structure:.2f}"

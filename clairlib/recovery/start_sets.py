@@ -1,9 +1,4 @@
-"""Start sets: small groups of clients that agree unusually well, from which the consensus solver grows.
-
-This search is not from the paper.
-"""
-
-from __future__ import annotations
+"""Start sets: small groups of clients that agree unusually well, from which consensus sets grow. Not from the paper."""
 
 from itertools import combinations
 from math import ceil, comb
@@ -39,19 +34,12 @@ def candidate_tuples(K: int, p: int, q: int, *, generator: Generator) -> Tensor:
 
 
 def score_tuples(X: Tensor, tuples: Tensor, shared_block: SharedBlock | None = None) -> tuple[list[int], Tensor]:
-    """Order the tuples by how closely the other clients gather around their frames.
+    """Order the tuples by how closely the other clients gather around their frames; return this order, best first.
 
-    The frame of a tuple is over-specified on purpose: it has all directions of the differences between the tuple's
-    clients, up to p / 4. Its score is the sum over the other clients of the log off-frame energy. This loss has bounded
-    influence: many distant clients cost little, and a few very close ones gain much. Entries in a client's own
-    coordinates are off every frame.
-
-    Returns
-    -------
-    list of int
-        Tuples, best first.
-    Tensor (T, K)
-        Off-frame energy of each client, zero for the tuple's own clients.
+    Also return the off-frame energy (T, K) of each client, zero for the tuple's own clients. The frame of a tuple is
+    over-specified on purpose: it has all directions of the differences between the tuple's clients, up to p / 4. Its
+    score is the sum over the other clients of the log off-frame energy. Its influence is bounded: many distant clients
+    cost little. Entries in a client's own coordinates are off every frame.
     """
     energies, shared_block = X.square().sum(dim=(1, 2)), shared_block or (X.shape[1], X.shape[2])
     X = X[:, : shared_block[0], : shared_block[1]]
@@ -78,28 +66,20 @@ def score_tuples(X: Tensor, tuples: Tensor, shared_block: SharedBlock | None = N
 
 
 def start_sets(
-    X: Tensor,
-    tuples: Tensor,
-    order: list[int],
-    distances: Tensor,
-    allowed: Tensor,
-    shortlist: int = TUPLE_LIMIT,
+    X: Tensor, tuples: Tensor, order: list[int], distances: Tensor, allowed: Tensor, shortlist: int = TUPLE_LIMIT,
     shared_block: SharedBlock | None = None,
 ) -> list[Tensor]:
     """Return start sets (K,) bool among the allowed clients, most concentrated first.
 
     Each set consists of one of the best ``shortlist`` tuples and the two clients closest to its frame. The sets are
-    ordered by the determinant of their centred scatter, as in the minimum covariance determinant (Rousseeuw 1984). A
-    wrong client in a set adds directions of its own, so the spectrum of four clients shows errors that the score of a
-    pair misses: the frame of a pair with one client of each of two groups holds both subspaces and scores best of all,
-    but the set of such a pair has twice as many directions.
+    ordered by the determinant of their centred scatter, as in the minimum covariance determinant (Rousseeuw 1984). It
+    shows an error that the score of a pair misses: a frame through one client of each of two groups holds both
+    subspaces, but its set has twice as many directions.
     """
     size = tuples.shape[1] + 2
-    if int(allowed.sum()) < size:
-        return []
     kept = bool(allowed.all())
     chosen = [i for i in order if kept or bool(allowed[tuples[i]].all())][:shortlist]
-    if not chosen:
+    if not chosen or int(allowed.sum()) < size:
         return []
     reach = distances[chosen].masked_fill(~allowed, torch.inf)
     sets = reach.argsort(dim=1)[:, :size].sort(dim=1).values.unique(dim=0)
@@ -108,11 +88,7 @@ def start_sets(
 
 
 def log_determinants(X: Tensor, sets: Tensor, shared_block: SharedBlock | None = None) -> Tensor:
-    """Return the log determinant (T,) of the centred scatter of each set of clients (T, n), up to a constant.
-
-    The constant is the same for all sets. A floor of the size of rounding on the diagonal stands for the directions
-    that n clients cannot span.
-    """
+    """Return log determinants (T,) of the centred scatter of sets of clients (T, n), floored and up to a constant."""
     p, q = X.shape[1:]
     floor = LEAST_SPREAD * float(X.square().sum(dim=(1, 2)).mean()) + torch.finfo(X.dtype).tiny
     step = max(1, CHUNK_ENTRIES // (sets.shape[1] * p * q + p * p))
@@ -127,7 +103,7 @@ def log_determinants(X: Tensor, sets: Tensor, shared_block: SharedBlock | None =
 
 
 def _apart(X: Tensor, shared_block: SharedBlock | None) -> Tensor:
-    """Return sets of n clients (T, n, p, q) in joint coordinates; the clients' own rows and columns do not overlap."""
+    """Return sets of clients (T, n, p, q) in joint coordinates; the clients' own rows and columns do not overlap."""
     T, n, p, q = X.shape
     if shared_block is None or (p, q) == shared_block:
         return X
@@ -152,27 +128,21 @@ def spread_starts(sets: list[Tensor]) -> list[Tensor]:
     return starts
 
 
-def _closest(distances: Tensor, count: int) -> Tensor:
-    members = torch.zeros(len(distances), dtype=torch.bool, device=distances.device)
-    members[distances.argsort()[:count]] = True
-    return members
-
-
-def robust_half(
-    X: Tensor, weights: Tensor, rank: int | None, shared_block: SharedBlock | None = None, rounds: int = 15
-) -> Tensor:
+def robust_half(X: Tensor, weights: Tensor, rank: int | None, shared_block: SharedBlock | None = None) -> Tensor:
     """Return the half of the clients (K,) bool closest to a frame fitted to all of them with weights 1 / distance.
 
-    The frame is fitted by iteratively reweighted least squares, as in FMS (Lerman and Maunu 2018), on matrices. The
-    half is a start that averages over every client, for data in which single pairs are too noisy.
+    The frame is fitted by 15 rounds of reweighted least squares, as in FMS (Lerman and Maunu 2018), on matrices. It
+    averages over every client, for data in which single pairs are too noisy.
     """
     K, shared_block = len(X), shared_block or (X.shape[1], X.shape[2])
     width = rank if rank is not None else max(1, min(max(shared_block[1], START_RANK), shared_block[0] // 4))
     everyone = torch.ones(K, dtype=torch.bool, device=X.device)
     v, floor = weights, floor_energy(X)
-    for _ in range(rounds):
+    for _ in range(15):
         frame = fit_frame(X, v, everyone, width, shared_block)
         distance = project_out(frame.basis, centred(X, v, frame)).square().sum(dim=(1, 2)) * weights
         v = weights * distance.clamp(min=floor).rsqrt()
         v = v / v.mean()
-    return _closest(distance, max(min(4, K), K // 2))
+    half = torch.zeros_like(everyone)
+    half[distance.argsort()[: max(min(4, K), K // 2)]] = True
+    return half

@@ -19,9 +19,8 @@ from clairlib.recovery.leave_one_out import LeaveOneOut, inside_energy, left_out
 class ModuleScores:
     """Scores of all clients against the frame of a set of clients in one module.
 
-    ``scores`` (K,) are log scores, ``variance`` is the variance of a log score under pure noise, and ``inside`` (K,)
-    are log energies inside the subspace. ``structure`` is the members' explained variance (`shared_structure`), which
-    is the module's weight in the verdict.
+    ``scores`` (K,) are log scores, ``variance`` is the variance of one under pure noise, and ``inside`` (K,) are log
+    energies inside the subspace. ``structure``, the members' `shared_structure`, is the module's weight in the verdict.
     """
 
     scores: Tensor
@@ -46,8 +45,7 @@ class ModuleScores:
 def pool(readings: Sequence[ModuleScores]) -> tuple[Tensor, float, Tensor]:
     """Return every client's pooled log score (K,), its variance, and the pooled log energy inside the subspaces (K,).
 
-    These are averages over modules, weighted by explained variance over noise variance; a single module has weight 1.
-    The variance assumes that the noise of different modules is independent.
+    These are averages over modules (of independent noise), weighted by explained variance over noise variance.
     """
     structure = torch.stack([reading.structure for reading in readings])
     if not bool(structure.any()):  # the clients differ in no module: equal weights
@@ -68,10 +66,7 @@ def judge(readings: Sequence[ModuleScores], members: Tensor) -> tuple[Tensor, Ca
 
 
 def vote(frames: Sequence[Frame], structure: Sequence[Tensor]) -> Tensor:
-    """Return the first set (K,) bool: the clients that are members in most modules, weighted by explained variance.
-
-    If fewer than ``MINIMUM_CLIENTS`` are, return the members in the module with the largest weight.
-    """
+    """Return the clients (K,) bool in most sets, weighted by explained variance; if too few, the set of most weight."""
     if len(frames) == 1:
         return frames[0].members
     weights = torch.stack(list(structure))
@@ -89,9 +84,8 @@ def iterate_verdict(
 ) -> tuple[Tensor, Calibration]:
     """Repeat the verdict, starting from ``benign`` (K,) bool, until the set stays; return the set and its calibration.
 
-    ``read`` scores all clients against the frames of a set. ``read_wider`` scores them against frames with more
-    directions (`wider_frame`), in enough modules to decide; it is None if the rank is given. A client that is benign by
-    either of the two is benign.
+    ``read`` scores all clients against the frames of a set. ``read_wider`` scores them against a `wider_frame`, in
+    enough modules to decide; it is None if the rank is given. A client that is benign by either of the two is benign.
     """
     tried: list[Tensor] = []
     while True:
@@ -107,9 +101,8 @@ def iterate_verdict(
 def wider_frame(X: Tensor, weights: Tensor, frame: Frame) -> Frame:
     """Return the frame with one more direction, or with the rank estimated from all clients if that is larger.
 
-    The rank is limited to what the members support. A few clients may show fewer directions than they share, and a
-    client that uses the missing directions then looks foreign. One direction too many is a direction of noise and
-    hardly lowers the score of a contaminated client.
+    At most what the members support. A client that uses a direction they do not show would look foreign; a direction of
+    noise too many hardly lowers a contaminated client's score.
     """
     everybody = fit_frame(X, weights, torch.ones_like(frame.members), shared_block=frame.shared_block)
     limit = rank_limit(frame.size, frame.shared_block[0], X.shape[2])

@@ -1,7 +1,7 @@
 """The claims ledger: what is claimed, the check that decides it, and what was measured.
 
-``notebooks/claims.toml`` lists the claims; a notebook measures a value for each of its own and ``holds`` decides.
-``write_report`` joins both into ``figures/claims.json`` and the table of docs/claims.md.
+``notebooks/claims.toml`` lists the claims. A notebook measures a value for each of its own, and `holds` decides.
+`write_report` joins both into ``figures/claims.json`` and the table of ``docs/claims.md``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import operator
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,16 @@ BEGIN, END = "<!-- claims: written by clair report -->", "<!-- end of claims -->
 
 
 class LedgerError(Exception):
-    """The ledger, or what was recorded for it, is not usable. One line that says what to do."""
+    """The ledger, or what was recorded for it, cannot be used. The message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: ``source`` says whether it is the abstract's or this project's own.
+    """A claim of the paper's abstract or of this project, as ``source`` says.
 
     ``check`` is one or more clauses joined by "and", each of ``value``, ``low`` or ``high`` (the ends of the interval)
-    against a number: "value >= 0.95 and low > 0". ``smoke`` takes its place at the smoke profile, where intervals are
-    too wide for it; the same check where None.
+    against a number: "value >= 0.95 and low > 0". At the smoke profile, where intervals are too wide for it, ``smoke``
+    takes its place if it is given.
     """
 
     id: str
@@ -47,12 +47,11 @@ class Claim:
     smoke: str | None = None
 
     def check_at(self, profile: str) -> str:
-        """The check that decides at a profile."""
         return self.smoke if profile == "smoke" and self.smoke is not None else self.check
 
 
 def read_claims(path: Path) -> dict[str, Claim]:
-    """The claims of claims.toml by id; LedgerError names the claim that is not well formed."""
+    """Return the claims of claims.toml by id; LedgerError names the claim that is not well formed."""
     try:
         entries = tomllib.loads(path.read_text()).get("claim", [])
     except (OSError, tomllib.TOMLDecodeError) as error:
@@ -67,7 +66,7 @@ def read_claims(path: Path) -> dict[str, Claim]:
             raise LedgerError(f"{path} has claim {claim.id!r} twice")
         if claim.source not in SOURCES:
             raise LedgerError(f"{path}: claim {claim.id!r} has source {claim.source!r}, not {' or '.join(SOURCES)}")
-        for check in (claim.check, *([] if claim.smoke is None else [claim.smoke])):
+        for check in (claim.check, claim.check_at("smoke")):
             if not all(CLAUSE.fullmatch(clause) for clause in check.split(" and ")):
                 raise LedgerError(f"{path}: claim {claim.id!r} has check {check!r}, not 'value >= 0.95' or like it")
         claims[claim.id] = claim
@@ -75,20 +74,18 @@ def read_claims(path: Path) -> dict[str, Claim]:
 
 
 def holds(check: str, value: float, interval: Sequence[float] | None = None) -> bool:
-    """Does a measured value, with its interval, pass a check? A clause about a missing or NaN number fails."""
+    """Say whether a value, with its interval, passes a check. A clause about a missing or NaN number fails."""
     low, high = interval if interval is not None else (math.nan, math.nan)
     measured = {"value": value, "low": low, "high": high}
-    return all(
-        RELATIONS[relation](measured[name], float(bound))
-        for name, relation, bound in (CLAUSE.fullmatch(clause).groups() for clause in check.split(" and "))  # type: ignore[union-attr]
-    )
+    clauses = (clause.split() for clause in check.split(" and "))
+    return all(RELATIONS[relation](measured[name], float(bound)) for name, relation, bound in clauses)
 
 
 def collect(claims: dict[str, Claim], root: Path) -> list[dict[str, Any]]:
-    """What was measured for every claim, from ``figures/NOTEBOOK/claims.json``, and why it is stale, if it is.
+    """Return what ``figures/NOTEBOOK/claims.json`` holds for every claim, and why it is stale, if it is.
 
-    ``stale`` lists the reasons; empty where the result is of a clean tree, of an ancestor of today's commit, and of the
-    code that the notebook has today. ``value`` is None where nothing was measured.
+    ``stale`` lists the reasons. It is empty if the result is of a clean tree, of an ancestor of today's commit, and of
+    the code that the notebook has today. ``value`` is None where nothing was measured.
 
     Raises
     ------
@@ -100,16 +97,15 @@ def collect(claims: dict[str, Claim], root: Path) -> list[dict[str, Any]]:
     entries = []
     for claim in claims.values():
         log = logs[claim.notebook]
-        outcome = log["claims"].get(claim.id) if log else None
-        entry = asdict(claim) | {"threshold": claim.check, "value": None, "interval": None, "holds": None}
-        stale = [] if outcome else ["nothing was measured"]
-        if outcome:
+        entry: dict[str, Any] = {key: getattr(claim, key) for key in ("id", "statement", "source", "notebook")}
+        entry |= {"value": None, "interval": None, "threshold": claim.check, "holds": None}
+        stale = ["nothing was measured"]
+        if outcome := log.get("claims", {}).get(claim.id):
             entry |= {"value": outcome["value"], "interval": outcome["interval"]}
             entry["holds"] = holds(claim.check, outcome["value"], outcome["interval"])
-            stale = reasons[claim.notebook] + _changes(claim, outcome)
-        facts = log["provenance"] if log else None
-        kept = ("id", "statement", "source", "notebook", "value", "interval", "threshold", "holds")
-        entries.append({key: entry[key] for key in kept} | {"stale": stale, "provenance": facts})
+            changed = [key for key in ("statement", "threshold") if outcome[key] != entry[key]]
+            stale = reasons[claim.notebook] + [f"the claim's {key} was changed" for key in changed]
+        entries.append(entry | {"stale": stale, "provenance": log.get("provenance")})
     return entries
 
 
@@ -122,7 +118,7 @@ def _log(root: Path, notebook: str) -> dict[str, Any]:
 
 
 def _reasons(root: Path, notebook: str, facts: dict[str, Any]) -> list[str]:
-    """Why the results of a notebook are stale."""
+    """Return why the results of a notebook are stale."""
     git, found = facts.get("git"), []
     if git is None:
         found.append("of an installed copy, whose commit is not known")
@@ -137,13 +133,8 @@ def _reasons(root: Path, notebook: str, facts: dict[str, Any]) -> list[str]:
     return found
 
 
-def _changes(claim: Claim, outcome: dict[str, Any]) -> list[str]:
-    words = {"statement": claim.statement, "threshold": claim.check}
-    return [f"the claim's {key} was changed" for key, today in words.items() if outcome[key] != today]
-
-
 def claims_table(entries: list[dict[str, Any]]) -> str:
-    """The claims as Markdown: a table, and what has to be run again."""
+    """Return the claims as Markdown: a table, and what has to be run again."""
     lines = ["| claim | whose | measured | check | notebook | result |", "|---|---|---|---|---|---|"]
     for entry in entries:
         notebook = f"[{entry['notebook'][:2]}](../notebooks/{entry['notebook']}.ipynb)"
@@ -155,12 +146,11 @@ def claims_table(entries: list[dict[str, Any]]) -> str:
 
 
 def _reruns(entries: list[dict[str, Any]]) -> list[str]:
-    """Which notebooks to run again, and why."""
-    why: dict[str, list[str]] = {}
+    """Say which notebooks to run again, and why."""
+    why: dict[str, dict[str, None]] = {}  # notebook: reasons, each once
     for entry in entries:
-        for reason in entry["stale"]:
-            known = why.setdefault(entry["notebook"], [])
-            known += [] if reason in known else [reason]
+        if entry["stale"]:
+            why.setdefault(entry["notebook"], {}).update(dict.fromkeys(entry["stale"]))
     if not why:
         return ["Every result is of today's code."]
     command = f"    clair reproduce {' '.join(why)} --profile paper"
@@ -168,7 +158,7 @@ def _reruns(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def measured(entry: dict[str, Any]) -> str:
-    """A value with its interval, as text; what an older version recorded stays readable."""
+    """Return a value with its interval as text; values that are no numbers, of older versions, as JSON."""
     value = entry["value"]
     if value is None:
         return "-"
@@ -177,7 +167,7 @@ def measured(entry: dict[str, Any]) -> str:
 
 
 def insert_table(page: str, table: str) -> str:
-    """The page with the table between its markers."""
+    """Return the page with the table between its markers."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise LedgerError(f"docs/claims.md needs the lines {BEGIN} and {END}, once each")
     before, rest = page.split(BEGIN)
@@ -185,12 +175,12 @@ def insert_table(page: str, table: str) -> str:
 
 
 def write_report(root: Path, *, strict: bool = False) -> list[dict[str, Any]]:
-    """Write ``figures/claims.json`` and the table of ``docs/claims.md``; the entries.
+    """Write ``figures/claims.json`` and the table of ``docs/claims.md``; return the entries.
 
     Raises
     ------
     LedgerError
-        The ledger or its results cannot be used; with ``strict``, any result is stale. Nothing was written.
+        The ledger or its results cannot be used or, with ``strict``, a result is stale. Nothing was written.
     """
     entries = collect(read_claims(root / "notebooks" / "claims.toml"), root)
     stale = list(dict.fromkeys(entry["notebook"] for entry in entries if entry["stale"]))
@@ -198,12 +188,12 @@ def write_report(root: Path, *, strict: bool = False) -> list[dict[str, Any]]:
         raise LedgerError(f"stale results; run: clair reproduce {' '.join(stale)} --profile paper")
     page = root / "docs" / "claims.md"
     text = insert_table(page.read_text(), claims_table(entries))
-    for path, content in ((root / "figures" / "claims.json", as_json(entries)), (page, text)):
-        with write_atomically(path) as partial:
-            partial.write_text(content)
+    write_text(root / "figures" / "claims.json", json.dumps(entries, indent=1) + "\n")
+    write_text(page, text)
     return entries
 
 
-def as_json(entries: list[dict[str, Any]]) -> str:
-    """The text of ``figures/claims.json``."""
-    return json.dumps(entries, indent=1) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with write_atomically(path) as partial:
+        partial.write_text(text)

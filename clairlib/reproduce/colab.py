@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from clairlib.core.files import write_atomically
+from clairlib.reproduce.claims import write_text
 from clairlib.reproduce.sources import COLAB_TAG
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
@@ -32,25 +32,21 @@ if "google.colab" in sys.modules:  # elsewhere this cell does nothing
 
 
 def stamp(folder: Path | str, repository: str | None = None) -> list[str]:
-    """Write badge and first cell into every notebook of the folder.
+    """Write badge and first cell into every notebook of the folder; return the names of those that changed.
 
-    The address is that of colab.toml; a new ``repository``, "owner/name" on GitHub or anything else that git clones, is
+    The address is that of colab.toml. A new ``repository``, "owner/name" on GitHub or anything else that git clones, is
     written there first.
-
-    Returns
-    -------
-    list of str
-        Names of the notebooks that changed.
     """
-    folder = Path(folder)
+    place = Path(folder) / "colab.toml"
     if repository:
-        _write_repository(folder / "colab.toml", repository)
-    place = tomllib.loads((folder / "colab.toml").read_text())
+        line = f'repository = "{repository}"'
+        write_text(place, re.sub(r"^repository = .*$", lambda _: line, place.read_text(), flags=re.MULTILINE))
+    address = tomllib.loads(place.read_text())
     changed = []
-    for path in sorted(folder.glob("*.ipynb")):
+    for path in sorted(Path(folder).glob("*.ipynb")):
         before = path.read_text()
         notebook = nbformat.reads(before, as_version=4)
-        _stamp(notebook, path.stem, **place)
+        _stamp(notebook, path.stem, **address)
         after = nbformat.writes(notebook) + "\n"
         if after != before:
             path.write_text(after)
@@ -58,25 +54,15 @@ def stamp(folder: Path | str, repository: str | None = None) -> list[str]:
     return changed
 
 
-def _write_repository(path: Path, repository: str) -> None:
-    text = re.sub(r"^repository = .*$", lambda _: f'repository = "{repository}"', path.read_text(), flags=re.MULTILINE)
-    with write_atomically(path) as partial:
-        partial.write_text(text)
-
-
-def _cell(repository: str, tag: str) -> str:
-    if repository.startswith(UNPUBLISHED):
-        return CELL_UNPUBLISHED
-    on_github = repository.count("/") == 1 and not repository.startswith("/")
-    return CELL.format(address=f"https://github.com/{repository}" if on_github else repository, tag=tag)
-
-
 def _stamp(notebook: NotebookNode, name: str, repository: str, tag: str) -> None:
     title, *text = notebook.cells[0].source.split("\n")
     rest = "\n".join(line for line in text if not line.startswith(BADGE.partition("{")[0])).lstrip("\n")
     badge = BADGE.format(address=ADDRESS.format(repository=repository, tag=tag, name=name))
     notebook.cells[0].source = f"{title}\n\n{badge}\n\n{rest}"
-    source = _cell(repository, tag)
+    on_github = repository.count("/") == 1 and not repository.startswith("/")
+    address = f"https://github.com/{repository}" if on_github else repository
+    is_published = not repository.startswith(UNPUBLISHED)
+    source = CELL.format(address=address, tag=tag) if is_published else CELL_UNPUBLISHED
     found = [cell for cell in notebook.cells if COLAB_TAG in cell.metadata.get("tags", [])]
     if found:
         found[0].source = source

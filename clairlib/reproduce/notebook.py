@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ class ClaimFailed(AssertionError):
 
 @dataclass(frozen=True)
 class Notebook:
-    """One run of one notebook; made by `start`. Everything it keeps goes to the folder ``output``."""
+    """One run of a notebook, made by `start`. Everything it keeps goes to the folder ``output``."""
 
     profile: str
     seed: int
@@ -38,31 +37,28 @@ class Notebook:
 
     @property
     def cache(self) -> Path:
-        """Folder for what outlives a run, content-keyed; ``output`` is emptied before a run, this is not."""
+        """Folder for what outlives a run, under names that are hashes; unlike ``output`` it is never emptied."""
         return self.output.parent / "cache"
 
-    def show_and_save(
-        self, name: str, figure: Figure | None = None, table: pd.DataFrame | None = None
-    ) -> None:
+    def show_and_save(self, name: str, figure: Figure | None = None, table: pd.DataFrame | None = None) -> None:
         """Show a figure, its table or both, write NAME.pdf, NAME.png and NAME.csv, and close the figure.
 
-        Raises
-        ------
-        ValueError
-            When there is nothing to show, or the name is not a plain file name.
+        Raises ValueError if there is nothing to show, or the name is not a plain file name.
         """
         if figure is None and table is None:
             raise ValueError(f"show_and_save({name!r}) needs a figure, a table or both")
         if not name or Path(name).name != name:
             raise ValueError(f"name {name!r} must be a plain file name without folders")
         if figure is not None:
-            for ending in ("pdf", "png"):
-                _write(self.output / f"{name}.{ending}", partial(_save_figure, figure, ending))
+            for ending, dates in (("pdf", {"CreationDate": None}), ("png", {})):  # same figure, same bytes
+                with write_atomically(self.output / f"{name}.{ending}") as path:
+                    figure.savefig(path, format=ending, dpi=150, bbox_inches="tight", metadata=dates)
             display(figure)
             plt.close(figure)  # or the inline backend shows it a second time
         if table is not None:
             named_rows = not isinstance(table.index, pd.RangeIndex)
-            _write(self.output / f"{name}.csv", lambda path: table.to_csv(path, index=named_rows))
+            with write_atomically(self.output / f"{name}.csv") as path:
+                table.to_csv(path, index=named_rows)
             display(table)
 
     def record(self, key: str, value: Any, **extra: Any) -> None:
@@ -71,16 +67,10 @@ class Notebook:
         self._keep_log()
 
     def check(self, claim_id: str, value: float, interval: Sequence[float] | None = None) -> None:
-        """Measure a claim of the ledger: keep its outcome in claims.json and say it.
+        """Decide a claim by its check at this profile (see `claims.Claim`), print the outcome, keep it in claims.json.
 
-        ``value`` and ``interval`` (low, high) go to the claim's check at this profile; see `claims.Claim`.
-
-        Raises
-        ------
-        ClaimFailed
-            When the claim does not hold. It is in claims.json all the same.
-        LedgerError
-            When claims.toml has no such claim.
+        ``interval`` is (low, high). Raises ClaimFailed if the claim does not hold, which is kept in claims.json all the
+        same, and LedgerError if claims.toml has no such claim.
         """
         if claim_id not in self.claims:
             raise ledger.LedgerError(f"claims.toml has no claim {claim_id!r}; add it, with the check that decides it")
@@ -102,27 +92,21 @@ class Notebook:
         print(f"{claim_id} holds: {said}")
 
     def _keep_log(self) -> None:
-        text = json.dumps(self._log, indent=1, default=_plain)
-        _write(self.output / "claims.json", lambda path: path.write_text(text + "\n"))
+        ledger.write_text(self.output / "claims.json", json.dumps(self._log, indent=1, default=_plain) + "\n")
 
 
-def start(
-    *, profile: str, seed: int, output: str | Path, claims: str | Path = "claims.toml"
-) -> Notebook:
+def start(*, profile: str, seed: int, output: str | Path, claims: str | Path = "claims.toml") -> Notebook:
     """Begin a run: make the folder, forget earlier claims, set the plot style, print a provenance line.
 
-    ``claims`` is the ledger of `clairlib.reproduce.claims`, beside the notebooks, in whose folder they run. The
-    notebook is the one that ``output`` is named after; the hash of its code is kept with what it claims.
-
-    Returns
-    -------
-    Notebook
-        With ``output`` as an absolute path.
+    ``claims`` is the ledger beside the notebooks, in whose folder they run. The notebook is the one that ``output`` is
+    named after. The hash of its code, None if there is no such file, is kept with what it claims.
     """
     known = ledger.read_claims(Path(claims))
     folder = Path(output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    facts = provenance.collect(profile=profile, seed=seed, code=_code(folder.name, profile))
+    source = Path(f"{folder.name}.ipynb")
+    code = notebook_digest(source, profile) if source.exists() else None
+    facts = provenance.collect(profile=profile, seed=seed, code=code)
     notebook = Notebook(profile, seed, folder, known, {"provenance": facts, "claims": {}, "records": {}})
     notebook._keep_log()
     plt.style.use(plots.STYLE)
@@ -130,31 +114,14 @@ def start(
     return notebook
 
 
-def _code(name: str, profile: str) -> str | None:
-    """Hash of the code behind the notebook ``name`` of this folder; None where there is no such file."""
-    notebook = Path(f"{name}.ipynb")
-    return notebook_digest(notebook, profile) if notebook.exists() else None
-
-
 def _line(facts: dict[str, Any]) -> str:
-    git = facts["git"]
+    git, versions = facts["git"], facts["versions"]
     code = f"{git['commit'][:10]}{' + changes' if git['dirty'] else ''}" if git else "installed copy"
-    versions = facts["versions"]
     made_with = " ".join(f"{name} {versions.get(name, '-')}" for name in ("clairlib", "python", "torch"))
     run = f"profile {facts['profile']} | seed {facts['seed']} | {facts['time']}"
     return f"{made_with} | {code} | {facts['device']} | {run}"
 
 
-def _save_figure(figure: Figure, ending: str, path: Path) -> None:
-    dates = {"CreationDate": None} if ending == "pdf" else {}  # same figure, same bytes
-    figure.savefig(path, format=ending, dpi=150, bbox_inches="tight", metadata=dates)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    with write_atomically(path) as partial:
-        write(partial)
-
-
 def _plain(value: Any) -> Any:
-    """Tensors, arrays and their scalars as lists and numbers, paths as text."""
+    """Return tensors, arrays and their scalars as lists and numbers, paths as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -18,11 +18,12 @@ from clairlib.reproduce.claims import Claim, LedgerError, read_claims
 from clairlib.reproduce.sources import notebook_digest
 
 REQUIRED = ("profile", "seed", "output")  # every notebook has these parameters
+NOT_SETTABLE = {"profile", "output"}
 DEFAULT_PROFILE = "smoke"  # a notebook's own defaults; every other profile is spelled out in profiles.toml
 
 
 class ReproduceError(Exception):
-    """What was asked for cannot be run; nothing was started. One line that says what to do."""
+    """The request cannot be run, and nothing was started. The message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class NotebookJob:
 
 
 def plan(notebooks: Iterable[str] | None, profile: str, source: Path, folder: Path) -> list[NotebookJob]:
-    """Inspect every notebook that is asked for; the jobs to run, or a ReproduceError."""
+    """Inspect every notebook that is asked for; return the jobs to run, or raise ReproduceError."""
     available = {path.stem: path for path in sorted(source.glob("*.ipynb"))}
     if not available:
         raise ReproduceError(f"no notebooks in {source}; run in the repository's root")
@@ -52,19 +53,16 @@ def plan(notebooks: Iterable[str] | None, profile: str, source: Path, folder: Pa
     if unknown := [name for name in names if name not in available]:
         raise ReproduceError(f"no notebook {unknown[0]!r} in {source}; there are {', '.join(available)}")
     tables = _read_profiles(source / "profiles.toml", profile, available)
-    claims = _read_claims(source / "claims.toml")
+    ledger = source / "claims.toml"
+    try:
+        claims = read_claims(ledger) if ledger.exists() else {}
+    except LedgerError as error:
+        raise ReproduceError(str(error)) from error
     return [_inspect(available[name], profile, tables.get(name), folder, claims) for name in names]
 
 
-def _read_claims(path: Path) -> dict[str, Claim]:
-    try:
-        return read_claims(path) if path.exists() else {}
-    except LedgerError as error:
-        raise ReproduceError(str(error)) from error
-
-
 def _read_profiles(path: Path, profile: str, available: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The tables [profile.NAME] by notebook name."""
+    """Return the tables [profile.NAME] by notebook name."""
     try:
         profiles = tomllib.loads(path.read_text()) if path.exists() else {}
     except tomllib.TOMLDecodeError as error:
@@ -79,11 +77,7 @@ def _read_profiles(path: Path, profile: str, available: Iterable[str]) -> dict[s
 
 
 def _inspect(
-    path: Path,
-    profile: str,
-    table: dict[str, Any] | None,
-    folder: Path,
-    claims: dict[str, Claim],
+    path: Path, profile: str, table: dict[str, Any] | None, folder: Path, claims: dict[str, Claim]
 ) -> NotebookJob:
     """Refuse what papermill would let pass: a mistyped or missing parameter, no ``parameters`` tag."""
     where = f"{profile}.{path.stem}"
@@ -96,19 +90,18 @@ def _inspect(
     except SyntaxError as error:
         raise ReproduceError(f"{path}: the 'parameters' cell is not plain Python: {error}") from error
     if missing := [name for name in REQUIRED if name not in declared]:
-        raise ReproduceError(
-            f"{path} lacks parameter {missing[0]!r}; every notebook has {', '.join(REQUIRED)}"
-        )
+        raise ReproduceError(f"{path} lacks parameter {missing[0]!r}; every notebook has {', '.join(REQUIRED)}")
     if table is None and profile != DEFAULT_PROFILE:
         raise ReproduceError(f"profiles.toml lacks [{where}]; add it, empty to keep the notebook's defaults")
-    table = table or {}
-    if unknown := sorted(set(table) - declared | set(table) & {"profile", "output"}):
-        raise ReproduceError(f"[{where}] sets {unknown[0]!r}; it may set {_settable(declared)}")
+    table, settable = table or {}, declared - NOT_SETTABLE
+    if unknown := sorted(set(table) - settable):
+        raise ReproduceError(f"[{where}] sets {unknown[0]!r}; it may set {', '.join(sorted(settable))}")
     parameters = {**table, "profile": profile}
     content = [[cell.cell_type, cell.source] for cell in cells]
+    own = [asdict(claim) for claim in claims.values() if claim.notebook == path.stem]
     try:
         code = [notebook_digest(path, profile), provenance.versions()]
-        keyed = json.dumps([content, parameters, _own(claims, path.stem), code], sort_keys=True)
+        keyed = json.dumps([content, parameters, own, code], sort_keys=True)
     except TypeError as error:  # a date: papermill would pass it as text
         raise ReproduceError(f"[{where}]: {error}; use numbers, text, true/false, lists") from error
     except SyntaxError as error:
@@ -117,18 +110,10 @@ def _inspect(
     return NotebookJob(path.stem, path, folder, {**parameters, "output": str(folder / path.stem)}, stamp)
 
 
-def _own(claims: dict[str, Claim], notebook: str) -> list[dict[str, Any]]:
-    return [asdict(claim) for claim in claims.values() if claim.notebook == notebook]
-
-
 def _assigned_names(code: str) -> set[str]:
-    """Names a cell assigns; papermill's own inspection is by line and misses "x = 'a=b'"."""
+    """Return the names a cell assigns; papermill's own inspection is by line and misses "x = 'a=b'"."""
     found: set[str] = set()
     for node in ast.parse(code).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         found |= {target.id for target in targets if isinstance(target, ast.Name)}
     return found
-
-
-def _settable(declared: set[str]) -> str:
-    return ", ".join(sorted(declared - {"profile", "output"}))

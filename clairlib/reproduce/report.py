@@ -11,8 +11,7 @@ import nbformat
 from nbconvert import HTMLExporter
 
 from clairlib.core import provenance
-from clairlib.core.files import write_atomically
-from clairlib.reproduce.claims import measured
+from clairlib.reproduce.claims import measured, write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -23,27 +22,21 @@ pre { background: #f5f5f5; padding: 1rem }
 """
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a notebook's outcome as JSON, whole or not at all."""
-    _replace(path, json.dumps(record, indent=1) + "\n")
-
-
 def read_record(path: Path) -> dict[str, Any]:
-    """A notebook's outcome, empty when it has none."""
+    """Return a JSON record, empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_page(notebook: Path, page: Path, title: str) -> None:
     """Convert an executed notebook to one HTML file with its figures inside."""
     exporter = HTMLExporter(require_js_url="")  # widgets need it, we have none; formulas still load MathJax
-    body, _ = exporter.from_notebook_node(
-        nbformat.read(notebook, as_version=4), resources={"metadata": {"name": title}}
-    )
-    _replace(page, body)
+    executed = nbformat.read(notebook, as_version=4)
+    body, _ = exporter.from_notebook_node(executed, resources={"metadata": {"name": title}})
+    write_text(page, body)
 
 
 def write_index(folder: Path, names: list[str], profile: str) -> Path:
-    """Write index.html, with relative links only, from the records in ``folder``; its path."""
+    """Write index.html, with relative links only, from the records in ``folder``; return its path."""
     sections = [_section(folder, name, read_record(folder / f"{name}.run.json")) for name in names]
     environment = escape(json.dumps(provenance.collect(), indent=1))
     title = f"clairlib notebooks, profile {escape(profile)}"
@@ -52,7 +45,7 @@ def write_index(folder: Path, names: list[str], profile: str) -> Path:
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>{''.join(sections)}"
         f"<h2>Environment</h2><pre>{environment}</pre></body></html>\n"
     )
-    _replace(folder / "index.html", page)
+    write_text(folder / "index.html", page)
     return folder / "index.html"
 
 
@@ -62,17 +55,11 @@ def _section(folder: Path, name: str, record: dict[str, Any]) -> str:
         return heading + '<p class="dim">Not run at this profile.</p>'
     made = [file for file in record["files"] if file.startswith(f"{name}/")]
     pages = [file for file in record["files"] if file.endswith((".html", ".ipynb")) and file not in made]
-    facts = [_link(file, Path(file).name) for file in pages]
-    facts += [f"{record['seconds']:.1f} s", escape(record["provenance"]["time"]), _code(record["provenance"])]
+    facts, git = record["provenance"], record["provenance"]["git"]
+    code = f"commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else "installed copy"
+    said = [*map(_named_link, pages), f"{record['seconds']:.1f} s", escape(facts["time"]), code]
     failure = f'<p class="failed">Failed: {escape(record["error"])}</p>' if record["error"] else ""
-    return "\n".join([heading, f"<p>{' | '.join(facts)}</p>", failure, _claims(folder / name), _files(made)])
-
-
-def _code(facts: dict[str, Any]) -> str:
-    git = facts["git"]
-    if git is None:
-        return "installed copy"
-    return f"commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}"
+    return "\n".join([heading, f"<p>{' | '.join(said)}</p>", failure, _claims(folder / name), _files(made)])
 
 
 def _claims(results: Path) -> str:
@@ -94,21 +81,20 @@ def _value(value: Any) -> str:
 
 
 def _files(made: list[str]) -> str:
-    """Thumbnails that open the PDF beside them when there is one, then the tables."""
+    """Show thumbnails, each with a link to the PDF beside it if there is one, then the tables."""
     pictures = []
     for file in made:
         if file.endswith(".png"):
             pdf = file.removesuffix(".png") + ".pdf"
             picture = f'<img src="{escape(file)}" alt="{escape(file)}" loading="lazy">'
             pictures.append(_link(pdf if pdf in made else file, picture))
-    tables = [_link(file, Path(file).name) for file in made if file.endswith(".csv")]
+    tables = [_named_link(file) for file in made if file.endswith(".csv")]
     return "".join(pictures) + (f"<p>Tables: {', '.join(tables)}</p>" if tables else "")
+
+
+def _named_link(file: str) -> str:
+    return _link(file, Path(file).name)
 
 
 def _link(file: str, content: str) -> str:
     return f'<a href="{escape(file)}">{content}</a>'
-
-
-def _replace(path: Path, text: str) -> None:
-    with write_atomically(path) as partial:
-        partial.write_text(text)

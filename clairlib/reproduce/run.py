@@ -1,12 +1,13 @@
 """Run the notebooks through papermill: parameters checked first, resumable, parallel, with a report.
 
-A run leaves in ``output/profile``: NAME.ipynb and NAME.html (executed), NAME/ (its figures and tables),
-NAME.run.json (stamp and outcome, written last) and index.html. A notebook without a record whose stamp holds
-is run from scratch, so what an interrupted run left behind is never taken for a result.
+A run leaves in ``output/profile``: NAME.ipynb and NAME.html (executed), NAME/ (its figures and tables), NAME.run.json
+(stamp and outcome, written last) and index.html. What an interrupted run left is never taken for a result, as it has no
+record with the stamp.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -25,9 +26,8 @@ from traitlets.config import Config
 
 from clairlib.core import provenance
 from clairlib.reproduce import report
+from clairlib.reproduce.claims import write_text
 from clairlib.reproduce.profiles import DEFAULT_PROFILE, NotebookJob, ReproduceError, plan
-
-__all__ = ["NotebookRun", "ReproduceError", "reproduce"]
 
 PUBLISHED = {".pdf", ".png", ".csv", ".json"}
 QUIET = Config({"KernelManager": {"transport_encryption": "auto"}})  # or every kernel start warns
@@ -35,7 +35,7 @@ QUIET = Config({"KernelManager": {"transport_encryption": "auto"}})  # or every 
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """Outcome of a notebook: ``notebook`` is the executed file, ``output`` its figures and tables."""
+    """Outcome of a notebook: ``notebook`` is the executed file, ``output`` the folder of its figures and tables."""
 
     name: str
     status: Literal["ran", "cached", "failed"]
@@ -43,6 +43,10 @@ class NotebookRun:
     notebook: Path
     output: Path
     error: str | None = None
+
+    def __str__(self) -> str:
+        error = f"\n        {self.error}" if self.error else ""
+        return f"{self.status:>6}  {self.name}  {self.seconds:.1f} s{error}"
 
 
 def reproduce(
@@ -58,11 +62,11 @@ def reproduce(
 ) -> list[NotebookRun]:
     """Run notebooks (all of ``source`` by default) at a profile, ``jobs`` at a time, and write index.html.
 
-    Parameters of a profile come from ``source/profiles.toml``, table [PROFILE.NAME]. A notebook is skipped
-    when its stamp holds: sha256 of its cells, its parameters, its claims, the code of this project that it imports and
-    the versions under it; ``force`` runs it anyway. Its folder ``output/profile/NAME`` is emptied before it starts.
-    With ``figures``, what it leaves there (pdf, png, csv, json) is copied to ``figures/NAME``. Ctrl-C stops the
-    kernels; running again continues with the notebooks not finished.
+    The profile's parameters are in ``source/profiles.toml``, table [PROFILE.NAME]. A notebook is skipped, unless
+    ``force``, if its stamp holds: the sha256 of its cells, parameters and claims, of the code of this project that it
+    imports, and of the versions under it. Its folder ``output/profile/NAME`` is emptied before it starts. With
+    ``figures``, the pdf, png, csv and json files it leaves there are copied to ``figures/NAME``. Ctrl-C stops the
+    kernels; a second run goes on with the notebooks that are not finished.
 
     Returns
     -------
@@ -97,17 +101,12 @@ def _run_all(
         try:
             for done in as_completed(futures):
                 bar.advance(task)
-                console.print(_line(done.result()), highlight=False, markup=False, soft_wrap=True)
+                console.print(str(done.result()), highlight=False, markup=False, soft_wrap=True)
         except BaseException:  # Ctrl-C above all: the threads wait for their kernels, so stop those
             pool.shutdown(wait=False, cancel_futures=True)
             _stop_kernels(futures)
             raise
     return [future.result() for future in futures]
-
-
-def _line(run: NotebookRun) -> str:
-    error = f"\n        {run.error}" if run.error else ""
-    return f"{run.status:>6}  {run.name}  {run.seconds:.1f} s{error}"
 
 
 def _stop_kernels(futures: list[Future[NotebookRun]]) -> None:
@@ -124,18 +123,14 @@ def _stop_kernels(futures: list[Future[NotebookRun]]) -> None:
 
 def _run(job: NotebookJob, force: bool, figures: Path | None) -> NotebookRun:
     earlier = report.read_record(job.file("run.json"))
-    if not force and earlier.get("stamp") == job.stamp and _is_whole(job, earlier):
+    holds = not force and earlier.get("stamp") == job.stamp
+    if holds and all((job.folder / name).exists() for name in earlier["files"]):  # nothing was deleted since
         run = NotebookRun(job.name, "cached", earlier["seconds"], job.file("ipynb"), job.results)
     else:
         run = _run_afresh(job)
     if figures is not None and run.status != "failed":
         _publish(job.results, Path(figures) / job.name)
     return run
-
-
-def _is_whole(job: NotebookJob, record: dict[str, Any]) -> bool:
-    """Whether nothing that the run made was deleted since."""
-    return all((job.folder / name).exists() for name in record["files"])
 
 
 def _run_afresh(job: NotebookJob) -> NotebookRun:
@@ -152,31 +147,22 @@ def _run_afresh(job: NotebookJob) -> NotebookRun:
         report.write_page(job.file("partial.ipynb"), page, job.name)
         job.file("partial.ipynb").rename(final)
     files = [final, page, *sorted(path for path in job.results.rglob("*") if path.is_file())]
+    made = [path.relative_to(job.folder).as_posix() for path in files if path.exists()]
     parameters = {key: value for key, value in job.parameters.items() if key != "output"}
-    record = {
-        "stamp": job.stamp if error is None else None,
-        "seconds": seconds,
-        "error": error,
-        "files": [path.relative_to(job.folder).as_posix() for path in files if path.exists()],
-        "provenance": provenance.collect(parameters=parameters),
-    }
-    report.write_record(job.file("run.json"), record)  # last: only now does the stamp hold
+    record: dict[str, Any] = {"stamp": job.stamp if error is None else None, "seconds": seconds, "error": error}
+    record |= {"files": made, "provenance": provenance.collect(parameters=parameters)}
+    write_text(job.file("run.json"), json.dumps(record, indent=1) + "\n")  # last: only now does the stamp hold
     return NotebookRun(job.name, "ran" if error is None else "failed", seconds, final, job.results, error)
 
 
 def _execute(job: NotebookJob) -> str | None:
-    """Run the notebook in its own folder, as JupyterLab does; what went wrong in one line, or None."""
+    """Run the notebook in its own folder, as JupyterLab does; return what went wrong in one line, or None."""
     try:
         executed = papermill.execute_notebook(
-            str(job.source),
-            str(job.file("partial.ipynb")),
-            parameters=job.parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            config=QUIET,
+            str(job.source), str(job.file("partial.ipynb")), parameters=job.parameters, kernel_name="python3",
+            language="python", progress_bar=False, config=QUIET,
             resources={"metadata": {"path": str(job.source.parent)}},  # papermill's cwd moves all threads
-        )
+        )  # fmt: skip
     except PapermillExecutionError as error:
         return _one_line(f"cell [{error.exec_count}]: {error.ename}: {error.evalue}")
     except DeadKernelError:
@@ -187,7 +173,7 @@ def _execute(job: NotebookJob) -> str | None:
 
 
 def _first_unfinished(notebook: nbformat.NotebookNode) -> str | None:
-    """Where a run ended early, or None. sys.exit raises nothing: papermill calls such a run complete."""
+    """Say where a run ended early, or None. After sys.exit, which raises nothing, papermill calls a run complete."""
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
             return f"ended before {_name(cell)}"
@@ -197,7 +183,7 @@ def _first_unfinished(notebook: nbformat.NotebookNode) -> str | None:
 
 
 def _last_started(path: Path) -> str:
-    """The cell that a dead kernel was in. Papermill calls it completed, but later ones have no start time."""
+    """Name the cell that a dead kernel was in. Papermill calls it completed, but later ones have no start time."""
     cells = nbformat.read(path, as_version=4).cells
     started = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
     return _name(started[-1]) if started else "no cell at all"
@@ -213,7 +199,7 @@ def _one_line(text: str) -> str:
 
 
 def _publish(results: Path, target: Path) -> None:
-    """Copy figures and tables; the target is replaced only once the copy is whole."""
+    """Copy figures and tables; the target is replaced only when the copy is whole."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -13,33 +13,22 @@ COLAB_TAG = "bootstrap"  # the first cell, which does nothing elsewhere
 
 
 def notebook_digest(path: Path, profile: str) -> str:
-    """sha256 of a notebook's code cells, of what they import of this project, and of its parameters at a profile.
+    """Return the sha256 of a notebook's code cells, what they import of this project, and its parameters at a profile.
 
-    Text cells, the cell for Colab and lines of magic (%, !) do not count.
-
-    Raises
-    ------
-    SyntaxError
-        A cell is not Python.
+    Text cells, the cell for Colab and lines of magic (%, !) do not count. The parameters are the notebook's table in
+    profiles.toml beside it. Raises SyntaxError if a cell is not Python.
     """
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and not _is_for_colab(cell)]
-    code = "\n".join(_without_magic(source) for source in sources)
-    facts = [code_digest(code, path.resolve().parent), _parameters(path, profile)]
+    code_cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    counted = [cell for cell in code_cells if COLAB_TAG not in cell["metadata"].get("tags", [])]
+    code = "\n".join(_without_magic("".join(cell["source"])) for cell in counted)
+    profiles = path.with_name("profiles.toml")
+    tables = tomllib.loads(profiles.read_text()) if profiles.exists() else {}
+    facts = [code_digest(code, path.resolve().parent), tables.get(profile, {}).get(path.stem, {})]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _is_for_colab(cell: dict) -> bool:
-    return COLAB_TAG in cell["metadata"].get("tags", [])
 
 
 def _without_magic(source: str) -> str:
     if source.startswith("%%"):
         return ""
     return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
-
-
-def _parameters(path: Path, profile: str) -> dict:
-    """The notebook's table in profiles.toml beside it; empty where there is none."""
-    profiles = path.with_name("profiles.toml")
-    return tomllib.loads(profiles.read_text()).get(profile, {}).get(path.stem, {}) if profiles.exists() else {}

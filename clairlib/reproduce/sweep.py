@@ -25,7 +25,7 @@ Cell = Callable[..., Mapping[str, Rows]]
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination of the values, in order: grid(seed=[0, 1], noise=[.1]) has two cells."""
+    """Return every combination of the values, in order: grid(seed=[0, 1], noise=[.1]) has two cells."""
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
@@ -37,23 +37,26 @@ def sweep(
     cache: Path | str | None = None,
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
-    """Run a cell function over parameter sets and join what it returns into one tidy table a name.
+    """Run a cell function over parameter sets, and join its rows into one tidy table per name.
 
     Parameters
     ----------
     cell : function of keyword arguments -> {table name: rows}
         Defined in a module, so that worker processes find it; a function of its arguments alone.
-    cells : parameter sets, JSON values only; their items become columns of every table.
-    shared : further arguments of every cell that do not change what it computes, a folder to work in, say; no columns.
+    cells, shared : parameter sets of JSON values, which become columns; further arguments of every cell, which do not
+        The shared ones must not change what a cell computes: a folder to work in, say.
     cache : folder, optional
-        A finished cell is kept there under a hash of its parameters, of its module with all of this project that it
-        imports, and of the versions it runs on, and read back later: a change of a plot runs no cell again, a change of
-        a solver all that depend on it. A cell that failed or was interrupted leaves nothing.
+        A finished cell is kept there under a hash of its parameters, its module with all of this project that it
+        imports, and the versions under it. So a change of a plot runs no cell again, and a change of a solver all that
+        depend on it. A cell that failed or was interrupted leaves nothing.
     jobs : int
-        Worker processes; they are spawned, one thread each.
+        Number of worker processes; they are spawned, one thread each.
     """
     todo = [dict(c) for c in cells]
-    kept = None if cache is None else (Path(cache) / f"{cell.__module__}.{cell.__name__}", made_with(cell))
+    kept = None
+    if cache is not None:  # a cached result must be made with the cell's code, all it imports, and these versions
+        made_with = [module_digest(cell.__module__, Path(inspect.getfile(cell))), provenance.versions()]
+        kept = Path(cache) / f"{cell.__module__}.{cell.__name__}", _digest(made_with)
     bar: dict[str, Any] = {"desc": cell.__name__, "mininterval": 1, "file": sys.stdout}  # stderr shows red in notebooks
     if jobs > 1 and len(todo) > 1:
         with workers(min(jobs, len(todo))) as pool:
@@ -71,13 +74,12 @@ def sweep(
 def _run(
     cell: Cell, shared: Mapping[str, Any], parameters: dict[str, Any], kept: tuple[Path, str] | None
 ) -> Mapping[str, Rows]:
-    """One cell, from the cache if it is there; under its name in the cache only once it is whole."""
+    """Run one cell, or read it from the cache; it is there under its name only when it is whole."""
     torch.set_num_threads(1)
     if kept is None:
         return cell(**parameters, **shared)
     folder, code = kept
-    key = hashlib.sha256(json.dumps([parameters, code], sort_keys=True).encode()).hexdigest()[:24]
-    path = folder / f"{key}.json"
+    path = folder / f"{_digest([parameters, code])[:24]}.json"
     if path.exists():
         return json.loads(path.read_text())
     result = cell(**parameters, **shared)
@@ -87,7 +89,5 @@ def _run(
     return json.loads(path.read_text())
 
 
-def made_with(cell: Cell) -> str:
-    """Hash of what a cached result must have been made with: the cell's code, all it imports, and the versions."""
-    code = module_digest(cell.__module__, Path(inspect.getfile(cell)))
-    return hashlib.sha256(json.dumps([code, provenance.versions()], sort_keys=True).encode()).hexdigest()
+def _digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,4 @@
-"""Planted LoRA adapters with the shapes of a real model, written as PEFT folders.
-
-They serve to try, to time and to test ``clair align``.
-"""
+"""Planted LoRA adapters with the shapes of a real model, written as PEFT folders, to try and time ``clair align``."""
 
 from __future__ import annotations
 
@@ -32,11 +29,7 @@ HEADER = 2**16  # bytes of disk reserved for each adapter's configuration and he
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dimensions of a decoder.
-
-    ``hidden`` and ``intermediate`` are layer widths, ``key_value`` is the output width of k_proj and v_proj, and
-    ``layers`` is the number of layers.
-    """
+    """Layer widths of a decoder (``key_value``: outputs of k_proj and v_proj) and its number of layers."""
 
     hidden: int
     key_value: int
@@ -62,11 +55,10 @@ PROJECTIONS = tuple(MODELS["llama-2-7b"].shapes())
 class Plan:
     """Parameters of the planted adapters.
 
-    Sizes are Frobenius norms in units of a row of A_k, whose expected squared norm is one. ``clients`` is K;
-    ``contaminated`` of them send the attack ``kind``. ``rank`` is the adapter rank rho and ``shared_rank`` the
-    dimension r of the shared subspace. ``noise`` is the size of the estimation noise E_k. ``distance`` is the size of a
-    stealth step. With ``in_common`` all contaminated clients make the stealth step in the same direction, otherwise
-    each in its own.
+    ``contaminated`` of the K ``clients`` send the attack ``kind``. ``rank`` is the adapter rank rho, ``shared_rank`` is
+    the dimension r of the shared subspace, ``noise`` is the size of the estimation noise E_k, ``distance`` that of a
+    stealth step. Sizes are Frobenius norms in units of a row of A_k, whose expected squared norm is one. With
+    ``in_common`` all contaminated clients make the stealth step in one direction, otherwise each in its own.
     """
 
     clients: int = 16
@@ -93,53 +85,37 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlantedModule:
-    """Parts of one module's updates that are the same for all clients of a frame.
-
-    ``basis`` U (p, r) spans their subspace. ``common_part`` M (p, q) has rank one and Frobenius norm one.
-    """
+    """Basis U (p, r) and common part M (p, q), of rank one and Frobenius norm one, of the clients of one frame."""
 
     basis: Tensor
     common_part: LowRank
 
 
 def synthesise(
-    output: str | Path,
-    plan: Plan,
-    *,
-    model: str | None = None,
-    shape: tuple[int, int] | None = None,
-    modules: Sequence[str] | None = None,
-    layers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+    output: str | Path, plan: Plan, *, model: str | None = None, shape: tuple[int, int] | None = None,
+    modules: Sequence[str] | None = None, layers: int | None = None, progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write planted PEFT adapters to ``output``/clients and their ground truth to ``output``/truth.json.
 
-    A benign client has the update Theta_k = M + U A_k + E_k in every module. The common part M = C d has rank one and
-    is the same for all benign clients. They also share U (p, r). The coefficients A_k (r, q) are the client's own. The
-    adapter's factors are B = [C, U, 0] + N_k and A = [d; A_k; W_k]. Their rank is exactly rho, or r + 1 without noise.
-    The rho - r - 1 rows W_k are the client's own and carry estimation noise only. The estimation noise is E_k = N_k A,
-    which has rho rank-one terms of expected squared norm noise^2 / rho each. U and M differ between modules. A random
-    rotation between the factors mixes their columns, as training would.
+    In every module a benign client has the update Theta_k = M + U A_k + E_k. M = C d, of rank one, and U (p, r) are the
+    same for all benign clients but differ between modules; A_k (r, q) is the client's own. The adapter's factors are
+    B = [C, U, 0] + N_k and A = [d; A_k; W_k], of rank exactly rho (r + 1 without noise): the rho - r - 1 own rows W_k
+    carry estimation noise only. The noise E_k = N_k A has rho rank-one terms of expected squared norm noise^2 / rho
+    each. A random rotation between the factors mixes their columns, as training would.
 
     A contaminated client sends an adapter of the same rank, which depends on the plan's ``kind``:
 
-    * ``unstructured``: a U and an M of its own;
-    * ``coalition``: a U and an M that all contaminated clients share;
-    * ``stealth``: its honest update plus a step u d of norm ``distance``, with the unit column u orthogonal to the
-      subspace;
-    * ``sign_flip``: its honest update times -1;
-    * ``scaled``: its honest update times 10;
-    * ``free_rider``: B = 0, as before training.
+    * ``unstructured``, ``coalition``: a U and an M of its own, or shared by all contaminated clients;
+    * ``stealth``: its honest update plus a step u d of norm ``distance``, with the unit column u orthogonal to U;
+    * ``sign_flip``, ``scaled``: its honest update times -1, or times 10; ``free_rider``: B = 0, as before training.
 
     The random values of a client in a module depend only on the seed and on these two names. One adapter is in memory
     at a time. bfloat16 rounds each factor, and with it the planted subspace, by about 0.1 %.
 
     Parameters
     ----------
-    model : str, optional
-        Key of ``MODELS``. Give either ``model`` or ``shape``.
-    shape : (p, q), optional
-        Shape of every module.
+    model, shape : str, (p, q)
+        Either a key of ``MODELS``, or the shape of every module.
     modules : sequence of str, optional
         Names from ``PROJECTIONS``. Default: all projections with ``model``, o_proj alone with ``shape``.
     layers : int, optional
@@ -150,8 +126,7 @@ def synthesise(
     Returns
     -------
     dict
-        Contents of truth.json: the plan, the module shapes, the names of the benign and of the contaminated clients,
-        and the size in bytes.
+        Contents of truth.json: plan, module shapes, names of benign and of contaminated clients, size in bytes.
 
     Raises
     ------
@@ -166,15 +141,13 @@ def synthesise(
             raise AdapterError(f"rank {plan.rank} is larger than module {module!r} allows, {min(sides)}")
     size = plan.clients * sum(plan.rank * sum(sides) for sides in shapes.values()) * DTYPES[plan.dtype].itemsize
     _check_room(output, size + plan.clients * HEADER)
-    base = "planted" if model is None else f"{model} shape, planted"
-    config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM"}
+    config = {"base_model_name_or_path": f"{model} shape, planted" if model else "planted", "task_type": "CAUSAL_LM"}
     names, bad = plan.names(), plan.bad()
     shared = {module: shared_part(plan, module, sides) for module, sides in shapes.items()}
     with whole_folder(output) as folder:
         (folder / CLIENTS).mkdir()
         for done, name in enumerate(names, start=1):
-            updates = dict(_updates(plan, name, name in bad, shapes, shared))
-            write_lora(folder / CLIENTS / name, config, updates)
+            write_lora(folder / CLIENTS / name, config, dict(_updates(plan, name, name in bad, shapes, shared)))
             if progress is not None:
                 progress(done, len(names))
         groups = {"contaminated": sorted(bad), "benign": [name for name in names if name not in bad]}
@@ -191,8 +164,7 @@ def module_shapes(
     Raises
     ------
     AdapterError
-        Neither or both of ``model`` and ``shape`` are given, a name is unknown, or the number of layers is not
-        possible.
+        Neither or both of ``model`` and ``shape`` are given, or a name or the number of layers is not possible.
     """
     if (model is None) == (shape is None):
         raise AdapterError(f"give a model, one of {', '.join(MODELS)}, or a shape p, q")
@@ -211,16 +183,14 @@ def module_shapes(
         raise AdapterError(f"module {unknown[0]!r} is none of {', '.join(own)}")
     if layers < 1 or not chosen or min(min(own[name]) for name in chosen) < 1:
         raise AdapterError("at least one layer, one module, one row and one column are needed")
-    return {f"model.layers.{i}.{_block(name)}.{name}": own[name] for i in range(layers) for name in chosen}
+    full = {name: f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in chosen}
+    return {f"model.layers.{i}.{full[name]}": own[name] for i in range(layers) for name in chosen}
 
 
 def shared_part(plan: Plan, module: str, shape: tuple[int, int], *, of: str = "benign") -> PlantedModule:
-    """Return U and M of one module as planted, before rounding.
-
-    ``of`` says whose they are: "benign", "coalition", or the name of one client.
-    """
+    """Return U and M of one module, before rounding, ``of`` the "benign", the "coalition", or the client of a name."""
     generator = derive(plan.seed, "shared", module, of)
-    (p, q), precision = shape, _precision(plan)
+    (p, q), precision = shape, torch.float64 if plan.dtype == "float64" else torch.float32
     frame = random_frame(p, plan.shared_rank + 1, generator=generator).to(precision)
     row = _directions(1, q, generator, precision)
     return PlantedModule(frame[:, :-1], LowRank(frame[:, -1:], row / torch.linalg.vector_norm(row)))
@@ -246,10 +216,7 @@ def _updates(
 
 
 def _factors(plan: Plan, shared: PlantedModule, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Return the factors B (p, rho) and A (rho, q) of an honest client.
-
-    The first column of B and row of A hold M, the next r hold U A_k, and the last ones carry estimation noise only.
-    """
+    """Return B (p, rho) and A (rho, q) of an honest client: one rank for M, r for U A_k, the rest for noise only."""
     p, q = shared.common_part.shape
     rows = _directions(plan.rank - 1, q, generator, shared.basis.dtype)
     B = plan.noise / plan.rank**0.5 * _directions(plan.rank, p, generator, shared.basis.dtype).T  # (p, rho)
@@ -261,8 +228,7 @@ def _factors(plan: Plan, shared: PlantedModule, generator: Generator) -> tuple[T
 def _directions(count: int, length: int, generator: Generator, dtype: torch.dtype) -> Tensor:
     """Draw random rows (count, length) of unit expected squared norm.
 
-    The entries are uniform bytes, which take a third of the time of normal numbers. A sum of many entries does not show
-    the difference.
+    The entries are uniform bytes, three times as fast as normal numbers; sums of many entries hide the difference.
     """
     words = torch.empty(-(-count * length // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     entries = words.view(torch.int8)[: count * length].view(count, length).to(dtype)
@@ -274,14 +240,6 @@ def _off(basis: Tensor, generator: Generator) -> Tensor:
     column = torch.randn(len(basis), 1, generator=generator, dtype=basis.dtype)
     column = column - basis @ (basis.T @ column)
     return column / torch.linalg.vector_norm(column)
-
-
-def _precision(plan: Plan) -> torch.dtype:
-    return torch.float64 if plan.dtype == "float64" else torch.float32
-
-
-def _block(projection: str) -> str:
-    return "self_attn" if projection[0] in "qkvo" else "mlp"
 
 
 def _check_plan(plan: Plan) -> None:

@@ -13,7 +13,7 @@ from statistics import NormalDist
 import torch
 from torch import Generator, Tensor
 
-from clairlib.linalg.low_rank import LowRank, truncate
+from clairlib.linalg.low_rank import LowRank, as_dense, truncate
 from clairlib.linalg.subspace import project_out
 
 SCALED_BY = 10.0
@@ -22,10 +22,9 @@ IPM_FACTOR = 0.5  # tau with which Xie, Koyejo and Gupta evade the median and Kr
 
 @dataclass(frozen=True)
 class Model:
-    """Size of the honest clients' updates, which random attacks match.
+    """Size of the honest updates, which random attacks match: rank r, and ||M||_F in units of a row of A_k.
 
-    ``rank`` is r and ``common_norm`` is ||M||_F in units of a row of A_k. In these units a benign update has the
-    expected squared norm r + ``common_norm``^2.
+    In these units a benign update has the expected squared norm r + ``common_norm``^2.
     """
 
     rank: int
@@ -83,10 +82,7 @@ def _scaled(honest: Tensor, contaminated: Tensor, model: Model, generator: Gener
 
 
 def _alie(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """A little is enough (Baruch, Baruch, Goldberg 2019): benign mean + ``alie_deviations`` benign standard deviations.
-
-    Mean and standard deviation are those of each entry. All contaminated clients send the same update.
-    """
+    """A little is enough (Baruch, Baruch, Goldberg 2019): benign mean + `alie_deviations` deviations, per entry."""
     benign = _benign(honest, contaminated)
     z = alie_deviations(len(honest), len(honest) - len(benign))
     return _everybody(benign.mean(dim=0) + z * benign.std(dim=0), honest, contaminated)
@@ -95,8 +91,7 @@ def _alie(honest: Tensor, contaminated: Tensor, model: Model, generator: Generat
 def alie_deviations(clients: int, contaminated: int) -> float:
     """Return Baruch's z_max, the standard normal quantile of (n - m - s) / (n - m) with s = floor(n / 2 + 1) - m.
 
-    n is ``clients`` and m is ``contaminated``. s is the number of benign clients that m attackers need for a majority;
-    s = 1 where the attackers have a majority already.
+    n is ``clients`` and m is ``contaminated``. The m attackers need s benign clients for a majority; s is at least 1.
     """
     benign, needed = clients - contaminated, max(1, floor(clients / 2 + 1) - contaminated)
     return NormalDist().inv_cdf((benign - needed) / benign)
@@ -111,8 +106,8 @@ def _ipm(honest: Tensor, contaminated: Tensor, model: Model, generator: Generato
 def _stealth(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
     """Return the client's own honest update plus a rank-one step of unit norm, orthogonal to the benign subspace.
 
-    The step is the same for all contaminated clients, so it does not average out. The benign subspace is spanned by the
-    r leading left singular vectors of the benign updates minus their mean.
+    The step is the same for all, so it does not average out. The benign subspace is spanned by the r leading left
+    singular vectors of the benign updates minus their mean.
     """
     benign = _benign(honest, contaminated)
     wide = (benign - benign.mean(dim=0)).permute(1, 0, 2).flatten(1)  # (p, s*q)
@@ -124,10 +119,7 @@ def _stealth(honest: Tensor, contaminated: Tensor, model: Model, generator: Gene
 
 
 def _free_rider(honest: Tensor, contaminated: Tensor, model: Model, generator: Generator) -> Tensor:
-    """Return zero updates, as of clients that did not train.
-
-    A client that sends random noise instead is ``dense``.
-    """
+    """Return zero updates, as of clients that did not train (those that send random noise instead are ``dense``)."""
     return torch.zeros_like(honest[contaminated])
 
 
@@ -144,8 +136,8 @@ ATTACKS: dict[str, Attack] = {
 }
 """Attack name -> function that returns the updates (n, p, q) of the contaminated clients.
 
-The first argument holds the updates (K, p, q) that all clients would send if honest. The second is a mask (K,) of the
-contaminated clients, or their indices in the order in which the attack draws for them.
+The first argument holds all clients' honest updates (K, p, q), the second a mask (K,) of the contaminated clients, or
+their indices in the order in which the attack draws for them.
 """
 
 
@@ -168,34 +160,17 @@ def _everybody(update: Tensor, honest: Tensor, contaminated: Tensor) -> Tensor:
 
 
 def attack(
-    kind: str,
-    updates: Tensor | Sequence[LowRank],
-    contaminated: Tensor,
-    *,
-    rank: int,
-    generator: Generator,
+    kind: str, updates: Tensor | Sequence[LowRank], contaminated: Tensor, *, rank: int, generator: Generator
 ) -> Tensor | list[LowRank]:
-    """Replace the updates of the contaminated clients by an attack.
+    """Replace the updates of the ``contaminated`` (K,) bool by an attack; those of honest clients are unchanged.
 
-    Random attacks and steps have the size of the honest updates: the attack is computed in units in which the mean
-    squared norm of the honest clients is r + 1. If the updates are adapters, an attacker sends an adapter of its own
-    rank, the best approximation of its attack. For attacks of higher rank (``dense``, ``alie``, ``ipm``, ``stealth``)
-    the approximation is smaller than the attack.
+    ``kind`` is a key of ``ATTACKS``. ``updates``, as all clients send them if honest, are a Tensor (K, p, q) or
+    adapters, which are multiplied out here, to K p q numbers; the result is of the same kind. ``rank`` r is the
+    dimension of random subspaces, and of the benign subspace that ``stealth`` leaves.
 
-    Parameters
-    ----------
-    kind : str
-        A key of ``ATTACKS``.
-    updates : Tensor (K, p, q), or a sequence of LowRank
-        Updates that all clients send if honest. Adapters are multiplied out here, to K p q numbers.
-    contaminated : Tensor (K,), bool
-    rank : int
-        Dimension of random subspaces, and of the benign subspace that ``stealth`` leaves.
-
-    Returns
-    -------
-    Tensor (K, p, q) or list of LowRank
-        Of the same kind as ``updates``. The updates of honest clients are unchanged.
+    The attack is computed in units in which the mean squared norm of the honest clients is r + 1, so random attacks and
+    steps have the size of the honest updates. An attacker with an adapter sends the best approximation of its attack at
+    its own rank, which is smaller than attacks of higher rank (``dense``, ``alie``, ``ipm``, ``stealth``).
 
     Raises
     ------
@@ -208,7 +183,7 @@ def attack(
         raise ValueError(f"contaminated must be a bool mask of {len(updates)} clients; got shape {shape}, {dtype}")
     if not contaminated.any():
         return updates if isinstance(updates, Tensor) else list(updates)
-    honest = updates.double() if isinstance(updates, Tensor) else torch.stack([_product(u) for u in updates])
+    honest = updates.double() if isinstance(updates, Tensor) else as_dense({kind: updates})[kind]
     mean_square = float(_benign(honest, contaminated).square().sum(dim=(1, 2)).mean())
     unit = (mean_square / (rank + 1)) ** 0.5 or 1.0
     sent = unit * ATTACKS[kind](honest / unit, contaminated, Model(rank), generator)
@@ -220,10 +195,6 @@ def attack(
     for k, update in zip(_indices(contaminated).tolist(), sent, strict=True):
         adapters[k] = as_adapter(update, like=adapters[k])
     return adapters
-
-
-def _product(update: LowRank) -> Tensor:
-    return update.scale * (update.B.double() @ update.A.double())
 
 
 def as_adapter(update: Tensor, *, like: LowRank) -> LowRank:

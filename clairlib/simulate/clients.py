@@ -15,9 +15,8 @@ from clairlib.simulate.attacks import ATTACKS, Model, check_kind, coefficients, 
 class Planted:
     """Planted clients and their ground truth.
 
-    ``updates`` (K, p, q) are ``targets`` plus estimation noise. ``benign`` is (K,) bool. ``basis`` U (p, r) spans the
-    shared subspace, and ``common_part`` is M (p, q). ``noise_std`` is the standard deviation of the estimation noise of
-    an entry for a client of weight 1.
+    ``updates`` (K, p, q) are ``targets`` plus estimation noise, whose standard deviation per entry is ``noise_std`` for
+    a client of weight 1. ``benign`` is (K,) bool, ``basis`` U (p, r) and ``common_part`` M (p, q).
     """
 
     updates: Tensor
@@ -34,10 +33,7 @@ class Planted:
 
 
 def _heterogeneity(basis: Tensor, K: int, q: int, size: float, rank: int | None, generator: Generator) -> Tensor:
-    """Draw the client differences H_k (K, p, q) off the subspace, each of Frobenius norm ``size``.
-
-    ``rank`` is the rank of every H_k; None means full rank.
-    """
+    """Draw client differences H_k (K, p, q) off the subspace, of Frobenius norm ``size`` and this or full rank."""
     p = len(basis)
     H = torch.randn(K, p, q, generator=generator, dtype=torch.float64)
     if rank is not None:
@@ -46,29 +42,12 @@ def _heterogeneity(basis: Tensor, K: int, q: int, size: float, rank: int | None,
     return H * (size / torch.linalg.matrix_norm(H)[:, None, None]) if size > 0 else torch.zeros_like(H)
 
 
-def _colouring(p: int, correlation: float) -> Tensor:
-    """Return the Cholesky factor (p, p) of the covariance correlation^|i - j|."""
-    steps = torch.arange(p, dtype=torch.float64)
-    return torch.linalg.cholesky(correlation ** (steps[:, None] - steps).abs())
-
-
 def planted(
-    contamination: str = "unstructured",
-    *,
-    share: float = 0.3,
-    K: int = 24,
-    p: int = 50,
-    q: int = 10,
-    r: int = 3,
-    noise_std: float = 0.1 / 10**0.5,
-    common_norm: float = 1.0,
-    heterogeneity: float = 0.0,
-    heterogeneity_rank: int | None = None,
-    strength: float = 1.0,
-    row_correlation: float = 0.0,
-    weights: Tensor | None = None,
-    generator: Generator,
-) -> Planted:
+    contamination: str = "unstructured", *, share: float = 0.3, K: int = 24, p: int = 50, q: int = 10, r: int = 3,
+    noise_std: float = 0.1 / 10**0.5, common_norm: float = 1.0, heterogeneity: float = 0.0,
+    heterogeneity_rank: int | None = None, strength: float = 1.0, row_correlation: float = 0.0,
+    weights: Tensor | None = None, generator: Generator,
+) -> Planted:  # fmt: skip
     """Draw K clients that follow the shared-subspace model, and contaminate a fraction of them.
 
     A benign client has the target Theta_k = M + U A_k + H_k. Each row of A_k has unit expected squared norm, ||M||_F is
@@ -84,12 +63,11 @@ def planted(
     K, p, q, r : int
         Number of clients, rows (output side), columns, and dimension of the shared subspace.
     heterogeneity_rank : int, optional
-        Rank of every H_k; None means full rank.
+        Rank of every H_k; full rank if not given.
     strength : float
         Position of a contaminated client between its honest update (0) and the attack (1).
-    row_correlation : float
-        Correlation of the estimation noise: two entries i, j of a column have ``row_correlation ** |i - j|``, in (-1,
-        1).
+    row_correlation : float in (-1, 1)
+        Two entries i, j of a column have estimation noise of correlation ``row_correlation ** |i - j|``.
     weights : Tensor (K,), optional
         The estimation noise of client k has the standard deviation ``noise_std / sqrt(weights[k])``.
 
@@ -117,7 +95,8 @@ def planted(
         targets[bad] = torch.lerp(targets[bad], sent, strength)
     errors = torch.randn(K, p, q, generator=generator, dtype=torch.float64)
     if row_correlation:
-        errors = _colouring(p, row_correlation) @ errors
+        steps = torch.arange(p, dtype=torch.float64)
+        errors = torch.linalg.cholesky(row_correlation ** (steps[:, None] - steps).abs()) @ errors
     if weights is not None:
         errors = errors * weights.double().rsqrt()[:, None, None]
     updates = targets + noise_std * errors

@@ -1,4 +1,1 @@
-"""Floor 4: closed forms, one file per statement, each named like its notebook.
-
-All are this project's own derivations.
-"""
+"""Floor 4: closed forms, our own derivations; one file per statement, each named like its notebook."""

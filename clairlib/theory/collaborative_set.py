@@ -1,9 +1,4 @@
-"""Statement 3: the distance off the subspace at which a detector told P, M and sigma finds the exact set.
-
-This is this project's own derivation (notebook 04), not the paper's (arXiv:2605.21217).
-"""
-
-from __future__ import annotations
+"""Statement 3 (our derivation, notebook 04): at which distance a detector told P, M and sigma finds the exact set."""
 
 from functools import lru_cache
 from math import log, sqrt
@@ -30,27 +25,28 @@ def energy_separation(rows: int, columns: int, clients: int, error: float = FAMI
     n, x = rows * columns, log(clients / error)
     return sqrt(2 * x) + 2 * sqrt(x + sqrt(n * x))
 
+
 def filtered_separation(rows: int, columns: int, directions: int, clients: int, error: float = FAMILY_ERROR) -> float:
-    """Return the distance ||Delta||_(g) / sigma at which the filtered energy finds the exact set.
+    """Return the distance ||Delta||_(g) / sigma at which the filtered energy finds the exact set as surely.
 
-    It does so with probability 1 - ``error``. The filtered energy of a residual is the part in its g = ``directions``
-    leading singular directions. Let a >= b be the sides of the residual, x = log(clients / error), and c = min(sqrt(g)
-    (sqrt(a) + sqrt(b)), sqrt(a b)), which bounds the mean norm of the noise. The distance is the smaller of
+    The filtered energy of a residual is the part in its g = ``directions`` leading singular directions. Let a >= b be
+    the sides of the residual, x = log(clients / error), and c = min(sqrt(g) (sqrt(a) + sqrt(b)), sqrt(a b)), which
+    bounds the mean norm of the noise. The distance is the smaller of c + 2 sqrt(2 x) and
 
-        c + 2 sqrt(2 x)   and   sqrt(2 x) + sqrt(c^2 - a g + 2 c sqrt(2 x) + 2 sqrt(a g x) + 4 x).
+        sqrt(2 x) + sqrt(c^2 - a g + 2 c sqrt(2 x) + 2 sqrt(a g x) + 4 x).
     """
     a, b = max(rows, columns), min(rows, columns)
     g, x = min(directions, b), log(clients / error)
     c, t = min(sqrt(g) * (sqrt(a) + sqrt(b)), sqrt(a * b)), sqrt(2 * x)
     return min(c + 2 * t, t + sqrt(c * c - a * g + 2 * c * t + 2 * sqrt(a * g * x) + 4 * x))
 
+
 @lru_cache
 def filtered_null(rows: int, columns: int, rank: int) -> np.ndarray:
     """Return an ascending sample of the filtered energy of standard normal noise (rows, columns).
 
-    A Gaussian matrix has the singular values of Bartlett's triangle. With a its larger side, the i-th diagonal entry, i
-    = 0, 1, .., is the root of a chi^2 variable with a - i degrees of freedom. The entries above the diagonal are
-    standard normal.
+    Its singular values are those of Bartlett's triangle: with a the larger side, the diagonal holds roots of chi^2
+    variables with a - i degrees of freedom, i = 0, 1, .., and the entries above are standard normal.
     """
     a, b = max(rows, columns), min(rows, columns)
     draw = np.random.default_rng(derive(0, "filtered null", rows, columns, rank).initial_seed())
@@ -58,14 +54,14 @@ def filtered_null(rows: int, columns: int, rank: int) -> np.ndarray:
     triangle[:, range(b), range(b)] = np.sqrt(draw.chisquare(a - np.arange(b), (NULL_DRAWS, b)))
     return np.sort(filtered_energy(torch.from_numpy(triangle), rank).numpy())
 
+
 def oracle_benign(
     updates: Tensor, basis: Tensor, common_part: Tensor, noise: float, statistic: str = "energy"
 ) -> Tensor:
-    """Return the benign clients (K,) by the detector of Statement 3, which is told P, M and sigma.
+    """Return the benign clients (K,) by the detector of Statement 3, which is told P, M and sigma, here ``noise``.
 
-    Each client is tested at level FAMILY_ERROR / K. ``noise`` is sigma. With ``statistic`` "energy" the test uses all
-    of ||P_perp (X_k - M)||_F^2 / sigma^2, whose null distribution is chi^2. With "filtered" it uses the part in the top
-    2 r singular directions, as CLAIR's score does, with a simulated null quantile.
+    Each client is tested at level FAMILY_ERROR / K. "energy" tests ||P_perp (X_k - M)||_F^2 / sigma^2, chi^2 under the
+    null, "filtered" its part in the top 2 r directions, as in CLAIR's score.
     """
     K, p, q = updates.shape
     R, rows, level = project_out(basis, updates - common_part) / noise, p - basis.shape[1], FAMILY_ERROR / K

@@ -1,10 +1,7 @@
 """Closed forms for exact recovery by the convex program, before the program is solved.
 
-They are this project's own derivations for its reconstruction of the program (Statement 2a), not the paper's
-(arXiv:2605.21217). Proofs are in notebook 02.
+They are our own derivations (Statement 2a), not the paper's (arXiv:2605.21217). Proofs are in notebook 02.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -23,24 +20,15 @@ def balanced_window(low_rank: Tensor, contamination: Tensor) -> tuple[float, flo
 
     With c_k = C_k / ||C_k||_F and G = sum_k c_k over the contaminated clients, and s the number of benign clients,
 
-    low = max_{k in S} ||V_k||_F / sqrt(1 - ||G||_F^2 / s^2),   high = 1 / || [c_k, .., G / sqrt(s)] ||_2.
+        low = max_{k in S} ||V_k||_F / sqrt(1 - ||G||_F^2 / s^2),   high = 1 / || [c_k, .., G / sqrt(s)] ||_2.
+
+    Arguments are as for ``lambda_window``, with L_k = 0 for contaminated clients. low is inf where ||G||_F >= s. If no
+    client is contaminated, or none is benign, the window is that of ``lambda_window``. If the contamination reaches
+    into the subspace, both ends are approximate; use ``recovery_certificate`` then.
 
     Derivation. As sum_k Y_k = 0, the multipliers Y_k of the benign clients sum to -lam G. Take Y_k = U V_k' - lam G / s
-    for k in S. With U'C_k = 0 it satisfies every optimality condition when low < lam < high: ||Y_k||_F^2 = ||V_k||_F^2
-    + lam^2 ||G||_F^2 / s^2, and P_perp Y P_perp Y' = lam^2 (sum_k c_k c_k' + G G' / s). No other choice makes the
-    latter smaller (Jensen). Contamination that leans to one side (large G) closes the window. If no client is
-    contaminated, or none is benign, the window is that of ``lambda_window``.
-
-    Parameters
-    ----------
-    low_rank, contamination : Tensor (K, p, q)
-        As for ``lambda_window``; L_k = 0 for contaminated clients.
-
-    Returns
-    -------
-    (low, high) : tuple of float
-        low is inf where ||G||_F >= s. If the contamination reaches into the subspace, both ends are approximate; use
-        ``recovery_certificate`` then.
+    for k in S. With U'C_k = 0 all optimality conditions hold for low < lam < high: ||Y_k||_F^2 = ||V_k||_F^2 + lam^2
+    ||G||_F^2 / s^2, and P_perp Y P_perp Y' = lam^2 (sum_k c_k c_k' + G G' / s). No choice has a smaller one (Jensen).
     """
     low, high = lambda_window(low_rank, contamination)
     sizes = torch.linalg.matrix_norm(contamination)
@@ -59,10 +47,9 @@ def balanced_window(low_rank: Tensor, contamination: Tensor) -> tuple[float, flo
 class RecoveryCertificate:
     """Bounds that tell whether the convex program recovers this subspace and this set exactly, at one weight lam.
 
-    The updates have no noise. ``dual`` Y (K, p, q) is the candidate multiplier. ``spectral`` is ||P_perp Y||_2, and
-    ``block`` is the largest ||Y_k||_F / lam of a benign client. If both are below 1, every optimum is exact.
-    ``necessary`` is a lower bound of ``block`` over all multipliers. If ``necessary`` or ``spectral`` is above 1, no
-    optimum is exact.
+    ``dual`` Y (K, p, q) is the candidate multiplier, ``spectral`` is ||P_perp Y||_2, and ``block`` is the largest
+    ||Y_k||_F / lam of a benign client. If both are below 1, every optimum is exact. ``necessary`` bounds ``block`` of
+    all multipliers from below. If it or ``spectral`` exceeds 1, none is.
     """
 
     dual: Tensor
@@ -71,10 +58,7 @@ class RecoveryCertificate:
     necessary: float
 
     def verdict(self, margin: float = 0.0) -> str:
-        """Return "exact", "not exact" or "undecided".
-
-        The first two need bounds at a distance of more than ``margin`` from 1.
-        """
+        """Return "exact", "not exact" or "undecided"; the first two need bounds more than ``margin`` away from 1."""
         if max(self.spectral, self.block) < 1 - margin:
             return "exact"
         return "not exact" if max(self.spectral, self.necessary) > 1 + margin else "undecided"
@@ -85,18 +69,12 @@ def recovery_certificate(updates: Tensor, benign: Tensor, basis: Tensor, lam: fl
 
     The program told U and S (``oracle_program``) fixes W_k = U'Y_k, and Z_k = P_perp Y_k for the contaminated clients.
     Z_k for the benign clients is free, under the linear conditions sum_k Z_k = 0 and sum_k Z_k W_k' = 0. The
-    least-squares solution has the smallest ||Z||_2 of all, because it is any other solution times a projector. It also
-    has the smallest sum_k ||Z_k||_F^2. Therefore spectral > 1 rules out every multiplier. So does a value above lam^2
-    of the benign clients' mean ||Y_k||_F^2 or of some benign ||W_k||_F^2.
+    least-squares solution has the smallest ||Z||_2 of all, because it is any other solution times a projector, and the
+    smallest sum_k ||Z_k||_F^2. Therefore spectral > 1 rules out every multiplier. So does a value above lam^2 of the
+    benign clients' mean ||Y_k||_F^2 or of some benign ||W_k||_F^2.
 
-    Parameters
-    ----------
-    updates : Tensor (K, p, q)
-        float64, without noise: P_perp X_k is the same for all benign k.
-    benign : Tensor (K,) bool
-    basis : Tensor (p, r)
-        Orthonormal, spanned by the differences of benign clients.
-    lam : float
+    P_perp X_k of ``updates`` (K, p, q), float64, is the same for all ``benign`` (K,) bool. ``basis`` (p, r) is an
+    orthonormal basis of the differences of benign clients.
     """
     K, p, q = updates.shape
     W, Z = oracle_program(updates, benign, basis, lam)
@@ -110,23 +88,20 @@ def recovery_certificate(updates: Tensor, benign: Tensor, basis: Tensor, lam: fl
     return RecoveryCertificate(basis @ W + Z, spectral, float((along + across).max()) ** 0.5 / lam, necessary)
 
 
-def oracle_program(
-    updates: Tensor, benign: Tensor, basis: Tensor, lam: float, *, iterations: int = 500
-) -> tuple[Tensor, Tensor]:
+def oracle_program(updates: Tensor, benign: Tensor, basis: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """Solve the convex program told U and S, and return its multiplier as (W, Z).
 
-    W_k = U'Y_k, (K, r, q). Z_k = P_perp Y_k for the contaminated clients and 0 on S, (K, p, q). Because U and S are
-    told, the contamination off the subspace is known: D_k = P_perp (X_k - X_j) with any benign j. What remains is to
-    minimise || [B_1 .. B_K] ||_* + lam sum_{k not in S} sqrt(||T_k||_F^2 + ||D_k||_F^2) with B_k = U'X_k - N - T_k,
-    over N and T_k. The two terms are majorised by quadratics with weights (BB')^(-1/2) and 1 / sqrt(||T_k||_F^2 +
-    ||D_k||_F^2). Minimising the quadratics alternates with updating the weights. Only r x r systems are solved.
+    W_k = U'Y_k, (K, r, q). Z_k = P_perp Y_k for the contaminated clients and 0 on S, (K, p, q). D_k = P_perp (X_k -
+    X_j), with any benign j, is known. What remains is to minimise || [B_1 .. B_K] ||_* + lam sum_{k not in S}
+    sqrt(||T_k||_F^2 + ||D_k||_F^2) with B_k = U'X_k - N - T_k, over N and T_k. The terms are majorised by quadratics
+    with weights (BB')^(-1/2) and 1 / sqrt(||T_k||_F^2 + ||D_k||_F^2); only r x r systems are solved.
     """
     coordinates, off = basis.T @ updates, project_out(basis, updates)
     D = torch.where(benign[:, None, None], 0.0, off - off[benign].mean(dim=0))
     T, N = torch.zeros_like(coordinates), coordinates[benign].mean(dim=0)
     eye = torch.eye(basis.shape[1], dtype=updates.dtype)
     kept = eye.repeat(len(updates), 1, 1)  # B_k = kept_k (U'X_k - N); kept_k = I for the benign
-    for _ in range(iterations):
+    for _ in range(500):
         inverse = _inverse_root(_wide(coordinates - N - T))
         sizes = _norms(T, D)[~benign, None, None]
         kept[~benign] = eye - torch.linalg.solve(inverse + lam / sizes * eye, inverse.expand(len(sizes), -1, -1))
@@ -138,14 +113,10 @@ def oracle_program(
     return _inverse_root(_wide(B)) @ B, lam * D / _norms(T, D)[:, None, None]
 
 
-def certified_weight(updates: Tensor, benign: Tensor, basis: Tensor, *, rounds: int = 6) -> float:
-    """Find the weight lam at which ``spectral`` = ``block`` in the recovery certificate, the middle of its window.
-
-    ``spectral`` grows about like lam, and ``block`` falls like 1 / lam. If both exceed 1 at the result, no weight is
-    certified.
-    """
+def certified_weight(updates: Tensor, benign: Tensor, basis: Tensor) -> float:
+    """Find the weight where ``spectral`` = ``block``, the middle of the window; if both exceed 1, none is certified."""
     lam = 1 / math.sqrt(math.log(max(len(updates), 3)))
-    for _ in range(rounds):
+    for _ in range(6):
         proof = recovery_certificate(updates, benign, basis, lam)
         if proof.spectral == 0 or abs(math.log(proof.block / proof.spectral)) < 0.01:
             break

@@ -1,12 +1,9 @@
 """Identifiability from exact updates: frames through a few clients, their consensus sets, and uniqueness.
 
 An r-frame is a pair (P, C) of a rank-r projector and an off-subspace matrix C = P_perp C. Its consensus set is {k:
-P_perp Theta_k = C}. Clients are given as a float64 stack Theta (K, p, q). The algebra has no noise and estimates
-nothing. The functions at the end plant clients at the border of what can be told apart. Statement 1 is this project's
-reconstruction (notebook 01), not the paper's (arXiv:2605.21217).
+P_perp Theta_k = C}. Clients are given as a float64 stack Theta (K, p, q). The algebra has no noise. The last functions
+plant clients at the border of what can be told apart. Statement 1 is our reconstruction (notebook 01), not the paper's.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, comb
@@ -27,10 +24,9 @@ INSIDE_ATTACKS = ("spread", "one direction")
 
 @dataclass(frozen=True)
 class ExactFrame:
-    """A frame that clients agree on exactly.
+    """A frame that clients agree on exactly: ``basis`` U (p, d) and ``common_part`` C = P_perp C (p, q).
 
-    ``basis`` is U (p, d), ``common_part`` is C = P_perp C (p, q), and ``members`` (K,) bool is the consensus set. d = r
-    if the clients that define the frame span r directions. If d < r, those clients lie in many r-frames.
+    ``members`` (K,) bool is the consensus set. If d < r, the clients that define the frame lie in many r-frames.
     """
 
     basis: Tensor
@@ -39,12 +35,10 @@ class ExactFrame:
 
     @property
     def rank(self) -> int:
-        """Dimension d of the frame's subspace."""
         return self.basis.shape[1]
 
     @property
     def size(self) -> int:
-        """Number of clients in the consensus set."""
         return int(self.members.sum())
 
 
@@ -54,10 +48,7 @@ def tuple_size(rank: int, q: int) -> int:
 
 
 def chance_size(rank: int, q: int) -> int:
-    """Return the number of clients that always lie in one r-frame, whatever their updates are: floor(r / q) + 1.
-
-    Their differences have at most r columns.
-    """
+    """Return how many clients always lie in one r-frame, floor(r / q) + 1: their differences have at most r columns."""
     return rank // q + 1
 
 
@@ -71,10 +62,7 @@ def difference_ranks(targets: Tensor) -> Tensor:
 
 
 def tuple_ranks(targets: Tensor, tuples: Tensor) -> Tensor:
-    """Return the dimension (T,) of the span of the differences within each tuple of clients (T, t).
-
-    Singular values below ``TOLERANCE`` times the norm of the tuple's largest client count as zero.
-    """
+    """Return the dimension (T,) of the span of the differences within tuples of clients (T, t), up to ``TOLERANCE``."""
     norms = torch.linalg.matrix_norm(targets)
     step = max(1, CHUNK_ENTRIES // (tuples.shape[1] * targets[0].numel()))
     ranks = []
@@ -90,10 +78,7 @@ def _differences(groups: Tensor) -> Tensor:
 
 
 def frame_through(targets: Tensor, clients: Tensor) -> ExactFrame:
-    """Return the smallest frame through some clients (t,).
-
-    Its subspace is the span of their differences, and its members are all clients that lie in it.
-    """
+    """Return the smallest frame through some clients (t,), which their differences span, and all clients in it."""
     group = targets[clients]
     vectors, values, _ = torch.linalg.svd(_differences(group), full_matrices=False)
     basis = vectors[:, values > TOLERANCE * torch.linalg.matrix_norm(group).max()]
@@ -110,14 +95,8 @@ def consensus_set(targets: Tensor, basis: Tensor, common_part: Tensor) -> Tensor
 def consensus_frames(targets: Tensor, rank: int) -> list[ExactFrame]:
     """Return all frames of at most r dimensions through tuples of ``tuple_size`` clients, largest consensus set first.
 
-    The search is exhaustive over tuples. It misses an r-frame only if none of the frame's tuples spans all of it.
-    Assumption (a) of Statement 1 rules this out for the benign frame. Frames with only ``chance_size`` members are no
-    evidence and need not be listed.
-
-    Raises
-    ------
-    ValueError
-        There are more than ``TUPLE_LIMIT`` tuples.
+    The search is exhaustive over tuples; more than ``TUPLE_LIMIT`` raise a ValueError. It misses an r-frame only if
+    none of the frame's tuples spans all of it, which assumption (a) of Statement 1 rules out for the benign frame.
     """
     K, _, q = targets.shape
     t = tuple_size(rank, q)
@@ -136,11 +115,9 @@ def consensus_frames(targets: Tensor, rank: int) -> list[ExactFrame]:
 
 
 def identified_frame(frames: list[ExactFrame], rank: int, q: int) -> ExactFrame | None:
-    """Return the unique r-frame of largest consensus set among ``consensus_frames``, or None.
+    """Return the unique r-frame of largest consensus set among ``consensus_frames``, or None if tied or no evidence.
 
-    The result is None in case of a tie and in case of no evidence. There is no evidence if no set is larger than
-    ``chance_size``, or if the largest set spans fewer than r directions: its clients are then known, but not their
-    subspace.
+    There is none if no set is larger than ``chance_size``, or if the largest spans fewer than r directions.
     """
     if not frames or frames[0].size <= chance_size(rank, q) or frames[0].rank < rank:
         return None
@@ -153,8 +130,7 @@ def moved_gauge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return other parameters (U R, M - U B, R' (A_k + B)) of the same updates M + U A_k.
 
-    ``coefficients`` is A (K, r, q). ``shift`` B (r, q) moves a part of P M into every client's coefficients.
-    ``rotation`` R is in O(r).
+    ``coefficients`` is A (K, r, q), ``shift`` B (r, q), a part of P M that moves into them, and ``rotation`` R in O(r).
     """
     return basis @ rotation, common_part - basis @ shift, rotation.mT @ (coefficients + shift)
 
@@ -162,9 +138,7 @@ def moved_gauge(
 def rivals(kind: str, benign: int, count: int, noise: float, *, generator: Generator) -> tuple[Planted, Tensor]:
     """Plant ``count`` contaminated clients that agree among themselves; also return the set (K,) bool that they form.
 
-    The contaminated clients of an "anchored coalition" take their common part from one benign client's update. That
-    benign client then lies in their frame, too, and belongs to the returned set. ``noise`` is the standard deviation of
-    the estimation noise.
+    An "anchored coalition" takes its common part from one benign client's update. It belongs to the set, too.
     """
     K = benign + count
     base = "coalition" if kind == "anchored coalition" else kind
@@ -185,9 +159,8 @@ def rivals(kind: str, benign: int, count: int, noise: float, *, generator: Gener
 def attacked(truth: Planted, attack: str, attackers: int, size: float, *, generator: Generator) -> Planted:
     """Return planted clients whose first ``attackers`` clients move inside the subspace, and only there.
 
-    An attacker has Theta_k = M + ``size`` U A_k', with E ||A_k'||_F^2 = r as for the other clients. With ``attack``
-    "spread" it moves in all directions. With "one direction" all attackers move in the same direction with the same
-    coefficients.
+    They have Theta_k = M + ``size`` U A_k', with E ||A_k'||_F^2 = r as for the others. With ``attack`` "one direction"
+    they all move in the same direction with the same coefficients, with "spread" in all directions.
     """
     q = truth.common_part.shape[1]
     A = torch.randn(attackers, truth.rank, q, generator=generator, dtype=torch.float64) / q**0.5

@@ -2,12 +2,9 @@
 
 The model is X_k = M + U A_k + H_k + E_k for s benign clients. The estimation noise E_k has entries of variance noise^2.
 The heterogeneity H_k is independent between clients, off the subspace, of mean zero and size h. A_k has independent
-Gaussian entries and rows of unit expected squared norm. All errors are mean squared Frobenius norms over the benign
-clients. These are this project's own derivations for its reconstruction of the method (arXiv:2605.21217); proofs are in
-notebook 05.
+Gaussian entries and rows of unit expected squared norm. Errors are mean squared Frobenius norms over the benign
+clients. All are own derivations for our reconstruction of the method (arXiv:2605.21217); proofs are in notebook 05.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -26,9 +23,8 @@ from clairlib.simulate import planted
 class Terms:
     """Parts of the error of a refined update.
 
-    ``inside`` is the noise kept inside the subspace, and ``off_subspace`` the averaged noise off the subspace.
-    ``heterogeneity`` is the error from averaging benign differences away. ``subspace_cost`` is the error that the
-    estimated subspace adds; it is negative if the estimate preserves benign differences.
+    ``inside`` is the noise kept inside the subspace, ``off_subspace`` the averaged noise off it, ``heterogeneity`` the
+    error from averaging benign differences away. ``subspace_cost`` (may be negative) is what estimating P adds.
     """
 
     inside: float
@@ -48,10 +44,7 @@ def local_error(noise: float, p: int, q: int) -> float:
 
 
 def oracle_terms(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0) -> Terms:
-    """Return the error terms when P and S are told: sigma^2 r q, sigma^2 (p - r) q / s, h^2 (1 - 1/s).
-
-    They are exact in expectation.
-    """
+    """Return the exact expected terms when P and S are told: sigma^2 r q, sigma^2 (p - r) q / s, h^2 (1 - 1/s)."""
     variance = noise**2
     return Terms(variance * r * q, variance * (p - r) * q / s, heterogeneity**2 * (1 - 1 / s), 0.0)
 
@@ -67,9 +60,8 @@ def estimated_terms(
         inside         + (sigma^2 + tau^2)^2 kappa                                     (order 2)
         subspace cost  (sigma^2 - tau^2) (p - r) r / s + 2 (sigma^4 - tau^4) kappa     (order 1, order 2)
 
-    The first order holds for heterogeneity of any rank, the second order for dense heterogeneity. The relative error of
-    the formula is of the order of ((sigma^2 + tau^2) q)^2, where (sigma^2 + tau^2) q is the noise energy of a row
-    relative to its signal energy of one.
+    The first order holds for heterogeneity of any rank, the second for dense heterogeneity. The relative error is of
+    the order of the square of (sigma^2 + tau^2) q, a row's noise over its signal energy.
     """
     terms = oracle_terms(noise=noise, p=p, q=q, r=r, s=s, heterogeneity=heterogeneity)
     variance, spread = noise**2, heterogeneity**2 / ((p - r) * q)
@@ -80,10 +72,7 @@ def estimated_terms(
 
 
 def inverse_signal(q: int, r: int, s: int) -> float:
-    """Return L = E tr (sum_k A~_k A~_k')^-1 = r q / (n - r - 1) for centred Gaussian A~, with n = (s - 1) q.
-
-    L is inf for n <= r + 1.
-    """
+    """Return L = E tr (sum_k A~_k A~_k')^-1 = r q / (n - r - 1) for Gaussian A~, n = (s - 1) q; inf for n <= r + 1."""
     freedom = (s - 1) * q - r - 1
     return r * q / freedom if freedom > 0 else inf
 
@@ -91,9 +80,8 @@ def inverse_signal(q: int, r: int, s: int) -> float:
 def gain(*, noise: float, p: int, q: int, r: int, s: int, heterogeneity: float = 0.0, order: int = 2) -> float:
     """Return the local error minus the refined error.
 
-    To first order it is (sigma^2 - tau^2) (p - r) (n - r) / s with n = (s - 1) q. The first order needs n > r, the
-    second n > r + 1. For n <= r the refined update is the local one and the gain is zero, which the closed form does
-    not give.
+    To first order it is (sigma^2 - tau^2) (p - r) (n - r) / s with n = (s - 1) q, for n > r; the second order needs n >
+    r + 1. For n <= r the gain is zero, which the closed form does not give.
     """
     terms = estimated_terms(noise=noise, p=p, q=q, r=r, s=s, heterogeneity=heterogeneity, order=order)
     return local_error(noise, p, q) - terms.total
@@ -103,8 +91,7 @@ def boundary_heterogeneity(*, noise: float, p: int, q: int, r: int, s: int, orde
     """Return the heterogeneity h at which refinement stops paying, the root of ``gain``.
 
     To first order, and also with P told, h^2 = sigma^2 (p - r) q for every s. To second order tau^2 solves L tau^4 - (1
-    + 2 L sigma^2) tau^2 + sigma^2 - 3 L sigma^4 = 0. The result is nan if there is no root, because there is too much
-    noise.
+    + 2 L sigma^2) tau^2 + sigma^2 - 3 L sigma^4 = 0; nan if there is no root, because there is too much noise.
     """
     variance, L = noise**2, inverse_signal(q, r, s) if order == 2 else 0.0
     if L == 0.0:
@@ -132,10 +119,7 @@ def boundary_samples(
 
 
 def fewest_clients(q: int, r: int) -> float:
-    """Return 1 + r / q, which s must exceed.
-
-    For (s - 1) q <= r the subspace holds all differences, and the refined update is the local one.
-    """
+    """Return 1 + r / q, which s must exceed: else the subspace holds all differences and nothing is refined."""
     return 1 + r / q
 
 
@@ -144,8 +128,8 @@ def weighted_oracle_terms(
 ) -> Terms:
     """Return the error terms when P and S are told and client k's noise variance is noise^2 / w_k.
 
-    The mean has the weights w_k if ``told``, else equal weights. ``inside`` is sigma^2 r q mean(1/w_k).
-    ``off_subspace`` is sigma^2 (p - r) q / sum w if told, else sigma^2 (p - r) q mean(1/w_k) / s.
+    ``inside`` is sigma^2 r q mean(1/w_k). ``off_subspace`` is sigma^2 (p - r) q / sum w if the mean is ``told`` the
+    weights w_k, else, with equal weights, sigma^2 (p - r) q mean(1/w_k) / s.
     """
     s, variance = len(weights), noise**2
     inverse = sum(1 / w for w in weights) / s
@@ -157,14 +141,12 @@ def stein_error(frame: Frame, noise: float) -> float:
     """Estimate the refined error without bias from the frame and the noise, for equal weights, with S and r told.
 
     ``noise`` is the standard deviation of an entry's noise. Refinement keeps the mean and truncates the centred stack D
-    (p, n), n = (s - 1) q, to rank r. Let y_i be the singular values of D. Stein's identity (divergence of the
-    truncation: Candes, Sing-Long, Trzasko 2013, arXiv:1210.4139) gives
+    (p, n), n = (s - 1) q, with singular values y_i, to rank r. Stein's identity (divergence of the truncation: Candes,
+    Sing-Long, Trzasko 2013, arXiv:1210.4139) gives
 
         s err = sum_{j>r} y_j^2 - s sigma^2 p q + 2 sigma^2 (p q + r (|p - n| + r) + 2 sum_{i<=r<j} z_ij),
-        z_ij = y_i^2 / (y_i^2 - y_j^2).
 
-    The formula holds for any A_k and any H_k, even for heterogeneity that looks like noise. It needs Gaussian noise and
-    r < min(p, n).
+    with z_ij = y_i^2 / (y_i^2 - y_j^2). It holds for Gaussian noise, any A_k and H_k, and r < min(p, n).
     """
     p, q = frame.mean.shape
     s, r, variance = frame.size, frame.rank, noise**2
@@ -178,9 +160,8 @@ def stein_error(frame: Frame, noise: float) -> float:
 def measured_terms(errors: Tensor, targets: Tensor, basis: Tensor) -> Terms:
     """Split the errors e_k (s, p, q) of benign clients by the true basis; the terms sum to their mean energy.
 
-    ``inside`` is ||P e_k||^2 and ``off_subspace`` is ||P_perp mean e||^2. ``heterogeneity`` is ||P_perp (Theta_k - mean
-    Theta)||^2, which averaging would remove. ``subspace_cost`` is ||P_perp (e_k - mean e)||^2 minus ``heterogeneity``.
-    All are means over the clients.
+    As means over the clients, ``inside`` is ||P e_k||^2, ``off_subspace`` is ||P_perp mean e||^2, ``heterogeneity`` is
+    ||P_perp (Theta_k - mean Theta)||^2, and ``subspace_cost`` is ||P_perp (e_k - mean e)||^2 minus ``heterogeneity``.
     """
     outside = project_out(basis, errors)
     mean = outside.mean(dim=0)
@@ -195,11 +176,10 @@ def _energy(blocks: Tensor) -> float:
 
 @dataclass(frozen=True)
 class TwoReadings:
-    """Two readings of one set of updates (K, p, q), both within the model, with equal subspace and benign clients.
+    """Two readings of one set of updates (K, p, q), both within the model, with one subspace and benign set.
 
     In ``different`` the targets are M + U A_k + G_k: G_k is dense heterogeneity, and the noise has standard deviation
-    ``noise``. In ``alike`` the targets are M + U A_k: the clients do not differ off the subspace, and G_k is noise. The
-    noise then has standard deviation ``noise_alike`` = sqrt(sigma^2 + tau^2).
+    ``noise``. In ``alike`` they are M + U A_k, and the noise has ``noise_alike`` = sqrt(sigma^2 + tau^2).
     """
 
     updates: Tensor
@@ -213,11 +193,10 @@ class TwoReadings:
 def two_readings(
     *, noise: float, spread: float, K: int, share: float, p: int, q: int, r: int, generator: Generator
 ) -> TwoReadings:
-    """Draw X_k = M + U A_k + G_k + E_k, which has two readings.
+    """Draw X_k = M + U A_k + G_k + E_k, which has two readings; ``share`` of the clients is contaminated.
 
-    Entries of G_k have standard deviation ``spread`` (tau), entries of E_k ``noise`` (sigma). A_k has entries of
-    variance 1/q - tau^2, so that in the first reading A_k + U'G_k has rows of unit expected squared norm. ``share`` is
-    the contaminated fraction.
+    Entries of G_k have standard deviation ``spread`` (tau), entries of E_k ``noise`` (sigma). Entries of A_k have
+    variance 1/q - tau^2, so that in the first reading A_k + U'G_k has rows of unit expected squared norm.
     """
     scale = sqrt(1 - spread**2 * q)
     base = planted(share=share, K=K, p=p, q=q, r=r, noise_std=0.0, common_norm=1 / scale, generator=generator)
@@ -228,11 +207,10 @@ def two_readings(
 
 
 def crossing(places: np.ndarray, gains: np.ndarray) -> tuple[float, float]:
-    """Return the place where the mean of ``gains`` (draws, places) falls to zero, and its standard error.
+    """Return the place where the mean of ``gains`` (draws, places) falls to zero, and its standard error, or two nan.
 
-    Both are nan if the mean does not fall to zero. The mean is interpolated linearly between neighbouring places. A
-    draw uses the same randomness at all places. The standard error is therefore that of the gain interpolated at the
-    crossing, divided by the slope.
+    The mean is interpolated linearly between neighbouring places. A draw uses the same randomness at all places, so the
+    standard error is that of the gain interpolated at the crossing, divided by the slope.
     """
     mean = gains.mean(axis=0)
     falls = np.flatnonzero((mean[:-1] > 0) & (mean[1:] <= 0))

@@ -1,13 +1,10 @@
 """Closed forms for the error that estimation noise causes in the estimated subspace.
 
-They are this project's own derivations (Statement 2b), not the paper's. s clients follow X_k = M + U A_k + E_k. The
-entries of A_k (r x q) are independent N(0, a^2 / q), so each row of A_k has norm about a. ``noise`` is the standard
-deviation sigma of an entry of E_k, and ``signal`` is a. The estimate is the leading r-dimensional eigenspace of the
-centred scatter. Errors are ||sin Theta||_F^2, the sum of squared sines of all r principal angles. Its expectation has a
-closed form, unlike that of the largest angle.
+They are this project's own derivations (Statement 2b), not the paper's. s clients follow X_k = M + U A_k + E_k. Entries
+of A_k (r x q) are independent N(0, a^2 / q), so each row of A_k has norm about a, the ``signal``; ``noise`` is the
+standard deviation sigma of an entry of E_k. The estimate is the leading r-dimensional eigenspace of the centred
+scatter. Errors are ||sin Theta||_F^2, the sum of squared sines of all r principal angles, whose mean has a closed form.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -31,8 +28,7 @@ def subspace_distance(first: Tensor, second: Tensor) -> float:
 def stability_bound(errors: Tensor, coefficients: Tensor) -> float:
     """Return the bound 2 ||E~||_2 / sigma_r(A~) on the largest sine, which holds for all errors (Statement 2b (i)).
 
-    ``errors`` is E_k (s, p, q) and ``coefficients`` is A_k (s, r, q). The tilde means that blocks are centred over
-    clients and placed side by side.
+    Blocks of ``errors`` E_k (s, p, q) and ``coefficients`` A_k (s, r, q) are centred over clients and placed in a row.
     """
     wide = [(X - X.mean(dim=0)).permute(1, 0, 2).flatten(1) for X in (errors, coefficients)]  # (p, s*q), (r, s*q)
     size, signal = (torch.linalg.svdvals(matrix) for matrix in wide)
@@ -42,8 +38,7 @@ def stability_bound(errors: Tensor, coefficients: Tensor) -> float:
 def first_order(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) -> float:
     """Return E ||sin Theta||_F^2 to first order in white noise: sigma^2 (p - r) r q / (a^2 ((s - 1) q - r - 1)).
 
-    This is sigma^2 (p - r) tr E[G^-1], where G = A~ A~' is Wishart with (s - 1) q degrees of freedom and scale a^2 / q.
-    It needs (s - 1) q > r + 1.
+    This is sigma^2 (p - r) tr E[G^-1], where G = A~ A~' is Wishart of (s - 1) q > r + 1 degrees and scale a^2 / q.
     """
     return noise**2 * (p - r) * r * q / (signal**2 * ((s - 1) * q - r - 1))
 
@@ -53,16 +48,11 @@ def first_order_given(
 ) -> float:
     """Return E ||sin Theta||_F^2 to first order, given the coefficients A_k (s, r, q).
 
-    spread * tr[G^-1 (sum_k w_k^2 v_k A~_k A~_k') G^-1],  G = sum_k w_k A~_k A~_k',  centred at the weighted mean.
+        spread * tr[G^-1 (sum_k w_k^2 v_k A~_k A~_k') G^-1],  G = sum_k w_k A~_k A~_k',  centred at the weighted mean.
 
-    Parameters
-    ----------
-    spread : float
-        tr(P_perp Sigma) of the noise covariance Sigma (p, p) of a column: sigma^2 (p - r) when white.
-    weights : Tensor (s,), optional
-        Weights w_k that the estimate uses; equal if None.
-    variances : Tensor (s,), optional
-        Factors v_k of the clients' noise variance; 1 if None. With w_k = 1 / v_k the result is spread * tr G^-1.
+    ``spread`` is tr(P_perp Sigma) of the noise covariance Sigma (p, p) of a column: sigma^2 (p - r) when white.
+    ``weights`` w_k (s,) are those of the estimate and ``variances`` v_k (s,) factors of the clients' noise variance;
+    all are 1 if None. With w_k = 1 / v_k the result is spread * tr G^-1.
     """
     ones = torch.ones(len(coefficients), dtype=coefficients.dtype)
     w = ones if weights is None else weights
@@ -77,9 +67,8 @@ def spiked(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) ->
     """Return E ||sin Theta||_F^2 at any level of white noise: r gamma (1 + l) / (l (l + gamma)), at most r.
 
     The centred updates are (s - 1) q samples with r spikes, each l = a^2 / (q sigma^2) times the noise variance. The
-    angle of each spike (Paul 2007; Benaych-Georges and Nadakuditi 2011) is taken at gamma = (p - r) / ((s - 1) q - r -
-    1) instead of p / ((s - 1) q), so that small noise gives ``first_order`` exactly. The ratio to ``first_order`` is 1
-    + 1/l - gamma/l + ...
+    angle of each (Paul 2007; Benaych-Georges and Nadakuditi 2011) is taken at gamma = (p - r) / ((s - 1) q - r - 1)
+    instead of p / ((s - 1) q): the ratio to ``first_order``, 1 + 1/l - gamma/l + .., is exact for small noise.
     """
     spike = signal**2 / (q * noise**2)
     gamma = (p - r) / ((s - 1) * q - r - 1)
@@ -89,8 +78,7 @@ def spiked(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) ->
 def breakdown(p: int, q: int, s: int, r: int, signal: float = 1.0) -> float:
     """Return the white noise per entry beyond which nothing of U is left, a q^(-1/2) gamma^(-1/4).
 
-    There l^2 = gamma in ``spiked``. This is the threshold of Baik, Ben Arous and Peche (2005), for many samples in many
-    dimensions.
+    There l^2 = gamma in ``spiked``, the threshold of Baik, Ben Arous and Peche (2005) in many dimensions.
     """
     gamma = (p - r) / ((s - 1) * q - r - 1)
     return signal * q**-0.5 * gamma**-0.25
@@ -120,10 +108,9 @@ def coloured(basis: Tensor, covariance: Tensor, q: int, s: int, signal: float = 
 
 
 def coloured_breakdown(correlation: float, q: int, signal: float = 1.0) -> float:
-    """Return the noise per entry at which the noise's leading direction outgrows the subspace.
+    """Return the noise per entry at which its leading direction outgrows the subspace, for any number of clients.
 
-    The number of clients does not matter. At this noise l + sigma^2 = sigma^2 lambda_max. The covariance correlation^|i
-    - j| has lambda_max = (1 + |rho|) / (1 - |rho|) for large p.
+    Then l + sigma^2 = sigma^2 lambda_max; correlation^|i - j| has lambda_max = (1 + |rho|) / (1 - |rho|) for large p.
     """
     rho = abs(correlation)
     return signal * (q * 2 * rho / (1 - rho)) ** -0.5
@@ -132,10 +119,8 @@ def coloured_breakdown(correlation: float, q: int, signal: float = 1.0) -> float
 def largest_sine(noise: float, p: int, q: int, s: int, r: int, signal: float = 1.0) -> float:
     """Return the largest sine to first order in white noise.
 
-    It is sigma sqrt(q) / a times the root of the largest eigenvalue of G^-1 Z'Z. Z (p - r, r) and the factor of G are
-    standard normal, so that eigenvalue is the largest root of two Wishart matrices, with p - r and n = (s - 1) q
-    degrees of freedom. Its log is mu + tau times a Tracy-Widom variable (Johnstone 2008, Theorem 1), which is replaced
-    by its mean.
+    It is sigma sqrt(q) / a times the root of the largest eigenvalue of G^-1 Z'Z, two Wishart matrices of (s - 1) q and
+    p - r degrees of freedom. Its log is mu + tau times a Tracy-Widom variable (Johnstone 2008, Theorem 1) at its mean.
     """
     total = (s - 1) * q + p - r - 1
     small, large = sorted((r, p - r))
@@ -146,10 +131,7 @@ def largest_sine(noise: float, p: int, q: int, s: int, r: int, signal: float = 1
 
 
 def unweighted_over_weighted(weights: Tensor) -> float:
-    """Return the ratio of the squared errors without and with weights, for noise variances 1 / w_k.
-
-    It is sum(w) sum(1 / w) / s^2, at least 1, to leading order in s. ``first_order_given`` has no such limit.
-    """
+    """Return sum(w) sum(1 / w) / s^2, the leading ratio of errors without and with weights, at variances 1 / w_k."""
     return float(weights.sum() * weights.reciprocal().sum()) / len(weights) ** 2
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,11 @@ Slot = tuple[str, str]  # "in" or "out", name of a module
 
 
 class _Enough(Exception):
-    """Raised when all requested values were seen, as the rest of the forward pass is not needed."""
+    """Ends a forward pass once all requested values were seen."""
 
 
 class Recorder:
-    """Runs the frozen model up to the cut and returns the values that go in and come out there.
-
-    Use it as a context manager, which removes its hooks at the end.
-    """
+    """Runs the frozen model up to the cut, for the values that go in and come out there; as a context manager."""
 
     def __init__(self, model: Any, cut: Cut, *, unmasked: bool, autocast: torch.dtype | None) -> None:
         self.model, self.cut, self.unmasked, self.autocast = model, cut, unmasked, autocast
@@ -36,10 +34,10 @@ class Recorder:
         self.seen: dict[Slot, Tensor] = {}
         self.hooks = []
         for name in cut.inputs():
-            module = model.get_submodule(name)
-            self.hooks.append(module.register_forward_pre_hook(self._input(name), with_kwargs=True))
+            enter = partial(self._enter, name)
+            self.hooks.append(model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True))
         for name in cut.cached:
-            self.hooks.append(model.get_submodule(name).register_forward_hook(self._output(name)))
+            self.hooks.append(model.get_submodule(name).register_forward_hook(partial(self._leave, name)))
         self.hooks.append(model.get_submodule(cut.module).register_forward_pre_hook(self._stop))
 
     def __enter__(self) -> Recorder:
@@ -60,27 +58,20 @@ class Recorder:
             pass
         return {slot: value.view(*group.ids.shape, -1) for slot, value in self.seen.items()}
 
-    def _input(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.seen["in", name] = first_input(args, kwargs)
+    def _enter(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen["in", name] = first_input(args, kwargs)
 
-        return hook
-
-    def _output(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self.seen["out", name] = first_tensor(output)
-
-        return hook
+    def _leave(self, name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self.seen["out", name] = first_tensor(output)
 
     def _stop(self, *_: object) -> None:
         raise _Enough
 
 
 class Activations:
-    """The recorded values of every row of a table.
+    """The recorded values of every row of a table, in the device's memory.
 
-    Up to ``limit`` bytes they lie in the device's memory. Larger ones lie in a memory-mapped file, which `close`
-    removes.
+    Values of more than ``limit`` bytes lie in memory-mapped files, which `close` removes.
 
     Raises
     ------
@@ -108,16 +99,12 @@ class Activations:
 
     def gather(self, group: Group) -> dict[Slot, Tensor]:
         """Return slot -> values (rows, T, width) of a group, on the device."""
-        rows = group.rows.flatten()
-        if self.folder is not None:
-            rows = rows.cpu()
-        return {
-            slot: buffer.index_select(0, rows).view(*group.rows.shape, -1).to(self.device)
-            for slot, buffer in self.buffers.items()
-        }
+        rows, shape = group.rows.flatten(), group.rows.shape
+        rows = rows if self.folder is None else rows.cpu()
+        return {slot: own.index_select(0, rows).view(*shape, -1).to(self.device) for slot, own in self.buffers.items()}
 
     def close(self) -> None:
-        """Remove the file, if there is one."""
+        """Remove the files, if there are any."""
         if self.folder is not None:
             self.folder.cleanup()
 
@@ -140,8 +127,7 @@ def fill(activations: Activations, record: Recorder, table: Table, limit: int) -
         rows = group.rows.cpu().numpy()
         if record.cut.single:
             keep &= table.targets[rows] != NO_LABEL
-        flat = torch.from_numpy(np.flatnonzero(keep))
-        to = torch.from_numpy(places[rows[keep]])
+        flat, to = torch.from_numpy(np.flatnonzero(keep)), torch.from_numpy(places[rows[keep]])
         for slot, values in record(group).items():
             buffer = activations.buffers[slot]
             chosen = values.flatten(0, 1)[flat.to(values.device)]

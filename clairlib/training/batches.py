@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,33 +16,17 @@ from clairlib.training.schedule import NO_LABEL
 
 @dataclass(frozen=True)
 class Table:
-    """The tokens of all examples, one row per token, one example after another.
+    """The R tokens of all E examples, one row per token, one example after another."""
 
-    Attributes
-    ----------
-    ids, targets : ndarray (R,)
-        Tokens, and the label to predict at each of them (NO_LABEL: none).
-    classes : ndarray (E,) or None
-        One label per example instead; ``targets`` are then not used.
-    attended : ndarray (R,) bool
-        Attention mask.
-    starts, lengths, labelled : ndarray (E,)
-        First row, number of rows and number of labels of every example.
-    pad : int
-        Padding token.
-    single : bool
-        Whether rows are single positions instead of sequences; the table then has labelled positions only.
-    """
-
-    ids: np.ndarray
-    targets: np.ndarray
-    classes: np.ndarray | None
-    attended: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    labelled: np.ndarray
-    pad: int
-    single: bool = False
+    ids: np.ndarray  # (R,)
+    targets: np.ndarray  # (R,), the label to predict at each token (NO_LABEL: none)
+    classes: np.ndarray | None  # (E,), one label per example instead of targets
+    attended: np.ndarray  # (R,), the attention mask as bool
+    starts: np.ndarray  # (E,), the first row of each example
+    lengths: np.ndarray  # (E,), its number of rows
+    labelled: np.ndarray  # (E,), its number of labels
+    pad: int  # padding token
+    single: bool = False  # whether rows are single labelled positions instead of sequences
 
     def only_labelled(self) -> Table:
         """Return the table of the labelled positions alone."""
@@ -51,11 +37,7 @@ class Table:
 
 
 def tabulate(examples: Sequence[Mapping[str, Tensor]], *, shift: bool, classes: bool, pad: int) -> Table:
-    """Collect all examples in one table.
-
-    With ``shift`` the target of a position is the label of the next token. With ``classes`` there is one label per
-    example. ``pad`` is the padding token.
-    """
+    """Collect all examples in one table; with ``shift`` the target of a position is the label of the next token."""
     lengths = np.array([len(example["input_ids"]) for example in examples])
     ids = _flat([example["input_ids"] for example in examples])
     masks = [example.get("attention_mask", torch.ones(len(example["input_ids"]))) for example in examples]
@@ -84,30 +66,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Group:
-    """Padded sequences of G clients, the same number b for each, client after client.
+    """Padded sequences of G clients, the same number b for each, client after client."""
 
-    Attributes
-    ----------
-    positions : tuple of int
-        The clients' positions in the stack.
-    rows : Tensor (G * b, T)
-        Row of the table for every token; padding repeats a row of the same client.
-    ids : Tensor (G * b, T)
-    attended : Tensor (G * b, T) or None
-        Attention mask; None if every token is attended to.
-    select : Tensor (G * s,) or None
-        Positions of the targets among all tokens; None: every token has a target.
-    targets, weights : Tensor (G, s)
-        Labels, and the weight of each in its client's loss; 0 for padding.
-    """
-
-    positions: tuple[int, ...]
-    rows: Tensor
-    ids: Tensor
-    attended: Tensor | None
-    select: Tensor | None
-    targets: Tensor
-    weights: Tensor
+    positions: tuple[int, ...]  # the clients' positions in the stack
+    rows: Tensor  # (G * b, T), the row of the table for every token; padding repeats a row of the same client
+    ids: Tensor  # (G * b, T)
+    attended: Tensor | None  # (G * b, T), the attention mask; None if every token is attended to
+    select: Tensor | None  # (G * s,), positions of the targets among all tokens; None: every token has a target
+    targets: Tensor  # (G, s), labels
+    weights: Tensor  # (G, s), the weight of each label in its client's loss; 0 for padding
 
     def to(self, device: str, dtype: torch.dtype) -> Group:
         """Return the group on a device, with weights of a dtype."""
@@ -122,15 +89,9 @@ def split(table: Table, items: Sequence[Item], limit: int) -> list[list[Item]]:
     Large items are cut up, but one example is never cut. Items of similar size come together, so there is little
     padding. A client has at most one item in a group.
     """
-    rounds: list[list[Item]] = []
-    for item in items:
-        for index, part in enumerate(_cut(table, item, limit)):
-            if index == len(rounds):
-                rounds.append([])
-            rounds[index].append(part)
     groups: list[list[Item]] = []
-    for parts in rounds:
-        shape = (0, 0)
+    for found in zip_longest(*(_cut(table, item, limit) for item in items)):
+        parts, shape = [part for part in found if part is not None], (0, 0)
         parts.sort(key=lambda part: (*_shape(table, part), -part.position), reverse=True)
         for part in parts:
             own = _shape(table, part)
@@ -164,25 +125,23 @@ def _cut(table: Table, item: Item, limit: int) -> list[Item]:
 
 def collate(table: Table, items: Sequence[Item]) -> Group:
     """Pad the items' examples to common sizes and return them as a group."""
-    shares = np.array([1.0 / item.labels for item in items])
-    positions = tuple(item.position for item in items)
-    return (_collate_rows if table.single else _collate_sequences)(table, items, positions, shares)
+    shares = np.array([[1.0 / item.labels] for item in items])  # (G, 1)
+    fields = (_collated_rows if table.single else _collated_sequences)(table, items, shares)
+    tensors: list[Any] = [None if field is None else torch.from_numpy(field) for field in fields]
+    return Group(tuple(item.position for item in items), *tensors)
 
 
-def _collate_rows(table: Table, items: Sequence[Item], positions: tuple[int, ...], shares: np.ndarray) -> Group:
+def _collated_rows(table: Table, items: Sequence[Item], shares: np.ndarray) -> tuple[np.ndarray | None, ...]:
+    """Return the fields of the group after its positions."""
     parts = [np.concatenate([np.arange(table.lengths[e]) + table.starts[e] for e in item.examples]) for item in items]
     size = max(map(len, parts))
     rows = np.stack([np.append(part, np.repeat(part[:1], size - len(part))) for part in parts])  # (G, s)
     real = np.arange(size) < np.array([[len(part)] for part in parts])
-    weights, ids = np.where(real, shares[:, None], 0.0), table.ids[rows].reshape(-1, 1)
-    targets = torch.from_numpy(table.targets[rows])
-    return Group(
-        positions, torch.from_numpy(rows.reshape(-1, 1)), torch.from_numpy(ids), None, None, targets,
-        torch.from_numpy(weights),
-    )  # fmt: skip
+    column, weights = rows.reshape(-1, 1), np.where(real, shares, 0.0)
+    return column, table.ids[column], None, None, table.targets[rows], weights
 
 
-def _collate_sequences(table: Table, items: Sequence[Item], positions: tuple[int, ...], shares: np.ndarray) -> Group:
+def _collated_sequences(table: Table, items: Sequence[Item], shares: np.ndarray) -> tuple[np.ndarray | None, ...]:
     b = max(len(item.examples) for item in items)
     examples = np.array([[*item.examples, *item.examples[:1] * (b - len(item.examples))] for item in items])  # (G, b)
     real = np.arange(b) < np.array([[len(item.examples)] for item in items])
@@ -192,21 +151,11 @@ def _collate_sequences(table: Table, items: Sequence[Item], positions: tuple[int
     inside = place < lengths
     attended = inside & table.attended[rows]
     ids = np.where(inside, table.ids[rows], table.pad)
-    select, targets, weights = None, table.classes, real * shares[:, None]
-    if targets is None:
-        select, weights = _labelled(table.targets[rows], inside & real.reshape(-1, 1), shares)
-        targets = table.targets[rows].reshape(-1)[select].reshape(len(items), -1)
-    else:
-        targets = targets[examples]
-    return Group(
-        positions,
-        torch.from_numpy(rows),
-        torch.from_numpy(ids),
-        None if attended.all() else torch.from_numpy(attended.astype(np.int64)),
-        None if select is None else torch.from_numpy(select),
-        torch.from_numpy(targets),
-        torch.from_numpy(weights),
-    )
+    mask = None if attended.all() else attended.astype(np.int64)
+    if table.classes is not None:
+        return rows, ids, mask, None, table.classes[examples], real * shares
+    select, weights = _labelled(table.targets[rows], inside & real.reshape(-1, 1), shares)
+    return rows, ids, mask, select, table.targets[rows].reshape(-1)[select].reshape(len(items), -1), weights
 
 
 def _labelled(targets: np.ndarray, real: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,10 +163,9 @@ def _labelled(targets: np.ndarray, real: np.ndarray, shares: np.ndarray) -> tupl
 
     A client with fewer than s labels repeats its first one with weight 0.
     """
-    G = len(shares)
-    mine = ((targets != NO_LABEL) & real).reshape(G, -1)
+    mine = ((targets != NO_LABEL) & real).reshape(len(shares), -1)
     counts = mine.sum(axis=1)
     places = [np.flatnonzero(own) + client * mine.shape[1] for client, own in enumerate(mine)]
     size = int(counts.max())
     select = np.concatenate([np.append(own, np.repeat(own[:1], size - len(own))) for own in places])
-    return select, np.where(np.arange(size) < counts[:, None], shares[:, None], 0.0)
+    return select, np.where(np.arange(size) < counts[:, None], shares, 0.0)

@@ -24,7 +24,7 @@ Example = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Tokens:
-    """One client's tokenised examples, and how many of them were cut off at the maximal length."""
+    """One client's tokenised examples, and the number of those cut off at the maximal length."""
 
     examples: list[Example]
     truncated: int
@@ -51,20 +51,14 @@ def data_files(folder: Path) -> dict[str, list[Path]]:
             raise ValueError(f"{name!r} cannot be a client's name; rename {str(path)!r}")
         if name.casefold() in map(str.casefold, clients):  # on some file systems the same folder
             raise ValueError(f"two clients have the name {name!r}, case aside")
-        clients[name] = _files_of(name, path)
+        clients[name] = sorted(path.glob("[!.]*.jsonl")) if path.is_dir() else [path]
+        if not clients[name]:
+            raise ValueError(f"client {name!r} has no .jsonl file in {str(path)!r}")
+        if odd := [file.name for file in clients[name] if not file.is_file()]:
+            raise ValueError(f"client {name!r}: {odd[0]!r} is not a regular file")
     if not clients:
         raise ValueError(f"{str(folder)!r} holds no client: neither a folder nor a .jsonl file")
     return clients
-
-
-def _files_of(name: str, path: Path) -> list[Path]:
-    found = [path] if path.suffix == ".jsonl" and not path.is_dir() else sorted(path.glob("[!.]*.jsonl"))
-    if not found:
-        raise ValueError(f"client {name!r} has no .jsonl file in {str(path)!r}")
-    for file in found:
-        if not file.is_file():
-            raise ValueError(f"client {name!r}: {file.name!r} is not a regular file")
-    return found
 
 
 def read_client(
@@ -104,10 +98,7 @@ def read_client(
 def example_of(
     fields: Mapping[str, Any], tokenizer: Any, max_length: int, classes: Mapping[str, int] | None = None
 ) -> tuple[Example, int]:
-    """Return the example of a line's fields, cut off, and its number of tokens before the cut.
-
-    `read_client` describes the fields.
-    """
+    """Return the example of a line's fields, as in `read_client`, cut off, and its number of tokens before the cut."""
     if classes is not None:
         text, label = _string(fields, "text"), _class(fields, classes)
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
@@ -123,8 +114,7 @@ def example_of(
 def _lines(name: str, files: Sequence[Path]) -> Iterator[tuple[Path, int, str]]:
     """Yield (file, line number, line) of every non-blank line.
 
-    The files are read as text, because the JSON reader of datasets converts text that looks like a date and does not
-    number lines.
+    The JSON reader of datasets is not used: it converts text that looks like a date, and does not number lines.
     """
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
@@ -178,7 +168,7 @@ def _class(fields: Mapping[str, Any], classes: Mapping[str, int]) -> int:
 
 
 def _text(fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return tokens and labels of a text, with NO_LABEL for the tokens of the prompt."""
+    """Return tokens and labels of a text; the prompt has NO_LABEL."""
     forms = [form for form in FORMS if form[0] in fields]
     if len(forms) != 1:
         raise ValueError("must have one of 'text', 'prompt' with 'completion', or 'messages'")
@@ -187,27 +177,20 @@ def _text(fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[in
         ids, before = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, prompt))
         return _labelled(ids, before)
     parts = [_string(fields, key) for key in forms[0]]
-    ids = tokenizer("".join(parts))["input_ids"]
-    end = tokenizer.eos_token_id
+    ids, end = tokenizer("".join(parts))["input_ids"], tokenizer.eos_token_id
     ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
     return _labelled(ids, tokenizer(parts[0])["input_ids"] if len(parts) == 2 else [])
 
 
 def _labelled(ids: list[int], prompt: list[int]) -> tuple[list[int], list[int]]:
-    """Label the tokens from the first one that differs from the tokens of the prompt alone.
-
-    A token that spans prompt and completion is therefore learnt.
-    """
+    """Label the tokens from the first one that differs from the prompt's, so one that spans both parts is learnt."""
     pairs = enumerate(zip(ids, prompt, strict=False))
     first = next((place for place, (own, other) in pairs if own != other), min(len(ids), len(prompt)))
     return ids, [NO_LABEL] * first + ids[first:]
 
 
 def _chat(messages: Any, tokenizer: Any) -> tuple[str, str]:
-    """Return the conversation without its last message, and the whole conversation, as text.
-
-    Both are formatted by the tokenizer's chat template.
-    """
+    """Return the conversation without its last message, and the whole one, as text by the tokenizer's template."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
@@ -224,25 +207,21 @@ def _chat(messages: Any, tokenizer: Any) -> tuple[str, str]:
         raise ValueError(f"has 'messages' that the chat template refuses ({error})") from error
 
 
-def hold_out(
-    name: str, examples: Sequence[Example], share: float, *, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Split examples into those to train on and those to validate with.
+def hold_out(name: str, examples: Sequence[Example], share: float, *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split examples into those to train on and those to validate with, drawn by ``(name, "validation")``.
 
-    The second part is a fraction ``share`` of the examples, and at least one unless ``share`` is 0. It is drawn by
-    ``(name, "validation")``.
+    The second part is a fraction ``share`` of the examples, and at least one unless ``share`` is 0.
 
     Raises
     ------
     ValueError
         No example is left to train on.
     """
-    held = max(1, round(share * len(examples))) if share else 0
-    if held >= len(examples):
-        raise ValueError(
-            f"client {name!r} has {len(examples)} example(s); holding back {share:g} of them leaves none to train on"
-        )
-    order = torch.randperm(len(examples), generator=derive(seed, name, "validation")).tolist()
-    chosen = set(order[:held])
+    count = len(examples)
+    held = max(1, round(share * count)) if share else 0
+    if held >= count:
+        rest = f"holding back {share:g} of them leaves none to train on"
+        raise ValueError(f"client {name!r} has {count} example(s); {rest}")
+    chosen = set(torch.randperm(count, generator=derive(seed, name, "validation")).tolist()[:held])
     own = [example for place, example in enumerate(examples) if place not in chosen]
     return own, [examples[place] for place in sorted(chosen)]

@@ -1,4 +1,4 @@
-"""Fine-tuning from clients' data to their adapters and a report, as ``clair train`` does."""
+"""Fine-tuning from clients' data to their adapters and a report: ``clair train``."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ class Settings:
 
     Attributes
     ----------
-    targets : list of str or str
-        Adapted modules, as in peft's ``target_modules``.
-    rank, alpha, use_rslora
-        Rank and scale of the adapters, as in peft.
+    targets, rank, alpha, use_rslora
+        Adapted modules, and rank and scale of the adapters, as in peft.
     epochs, steps : int or None
         Passes over a client's examples, and the largest number of its optimiser steps. At least one must be given.
     batch, learning_rate
@@ -46,9 +44,8 @@ class Settings:
         Most tokens of an example; the rest is cut off. None: MAX_LENGTH, or the model's limit if that is lower.
     group_tokens : int
         Most tokens that go through the model together.
-    device, bf16
-        Device of the computation, and whether products are in bfloat16 (on CUDA only).
-    seed : int
+    bf16 : bool
+        Whether products are in bfloat16 (on CUDA only).
     """
 
     targets: Sequence[str] | str = ("o_proj", "down_proj")
@@ -75,7 +72,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """Result of :func:`finetune`: each client's training, the contents of report.json, and the output folder."""
+    """Each client's training, the contents of report.json, and the output folder."""
 
     trained: list[TrainedClient]
     report: dict[str, Any]
@@ -83,33 +80,25 @@ class Finetuning:
 
 
 def finetune(
-    folder: str | Path,
-    base: str,
-    output: str | Path,
-    settings: Settings,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    announce: Callable[[str], None] | None = None,
+    folder: str | Path, base: str, output: str | Path, settings: Settings, *, resume: bool = False,
+    overwrite: bool = False, announce: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Finetuning:
+) -> Finetuning:  # fmt: skip
     """Train an adapter for every client of a folder, all at once, and write them as PEFT adapter folders.
 
-    Until the output appears, a checkpoint lies beside it (``.OUTPUT.checkpoint``). An interrupted run can go on from
-    the checkpoint, with the same result.
+    Until the output appears, a checkpoint lies beside it (``.OUTPUT.checkpoint``).
 
     Parameters
     ----------
     folder : path
-        It holds a folder or a .jsonl file per client, with lines as in
-        :func:`clairlib.training.client_data.read_client`.
+        A folder or .jsonl file per client, with lines as in :func:`clairlib.training.client_data.read_client`.
     base : str
         Name or path of a causal language model or sequence classifier, saved as safetensors with its tokenizer. A
         classifier must have its head, because only adapters are trained.
     output : path
         Folder to write; it appears whole or not at all. A client whose training diverged has no adapter in it.
     resume : bool
-        Go on from the checkpoint, if there is one.
+        Go on from the checkpoint, if there is one, with the same result.
     overwrite : bool
         Replace an output folder that an earlier call wrote.
     announce : callable, optional
@@ -120,30 +109,29 @@ def finetune(
     Raises
     ------
     ValueError
-        A client, line, module, option or file cannot be used. The message is one line that names it. The output is not
-        touched.
+        A client, line, module, option or file cannot be used; one line names it. The output is not touched.
     OSError
         The frozen part's activations fit neither into memory nor on the disk.
     """
     folder, output = Path(folder), Path(output)
+    checkpoint = output.absolute().parent / f".{output.name}.checkpoint"
     _check(settings, folder, output, overwrite)
-    checkpoint = _checkpoint(output, resume)
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"an unfinished run left {str(checkpoint)!r}; pass --resume to go on from it, or remove it")
     files = data_files(folder)
     model, tokenizer = load_base(base)
     tokens = _read(files, model, tokenizer, settings)
-    clients = [_client(name, own, settings) for name, own in tokens.items()]
-    job: dict[str, Any] = {
-        "device": settings.device, "group_tokens": settings.group_tokens,
-        "autocast": torch.bfloat16 if settings.bf16 else None,
-    }  # fmt: skip
-    memory = memory_needed(model, clients, settings.targets, settings.schedule, **job)
+    clients = []
+    for name, own in tokens.items():
+        kept, held = hold_out(name, own.examples, settings.validation, seed=settings.seed)
+        clients.append(ClientData(name, kept, settings.rank, settings.alpha, settings.use_rslora, held))
+    autocast, job = torch.bfloat16 if settings.bf16 else None, (model, clients, settings.targets, settings.schedule)
+    how: dict[str, Any] = {"device": settings.device, "autocast": autocast, "group_tokens": settings.group_tokens}
+    memory = memory_needed(*job, **how)
     if announce is not None:
         announce(f"{len(clients)} clients; {memory}")
     try:
-        trained = train_adapters(
-            model, clients, settings.targets, settings.schedule, seed=settings.seed, checkpoint=checkpoint,
-            progress=progress, **job,
-        )  # fmt: skip
+        trained = train_adapters(*job, seed=settings.seed, checkpoint=checkpoint, progress=progress, **how)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of memory on device {settings.device}; lower --group-tokens") from error
     if all(client.status == "diverged" for client in trained):
@@ -173,13 +161,6 @@ def _check(settings: Settings, folder: Path, output: Path, overwrite: bool) -> N
         raise _Untouched
 
 
-def _checkpoint(output: Path, resume: bool) -> Path:
-    path = output.absolute().parent / f".{output.name}.checkpoint"
-    if path.exists() and not resume:
-        raise ValueError(f"an unfinished run left {str(path)!r}; pass --resume to go on from it, or remove it")
-    return path
-
-
 def load_base(name: str) -> tuple[Any, Any]:
     """Load a model, in the precision of its checkpoint, and its tokenizer.
 
@@ -188,7 +169,7 @@ def load_base(name: str) -> tuple[Any, Any]:
     Raises
     ------
     ValueError
-        The model cannot be loaded, is of another kind, or its checkpoint lacks the head. The message is one line.
+        The model cannot be loaded, is of another kind, or its checkpoint lacks the head.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -198,9 +179,8 @@ def load_base(name: str) -> tuple[Any, Any]:
         if not kind.endswith((*CAUSAL, CLASSIFIER)):
             raise ValueError(f"it is a {kind}; only causal language models and sequence classifiers are trained")
         auto: Any = AutoModelForSequenceClassification if kind.endswith(CLASSIFIER) else AutoModelForCausalLM
-        model, found = auto.from_pretrained(
-            name, config=config, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-        )
+        options = {"config": config, "use_safetensors": True, "trust_remote_code": False}
+        model, found = auto.from_pretrained(name, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         # without a folder of this name transformers asks the Hugging Face hub
@@ -218,44 +198,24 @@ def _read(files: Mapping[str, list[Path]], model: Any, tokenizer: Any, settings:
     if length > room:
         raise ValueError(f"--max-length {length} is more than the {room} tokens that the model takes")
     classes = model.config.label2id if model.loss_type == CLASSIFIER else None
-    return {
-        name: read_client(name, own, tokenizer, max_length=int(length), classes=classes) for name, own in files.items()
-    }
-
-
-def _client(name: str, tokens: Tokens, settings: Settings) -> ClientData:
-    own, held = hold_out(name, tokens.examples, settings.validation, seed=settings.seed)
-    return ClientData(name, own, settings.rank, settings.alpha, settings.use_rslora, held)
+    options: dict[str, Any] = {"max_length": int(length), "classes": classes}
+    return {name: read_client(name, own, tokenizer, **options) for name, own in files.items()}
 
 
 def _report(
-    model: Any,
-    clients: Sequence[ClientData],
-    tokens: Mapping[str, Tokens],
-    trained: Sequence[TrainedClient],
-    memory: Memory,
-    settings: Settings,
-) -> dict[str, Any]:
+    model: Any, clients: Sequence[ClientData], tokens: Mapping[str, Tokens], trained: Sequence[TrainedClient],
+    memory: Memory, settings: Settings,
+) -> dict[str, Any]:  # fmt: skip
     entries = [
         {
-            "name": client.name,
-            "status": client.status,
-            "diverged_at": client.diverged_at,
-            "examples": len(data.examples),
-            "validation_examples": len(data.validation),
-            "cut_off": tokens[client.name].truncated,
-            "steps": len(client.losses),
-            "best_step": client.best_step,
+            "name": client.name, "status": client.status, "diverged_at": client.diverged_at,
+            "examples": len(data.examples), "validation_examples": len(data.validation),
+            "cut_off": tokens[client.name].truncated, "steps": len(client.losses), "best_step": client.best_step,
             "losses": [loss if math.isfinite(loss) else None for loss in client.losses.tolist()],
-        }
+        }  # fmt: skip
         for client, data in zip(trained, clients, strict=True)
     ]
-    modules = [
-        {"name": name, "shape": list(model.get_submodule(name).weight.shape)}
-        for name in target_names(model, settings.targets)
-    ]
-    facts = {"model": model.name_or_path} | asdict(settings)
-    return {
-        "clients": entries, "modules": modules, "settings": facts, "memory": asdict(memory),
-        "provenance": provenance.collect(),
-    }  # fmt: skip
+    shapes = {name: list(model.get_submodule(name).weight.shape) for name in target_names(model, settings.targets)}
+    modules = [{"name": name, "shape": shape} for name, shape in shapes.items()]
+    report = {"clients": entries, "modules": modules, "settings": {"model": model.name_or_path} | asdict(settings)}
+    return report | {"memory": asdict(memory), "provenance": provenance.collect()}

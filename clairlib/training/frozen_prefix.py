@@ -17,34 +17,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut of the model at the block of the first adapted module.
+    """A cut of the model at the block of the first adapted module."""
 
-    Attributes
-    ----------
-    blocks, index : str, int
-        Name of the list of blocks, and index of the block with the first adapted module. Earlier blocks are skipped.
-    module : str
-        The first adapted module.
-    whole : str or None
-        Module with the same output as ``module``. It is replaced by ``module``, applied to its cached input.
-    cached : tuple of str
-        Modules of the block that finish before ``module``, with cached outputs.
-    skipped : tuple of str
-        Modules of the block that finish before ``module``, whose outputs are not needed.
-    entry : bool
-        Whether the hidden states that enter the block are cached.
-    single : bool
-        Whether labelled positions go through alone, because nothing after the cut looks at more than one position.
-    """
-
-    blocks: str
-    index: int
-    module: str
-    whole: str | None = None
-    cached: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-    entry: bool = True
-    single: bool = False
+    blocks: str  # name of the list of blocks
+    index: int  # index of the block that is cut; earlier blocks are skipped
+    module: str  # the first adapted module
+    whole: str | None = None  # module of the same output; replaced by ``module``, applied to its cached input
+    cached: tuple[str, ...] = ()  # modules of the block that finish before ``module``, with cached outputs
+    skipped: tuple[str, ...] = ()  # modules of the block that finish before ``module``, with outputs not needed
+    entry: bool = True  # whether the hidden states that enter the block are cached
+    single: bool = False  # whether labelled positions go through alone: nothing after the cut looks at several
 
     @property
     def block(self) -> str:
@@ -58,40 +40,35 @@ class Cut:
 
 @dataclass(frozen=True)
 class Trace:
-    """Record of one forward pass: modules in the order of entry, with the first argument and the output of each.
+    """Record of one forward pass."""
 
-    ``done`` holds the modules that had returned when ``first``, the first adapted module, was entered. ``products``
-    holds copies of the adapted modules' outputs, which other modules may change in place.
-    """
-
-    entered: list[str] = field(default_factory=list)
-    inputs: dict[str, Any] = field(default_factory=dict)
+    entered: list[str] = field(default_factory=list)  # modules in the order of entry
+    inputs: dict[str, Any] = field(default_factory=dict)  # the first argument of each module
     outputs: dict[str, Any] = field(default_factory=dict)
-    products: dict[str, Tensor] = field(default_factory=dict)
-    first: list[str] = field(default_factory=list)
-    done: set[str] = field(default_factory=set)
+    products: dict[str, Tensor] = field(default_factory=dict)  # copies of adapted modules' outputs, as these may change
+    first: list[str] = field(default_factory=list)  # the first adapted module
+    done: set[str] = field(default_factory=set)  # modules that had returned when it was entered
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[str]) -> Trace:
     """Record one forward pass."""
     seen, hooks = Trace(), []
 
-    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.inputs[name] = first_input(args, kwargs)
         if name in targets and not seen.first:
             seen.first.append(name)
             seen.done.update(seen.outputs)
         seen.entered.append(name)
 
-    def leave(name: str, output: Any) -> None:
+    def leave(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         seen.outputs[name] = output
         if name in targets:
             seen.products[name] = output.clone()
 
     for name, module in model.named_modules():
-        watch = partial(lambda name, _, args, kwargs: enter(name, args, kwargs), name)
-        hooks.append(module.register_forward_pre_hook(watch, with_kwargs=True))
-        hooks.append(module.register_forward_hook(partial(lambda name, _, __, out: leave(name, out), name)))
+        hooks.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+        hooks.append(module.register_forward_hook(partial(leave, name)))
     try:
         with torch.no_grad():
             model(**inputs)
@@ -102,10 +79,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[str]) -
 
 
 def deepest_cut(model: nn.Module, seen: Trace) -> Cut | None:
-    """Return the cut right before the first adapted module, with everything cached.
-
-    The result is None if no list of blocks holds that module.
-    """
+    """Return the cut right before the first adapted module, with everything cached; None if no block holds it."""
     first = seen.first[0]
     blocks = next((name for name in _ancestors(first) if isinstance(model.get_submodule(name), nn.ModuleList)), None)
     if blocks is None:

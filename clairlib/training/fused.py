@@ -1,7 +1,4 @@
-"""Two operations of most models with fewer passes over memory and explicit derivatives.
-
-The weights are frozen.
-"""
+"""Two operations of most models with fewer passes over memory and explicit derivatives; the weights are frozen."""
 
 from __future__ import annotations
 
@@ -33,30 +30,20 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 
 def is_root_mean_square_norm(module: nn.Module) -> bool:
-    """Return whether a module has the name and parts of Llama's root-mean-square norm.
-
-    `probe` checks that it also behaves like one.
-    """
-    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
-        return False
-    return [name for name, _ in module.named_parameters()] == ["weight"]
+    """Return whether a module has name and parts of Llama's norm; `probe` checks that it also behaves like it."""
+    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return named and [name for name, _ in module.named_parameters()] == ["weight"]
 
 
 def root_mean_square_norm(x: Tensor, module: Any) -> Tensor:
-    """Return the module's output, in float32 by the fused operation.
-
-    In other dtypes the module itself runs, because it rounds in its own way.
-    """
+    """Return the module's output, in float32 by the fused operation; in other dtypes the module rounds in its way."""
     if x.dtype != torch.float32 or module.weight.dtype != torch.float32:
         return module(x)
     return _RootMeanSquareNorm.apply(x, module.weight, module.variance_epsilon)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """Loss -weight * log softmax(logits)[target] of every row.
-
-    The gradient is d logits = weight g (softmax - one-hot).
-    """
+    """Loss -weight * log softmax(logits)[target] of every row, with gradient weight g (softmax - one-hot)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from clairlib.linalg.low_rank import LowRank
 
 Update = LowRank | Tensor
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -78,32 +79,20 @@ class GroupedLinear(nn.Module):
 
 
 class LoraStacks:
-    """The trained parameters of the clients still in training, module by module, and AdamW on them.
-
-    Attributes
-    ----------
-    clients : list of int
-        Index of the client at each position.
-    parameters : dict
-        Module name -> [A (K, rho, q), B (K, p, rho)], or [D (K, p, q)] for full-matrix updates.
-    scales : dict
-        Module name -> scales (K,).
-    ranks : dict
-        Module name -> the K clients' own ranks.
-    """
+    """The trained parameters of the K clients still in training, module by module, and AdamW on them."""
 
     def __init__(
         self, updates: Mapping[str, Sequence[Update]], *, learning_rate: float, weight_decay: float, device: str
     ) -> None:
-        self.parameters: dict[str, list[nn.Parameter]] = {}
-        self.scales: dict[str, Tensor] = {}
-        self.ranks: dict[str, list[int]] = {}
+        self.parameters: dict[str, list[nn.Parameter]] = {}  # module -> [A (K, rho, q), B (K, p, rho)] or [D (K, p, q)]
+        self.scales: dict[str, Tensor] = {}  # module -> (K,)
+        self.ranks: dict[str, list[int]] = {}  # module -> the clients' own ranks
         for name, own in updates.items():
             self.parameters[name] = [nn.Parameter(stack.to(device)) for stack in _stacked(own)]
             scales = [update.scale if isinstance(update, LowRank) else 1.0 for update in own]
             self.scales[name] = torch.tensor(scales, dtype=torch.float64, device=device)
             self.ranks[name] = [update.rank if isinstance(update, LowRank) else 0 for update in own]
-        self.clients = list(range(len(own)))
+        self.clients = list(range(len(own)))  # index of the client at each position
         self.flat = [stack for stacks in self.parameters.values() for stack in stacks]
         self.best: list[Tensor] = []
         self.optimizer = torch.optim.AdamW(self.flat, lr=learning_rate, weight_decay=weight_decay, fused=True)
@@ -146,17 +135,38 @@ class LoraStacks:
 
     def keep(self, positions: Sequence[int]) -> None:
         """Keep the clients at these positions; remove all others, with their part of AdamW's state."""
+        if len(positions) == len(self.clients):
+            return
         at = torch.tensor(positions, dtype=torch.long, device=self.flat[0].device)
         for stack in self.flat:
             stack.data = stack.data[at]
             state = self.optimizer.state[stack]
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 if moment in state:
                     state[moment] = state[moment][at]
         self.best = [stack[at] for stack in self.best]
         self.scales = {name: scales[at] for name, scales in self.scales.items()}
         self.ranks = {name: [ranks[k] for k in positions] for name, ranks in self.ranks.items()}
         self.clients = [self.clients[k] for k in positions]
+
+    def packed(self) -> dict[str, Tensor]:
+        """Return the parameters, AdamW's moments and the best parameters by name."""
+        tensors = {}
+        for index, stack in enumerate(self.flat):
+            tensors[f"stack.{index}"] = stack.detach()
+            state = self.optimizer.state[stack]
+            tensors |= {f"{moment}.{index}": state[moment] for moment in MOMENTS if moment in state}
+        return tensors | {f"best.{index}": best for index, best in enumerate(self.best)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], clients: list[int], step: int) -> None:
+        """Bring new stacks of all clients to the packed state, in which only ``clients`` were still in training."""
+        self.keep(clients)
+        device = self.flat[0].device
+        for index, stack in enumerate(self.flat):
+            stack.data.copy_(tensors[f"stack.{index}"])
+            state = {moment: tensors[f"{moment}.{index}"].to(device) for moment in MOMENTS}
+            self.optimizer.state[stack] = {"step": torch.tensor(float(step), device=device)} | state
+        self.best = [tensors[f"best.{i}"].to(device) for i in range(len(self.flat)) if f"best.{i}" in tensors]
 
     def remember(self, positions: Sequence[int]) -> None:
         """Save the parameters at these positions as the best so far."""
@@ -166,11 +176,15 @@ class LoraStacks:
 
     def update(self, position: int, *, best: bool = False) -> dict[str, Update]:
         """Return one client's updates by module, on the CPU: the present ones, or the best so far."""
-        stacks, updates = iter(self.best if best else self.flat), {}
+        stacks = iter(self.best if best else self.flat)
+        updates: dict[str, Update] = {}
         for name, parameters in self.parameters.items():
             own = [next(stacks).detach()[position].cpu() for _ in parameters]
-            rank, scale = self.ranks[name][position], float(self.scales[name][position])
-            updates[name] = own[0].clone() if len(own) == 1 else _low_rank(own, rank, scale)
+            if len(own) == 1:
+                updates[name] = own[0].clone()
+                continue
+            (A, B), rank = own, self.ranks[name][position]
+            updates[name] = LowRank(B[:, :rank].clone(), A[:rank].clone(), float(self.scales[name][position]))
         return updates
 
 
@@ -180,16 +194,11 @@ def are_finite(updates: Mapping[str, Update]) -> bool:
     return all(bool(factor.isfinite().all()) for factor in factors)
 
 
-def _low_rank(factors: Sequence[Tensor], rank: int, scale: float) -> LowRank:
-    A, B = factors
-    return LowRank(B[:, :rank].clone(), A[:rank].clone(), scale)
-
-
 def _stacked(updates: Sequence[Update]) -> list[Tensor]:
     """Return [A, B], padded with zeros to the largest rank, or [D]."""
-    if not all(isinstance(update, LowRank) for update in updates):
-        return [torch.stack([update for update in updates if isinstance(update, Tensor)])]
     pairs = [update for update in updates if isinstance(update, LowRank)]
+    if not pairs:
+        return [torch.stack([update for update in updates if isinstance(update, Tensor)])]
     rho = max(update.rank for update in pairs)
     A = torch.stack([nn.functional.pad(update.A, (0, 0, 0, rho - update.rank)) for update in pairs])
     B = torch.stack([nn.functional.pad(update.B, (0, rho - update.rank)) for update in pairs])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,24 +26,12 @@ LOGITS = 3  # logits, their log-softmax and their gradient
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training takes in addition to the model.
+    """Bytes that training takes in addition to the model."""
 
-    Attributes
-    ----------
-    adapters : int
-        Parameters, gradients and AdamW's moments of all clients, and the best weights if clients validate.
-    cache : int
-        Activations of the frozen part; twice that if every step sees all examples, because groups are then kept.
-    on_disk : bool
-        Whether the cache is a memory-mapped file.
-    group : int
-        Activations of the largest group, estimated from what the probe's backward pass kept.
-    """
-
-    adapters: int
-    cache: int
-    on_disk: bool
-    group: int
+    adapters: int  # parameters, gradients and AdamW's moments of all clients, and the best weights if clients validate
+    cache: int  # activations of the frozen part; twice that if every step sees all examples, as groups are then kept
+    on_disk: bool  # whether the cache is memory-mapped files
+    group: int  # activations of the largest group, estimated from what the probe's backward pass kept
 
     @property
     def total(self) -> int:
@@ -86,122 +75,85 @@ class Preparation:
     examples: list[range]
     validation: list[range]
     plan: Plan
-    memory: Memory
 
     @property
     def keeps_groups(self) -> bool:
         """Whether groups and their cached values are kept from step to step."""
-        return _keeps_groups(self.clients, self.schedule, self.memory.on_disk)
+        return self._cache <= self.cache_bytes and all(map(self.schedule.is_full_batch, self.clients))
+
+    @property
+    def _cache(self) -> int:
+        return size_of(self.plan.widths, len(self.rows.ids))
+
+    @property
+    def memory(self) -> Memory:
+        """Memory that the run takes."""
+        clients, rows = self.clients, self.rows
+        sizes = [self.model.get_submodule(name).weight for name in self.targets]
+        largest = max((client.rank or 0 for client in clients), default=0)
+        entries = sum(largest * sum(w.shape) if largest else w.numel() for w in sizes) * len(clients)
+        copies = MOMENTS_AND_GRADIENT + any(client.validation for client in clients)
+        itemsize = max(sizes[0].dtype.itemsize, 4)
+        batch = max(min(self.schedule.batch or len(client.examples), len(client.examples)) for client in clients)
+        longest = int(rows.lengths.max())
+        most = max(min(self.group_tokens, len(clients) * batch * longest), longest)
+        share = float((rows.labelled / rows.lengths).max()) if self.plan.shortcuts.select else 1.0
+        logits = LOGITS * share * num_labels(self.model, classes=rows.classes is not None) * itemsize
+        cache, group = self._cache * (1 + self.keeps_groups), int(most * (BACKWARD * self.plan.saved + logits))
+        return Memory(entries * copies * itemsize, cache, self._cache > self.cache_bytes, group)
 
 
 def prepare(
-    model: Any,
-    clients: Sequence[ClientData],
-    targets: Sequence[str] | str,
-    schedule: Schedule,
-    *,
-    device: str,
-    autocast: torch.dtype | None,
-    group_tokens: int,
-    cache_bytes: int,
-) -> Preparation:
-    """Check all inputs and plan the run; raise ValueError if something cannot be trained."""
+    model: Any, clients: Sequence[ClientData], targets: Sequence[str] | str, schedule: Schedule, *,
+    device: str = "cpu", autocast: torch.dtype | None = None, group_tokens: int = GROUP_TOKENS,
+    cache_bytes: int = CACHE_BYTES,
+) -> Preparation:  # fmt: skip
+    """Check all inputs of `train_adapters` and plan the run; raise ValueError if something cannot be trained."""
     shift, classes = loss_kind(model)
     check_jobs(clients, schedule, shift=shift, classes=classes)
     names = target_names(model, targets)
     pad = getattr(model.config, "pad_token_id", None) or 0
     every = [e for client in clients for e in client.examples] + [e for client in clients for e in client.validation]
     table = tabulate(every, shift=shift, classes=classes, pad=pad)
-    examples = _places([len(client.examples) for client in clients], 0)
-    validation = _places([len(client.validation) for client in clients], examples[-1].stop)
-    _check_tokens(model, clients, table, [*examples, *validation])
+    counts = [len(own) for own in (*(c.examples for c in clients), *(c.validation for c in clients))]
+    places = [range(stop - count, stop) for stop, count in zip(accumulate(counts), counts, strict=True)]
+    _check_tokens(model, clients, table, places)
     twin = shared_copy(model, device)
     own_masks = not table.attended.all()
     probe = Probe(twin, names, shift=shift, classes=classes, pad=pad, device=device, own_masks=own_masks)
-    plan = probe.plan(autocast)
+    plan, K = probe.plan(autocast), len(clients)
     rows = table.only_labelled() if plan.shortcuts.cut is not None and plan.shortcuts.cut.single else table
-    memory = _memory(model, clients, names, schedule, plan, rows, group_tokens, cache_bytes)
     return Preparation(
-        model, twin, clients, schedule, names, device, autocast, group_tokens, cache_bytes, table, rows, examples,
-        validation, plan, memory,
+        model, twin, clients, schedule, names, device, autocast, group_tokens, cache_bytes, table, rows, places[:K],
+        places[K:], plan,
     )  # fmt: skip
 
 
 def memory_needed(
-    model: Any,
-    clients: Sequence[ClientData],
-    targets: Sequence[str] | str,
-    schedule: Schedule,
-    *,
-    device: str = "cpu",
-    autocast: torch.dtype | None = None,
-    group_tokens: int = GROUP_TOKENS,
-    cache_bytes: int = CACHE_BYTES,
+    model: Any, clients: Sequence[ClientData], targets: Sequence[str] | str, schedule: Schedule, **options: Any
 ) -> Memory:
-    """Return the memory that `train_adapters` takes with these arguments; its str() is one line."""
-    return prepare(
-        model, clients, targets, schedule, device=device, autocast=autocast, group_tokens=group_tokens,
-        cache_bytes=cache_bytes,
-    ).memory  # fmt: skip
-
-
-def _places(counts: list[int], first: int) -> list[range]:
-    stops = [first + int(stop) for stop in np.cumsum(counts)]
-    return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+    """Return the memory that `train_adapters` takes; ``options`` are those of `prepare`. Its str() is one line."""
+    return prepare(model, clients, targets, schedule, **options).memory
 
 
 def _check_tokens(model: Any, clients: Sequence[ClientData], table: Table, places: Sequence[range]) -> None:
-    """Raise ValueError for tokens, classes and lengths that the model does not have.
+    """Raise ValueError for tokens, classes and lengths that the model lacks; on a GPU they would end the process."""
 
-    On a GPU they would end the process.
-    """
+    def owner(place: int) -> tuple[str, int]:
+        k = next(k for k, own in enumerate(places) if place in own)
+        return f"client {clients[k % len(clients)].name!r}", place - places[k].start
+
     tokens = model.get_input_embeddings().num_embeddings
     kinds = num_labels(model, classes=table.classes is not None)
     wrong = np.add.reduceat((table.ids < 0) | (table.ids >= tokens), table.starts) > 0
-    problem = {"a token": (wrong, tokens)}
     labels = table.targets if table.classes is None else table.classes
     bad = (labels != NO_LABEL) & ((labels < 0) | (labels >= kinds))
-    problem["a label"] = (np.add.reduceat(bad, table.starts) > 0 if table.classes is None else bad, kinds)
-    for what, (wrong, bound) in problem.items():
-        if wrong.any():
-            place = int(np.flatnonzero(wrong)[0])
-            owner = next(k for k, own in enumerate(places) if place in own)
-            where = f"client {clients[owner % len(clients)].name!r}: example {place - places[owner].start}"
-            raise ValueError(f"{where} has {what} outside 0 .. {bound - 1}")
+    bad = np.add.reduceat(bad, table.starts) > 0 if table.classes is None else bad
+    for what, examples, bound in (("a token", wrong, tokens), ("a label", bad, kinds)):
+        if examples.any():
+            name, index = owner(int(np.flatnonzero(examples)[0]))
+            raise ValueError(f"{name}: example {index} has {what} outside 0 .. {bound - 1}")
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and table.lengths.max() > room:
-        place = int(table.lengths.argmax())
-        owner = next(k for k, own in enumerate(places) if place in own)
-        name, length = clients[owner % len(clients)].name, table.lengths[place]
-        raise ValueError(f"client {name!r}: an example has {length} tokens, the model takes at most {room}")
-
-
-def _keeps_groups(clients: Sequence[ClientData], schedule: Schedule, on_disk: bool) -> bool:
-    return not on_disk and all(schedule.is_full_batch(client) for client in clients)
-
-
-def _memory(
-    model: Any,
-    clients: Sequence[ClientData],
-    targets: Sequence[str],
-    schedule: Schedule,
-    plan: Plan,
-    rows: Table,
-    group_tokens: int,
-    cache_bytes: int,
-) -> Memory:
-    sizes = [model.get_submodule(name).weight for name in targets]
-    largest = max((client.rank or 0 for client in clients), default=0)
-    entries = sum(largest * sum(w.shape) if largest else w.numel() for w in sizes) * len(clients)
-    copies = MOMENTS_AND_GRADIENT + any(client.validation for client in clients)
-    cache = size_of(plan.widths, len(rows.ids))
-    on_disk = cache > cache_bytes
-    if _keeps_groups(clients, schedule, on_disk):
-        cache *= 2
-    itemsize = max(sizes[0].dtype.itemsize, 4)
-    batch = max(min(schedule.batch or len(client.examples), len(client.examples)) for client in clients)
-    longest = int(rows.lengths.max())
-    most = max(min(group_tokens, len(clients) * batch * longest), longest)
-    share = float((rows.labelled / rows.lengths).max()) if plan.shortcuts.select else 1.0
-    logits = LOGITS * share * num_labels(model, classes=rows.classes is not None) * itemsize
-    return Memory(entries * copies * itemsize, cache, on_disk, int(most * (BACKWARD * plan.saved + logits)))
+        name, _ = owner(int(table.lengths.argmax()))
+        raise ValueError(f"{name}: an example has {table.lengths.max()} tokens, the model takes at most {room}")

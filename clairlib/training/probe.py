@@ -34,42 +34,25 @@ RANK = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of the model that are left out, and what is then needed.
-
-    Attributes
-    ----------
-    shortcuts : Shortcuts
-    outputs : dict
-        Outputs of modules in the forward pass in which the cut was found.
-    widths : dict
-        Cached values: slot -> (width, dtype).
-    saved : float
-        Bytes per row that a step keeps for the backward pass, without logits.
-    """
+    """The parts of the model that are left out, and what is then needed."""
 
     shortcuts: Shortcuts
-    outputs: Mapping[str, Any]
-    widths: dict[Slot, tuple[int, torch.dtype]]
-    saved: float
+    outputs: Mapping[str, Any]  # of modules, in the forward pass in which the cut was found
+    widths: dict[Slot, tuple[int, torch.dtype]]  # of the cached values
+    saved: float  # bytes per row that a step keeps for the backward pass, without logits
 
 
 class Probe:
     """The probe's batch and adapters, and the whole model's losses and gradients for them."""
 
     def __init__(
-        self,
-        model: Any,
-        targets: Sequence[str],
-        *,
-        shift: bool,
-        classes: bool,
-        pad: int,
-        device: str,
+        self, model: Any, targets: Sequence[str], *, shift: bool, classes: bool, pad: int, device: str,
         own_masks: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.targets, self.device = model, list(targets), device
         self.unmasked = shift and not own_masks  # whether to try without a mask
         self.kinds = num_labels(model, classes=classes)
+        self.tolerance = TOLERANCE.get(next(model.parameters()).dtype, HALF_TOLERANCE)
         self.table = _random_table(model, self.kinds, shift=shift, classes=classes, pad=pad)
         self.group = self._collate(self.table, ITEMS)
         self.stacks, self.saved = _random_stacks(model, targets, device), 0.0
@@ -83,17 +66,14 @@ class Probe:
             raise ValueError(f"target {name!r} takes no part in the model's forward pass; leave it out")
         module, found = self.model.get_submodule(name), self.seen.products[name]
         expected = linear(self.seen.inputs[name], module.weight, module.bias)
-        if not _close(found, expected, self._tolerance()):
+        if not _close(found, expected, self.tolerance):
             kind = type(module).__name__
             raise ValueError(f"target {name!r}, a {kind}, does not multiply by its weight; it cannot be adapted")
 
-    def _tolerance(self) -> float:
-        return TOLERANCE.get(next(self.model.parameters()).dtype, HALF_TOLERANCE)
-
     def _alone(self, item: Item) -> list[Tensor]:
         """Return loss and gradients of one client by the whole model, example by example, so without padding."""
-        parts = [Item(item.position, (example,), item.labels) for example in item.examples]
-        results = [self._results(Shortcuts(), self._collate(self.table, [part]))[0] for part in parts]
+        parts = ([Item(item.position, (example,), item.labels)] for example in item.examples)
+        results = [self._results(Shortcuts(), self._collate(self.table, part))[0] for part in parts]
         return [torch.stack(own).sum(dim=0) for own in zip(*results, strict=True)]
 
     def _collate(self, table: Table, items: Sequence[Item]) -> Group:
@@ -101,39 +81,28 @@ class Probe:
 
     def plan(self, autocast: torch.dtype | None) -> Plan:
         """Return as many shortcuts as are right: the deepest cut that caches no more than is needed."""
-        best = self._boldest() or self._careful()
+        most = Shortcuts(select=True, fused=True, unmasked=self.unmasked)
+        deepest = deepest_cut(self.model, self.seen)
+        lean = deepest and _lean(deepest)
+        best = replace(most, cut=lean and replace(lean, single=self._may_be_single(lean)))
+        if not self.holds(best):  # all shortcuts at once are right for most models
+            best = self._careful(most, deepest)
         if best.cut is not None:
             best = self._pruned(best, best.cut)
         return Plan(best, self.seen.outputs, self._widths(best, autocast), self.saved)
 
-    def _boldest(self) -> Shortcuts | None:
-        """Return all shortcuts at once if they are right, which they are for most models."""
-        lean = self._lean()
-        cut = lean and replace(lean, single=self._may_be_single(lean))
-        bold = Shortcuts(cut, select=True, fused=True, unmasked=self.unmasked)
-        return bold if self.holds(bold) else None
-
-    def _lean(self) -> Cut | None:
-        """Return the deepest cut that caches little."""
-        deepest = deepest_cut(self.model, self.seen)
-        if deepest is not None and deepest.whole == deepest.module:  # its input may be the output cached before it
-            return replace(deepest, whole=None)
-        return deepest and replace(deepest, cached=(), skipped=deepest.cached)
-
     def _may_be_single(self, cut: Cut) -> bool:
         return self.table.classes is None and cut.index == len(self.model.get_submodule(cut.blocks)) - 1
 
-    def _careful(self) -> Shortcuts:
+    def _careful(self, most: Shortcuts, deepest: Cut | None) -> Shortcuts:
         """Try one shortcut after the other."""
-        most = Shortcuts(select=True, fused=True, unmasked=self.unmasked)
         tries = [most, replace(most, unmasked=False), Shortcuts(select=True), Shortcuts(fused=True), Shortcuts()]
         plain = next(filter(self.holds, tries), None)
         if plain is None:
             raise ValueError(f"{type(self.model).__name__} treats examples of one batch together; it cannot be grouped")
-        deepest = deepest_cut(self.model, self.seen)
         if deepest is None:
             return plain
-        cuts = [self._lean(), deepest, Cut(deepest.blocks, deepest.index, deepest.module)]
+        cuts = [_lean(deepest), deepest, Cut(deepest.blocks, deepest.index, deepest.module)]
         best = next((own for cut in cuts if self.holds(own := replace(plain, cut=cut))), plain)
         return self._better(best, single=True) if best.cut and self._may_be_single(best.cut) else best
 
@@ -145,9 +114,7 @@ class Probe:
             less = self._better(best, cached=rest, skipped=(*skipped, name))
             if less is not best:
                 best, cached, skipped = less, rest, (*skipped, name)
-        if cached:  # else only the entry bypasses the first adapted module
-            best = self._better(best, entry=False)
-        return best
+        return self._better(best, entry=False) if cached else best  # else only the entry bypasses the adapted module
 
     def _better(self, best: Shortcuts, **changes: Any) -> Shortcuts:
         """Return the shortcuts with a changed cut if that is right, else unchanged."""
@@ -158,22 +125,19 @@ class Probe:
     def holds(self, shortcuts: Shortcuts) -> bool:
         """Return whether losses and gradients agree with those of the whole model."""
         try:
-            found, saved = self._results(shortcuts, self._group(shortcuts))
+            single = shortcuts.cut is not None and shortcuts.cut.single
+            group = self._collate(self.table.only_labelled(), ITEMS) if single else self.group
+            found, saved = self._results(shortcuts, group)
         except Exception:  # a model without some of its parts may fail in any way; the cut is then wrong
             return False
-        right = all(_close(one, other, self._tolerance()) for one, other in zip(found, self.expected, strict=True))
+        right = all(_close(one, other, self.tolerance) for one, other in zip(found, self.expected, strict=True))
         self.saved = saved if right else self.saved  # the last right shortcuts are the ones taken
         return right
 
-    def _group(self, shortcuts: Shortcuts) -> Group:
-        if shortcuts.cut is None or not shortcuts.cut.single:
-            return self.group
-        return self._collate(self.table.only_labelled(), ITEMS)
-
     def _results(self, shortcuts: Shortcuts, group: Group) -> tuple[list[Tensor], float]:
-        """Return losses and gradients, each (G, ...), and the bytes per row that are kept for the backward pass.
+        """Return losses and gradients, each (G, ...), and the bytes per row kept for the backward pass.
 
-        Weights, cached values and logits are not counted.
+        The bytes are without weights, cached values and logits.
         """
         values = {} if shortcuts.cut is None else self._values(shortcuts.cut, group)
         known = {own.untyped_storage().data_ptr() for own in (*self.model.parameters(), *values.values())}
@@ -200,10 +164,8 @@ class Probe:
         _, places = np.unique(self.group.rows.cpu(), return_index=True)  # padding comes after the row that it repeats
         if cut.single:
             places = places[self.table.targets != NO_LABEL]
-        inputs, outputs = self.seen.inputs, self.seen.outputs
-        values = {("in", name): inputs[name] for name in cut.inputs()} | {
-            ("out", name): first_tensor(outputs[name]) for name in cut.cached
-        }
+        values = {("in", name): self.seen.inputs[name] for name in cut.inputs()}
+        values |= {("out", name): first_tensor(self.seen.outputs[name]) for name in cut.cached}
         at = torch.from_numpy(places).to(self.device)[group.rows.flatten()]
         return {slot: value.flatten(0, -2)[at].view(*group.rows.shape, -1) for slot, value in values.items()}
 
@@ -216,6 +178,13 @@ class Probe:
             with Recorder(self.model, best.cut, unmasked=best.unmasked, autocast=autocast) as record:
                 values = record(self.group)
         return {slot: (value.shape[-1], value.dtype) for slot, value in values.items()}
+
+
+def _lean(deepest: Cut) -> Cut:
+    """Return the deepest cut with little cached."""
+    if deepest.whole == deepest.module:  # its input may be the output cached before it
+        return replace(deepest, whole=None)
+    return replace(deepest, cached=(), skipped=deepest.cached)
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -242,7 +211,6 @@ def _random_stacks(model: Any, targets: Sequence[str], device: str) -> LoraStack
     for name in targets:
         weight, draws = model.get_submodule(name).weight, derive(0, "probe", name)
         dtype = weight.dtype if weight.dtype in TOLERANCE else torch.float32
-
         p, q = weight.shape
         B = torch.randn(2, p, RANK, generator=draws, dtype=torch.float64)
         A = torch.randn(2, RANK, q, generator=draws, dtype=torch.float64) / q**0.5

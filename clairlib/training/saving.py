@@ -28,11 +28,10 @@ class TrainedClient:
 
     Attributes
     ----------
-    name : str
     updates : dict
         Module name -> LowRank, or (p, q) Tensor for full-matrix updates; empty if training diverged.
-    losses : Tensor (steps,)
-        Mean loss over the labels of each step, before the step; float64.
+    losses : Tensor (steps,), float64
+        Mean loss over the labels of each step, before the step.
     diverged_at : int or None
         Step, counted from 1, at which training diverged: its loss was not finite or exceeded the bound, or the weights
         after it were not finite.
@@ -51,14 +50,14 @@ class TrainedClient:
 
     @property
     def status(self) -> Literal["trained", "diverged"]:
-        """Whether there are updates: "trained" or "diverged"."""
+        """Whether there are updates."""
         return "trained" if self.diverged_at is None else "diverged"
 
 
 def save_adapters(model: Any, trained: Sequence[TrainedClient], folder: Path | str) -> list[Path]:
-    """Write every client's adapter to ``folder/<client's name>``; each folder appears whole or not at all.
+    """Write every client's adapter to ``folder/<client's name>``, but for diverged clients; return these folders.
 
-    An existing adapter of that name is replaced. Diverged clients are left out.
+    Each folder appears whole or not at all, and replaces an existing adapter.
 
     Raises
     ------
@@ -67,14 +66,17 @@ def save_adapters(model: Any, trained: Sequence[TrainedClient], folder: Path | s
     """
     folder, paths = Path(folder), []
     built: dict[str, peft.PeftModel] = {}
-    for client in trained:
-        if client.status == "diverged":
-            continue
+    for client in (client for client in trained if client.status == "trained"):
         options = _options(client)
         key = repr(options)
         if key not in built:
             built = {key: _adapted(model, options)}  # one at a time: each holds factors of every module
-        _put(built[key], client)
+        state = {}
+        for name, update in client.updates.items():
+            assert isinstance(update, LowRank)
+            state[f"base_model.model.{name}.lora_A.weight"] = update.A
+            state[f"base_model.model.{name}.lora_B.weight"] = update.B
+        peft.set_peft_model_state_dict(built[key], state)
         paths.append(folder / client.name)
         _save(built[key], paths[-1])
     return paths
@@ -98,15 +100,6 @@ def _adapted(model: Any, options: dict[str, Any]) -> peft.PeftModel:
     task = "CAUSAL_LM" if loss_kind(model)[0] else None
     with torch.random.fork_rng(devices=[]):  # peft draws an A from the global generator
         return peft.get_peft_model(shared_copy(model, "cpu"), peft.LoraConfig(**options, task_type=task))
-
-
-def _put(adapted: peft.PeftModel, client: TrainedClient) -> None:
-    state = {}
-    for name, update in client.updates.items():
-        assert isinstance(update, LowRank)
-        state[f"base_model.model.{name}.lora_A.weight"] = update.A
-        state[f"base_model.model.{name}.lora_B.weight"] = update.B
-    peft.set_peft_model_state_dict(adapted, state)
 
 
 def _save(adapted: peft.PeftModel, path: Path) -> None:

@@ -25,15 +25,14 @@ class ClientData:
     ----------
     name : str
         Name of the client's random draws and of its adapter folder.
-    examples : sequence of mappings
+    examples, validation : sequence of mappings
         ``input_ids`` (T,) and ``labels``. Labels are (T,) as in `transformers` (-100: no label; causal models shift
-        them themselves), or one class (). ``attention_mask`` (T,) is optional.
+        them themselves), or one class (). ``attention_mask`` (T,) is optional. With validation examples the weights
+        with the least loss on them among all checks are kept (early stopping).
     rank : int or None
         Adapter rank rho of every target; None trains a full-matrix update (p, q), which is kept in memory only.
     alpha, use_rslora
         The update is scale * B @ A with scale alpha / rho, or alpha / sqrt(rho) with rsLoRA.
-    validation : sequence of mappings
-        If given, the weights with the least validation loss among all checks are kept (early stopping).
     start : Path or None
         PEFT adapter folder to start from. Its ranks and scales then replace the three settings above.
     """
@@ -48,9 +47,7 @@ class ClientData:
 
     def scale(self) -> float:
         """Return the factor of B @ A; 1 for a full-matrix update."""
-        if self.rank is None:
-            return 1.0
-        return self.alpha / (sqrt(self.rank) if self.use_rslora else self.rank)
+        return 1.0 if self.rank is None else self.alpha / (sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -59,15 +56,13 @@ class Schedule:
 
     Attributes
     ----------
-    steps : int
-        Optimiser steps of each client; with ``epochs`` the largest number of them.
+    steps, epochs : int, int or None
+        Optimiser steps of each client, and passes over its examples; if both are given, the smaller number counts.
     batch : int or None
         Examples per step; the last step of an epoch takes the remaining ones. None: all examples of the client.
     accumulate : int
         Number of parts in which a step's batch goes through the model. The loss is the mean over all labels of the
         step, so this changes memory only.
-    epochs : int or None
-        Passes over the client's examples, so that clients with more data take more steps.
     max_norm : float or None
         Each client's gradient, over all its modules, is clipped to this norm.
     check_every : int
@@ -97,7 +92,7 @@ class Schedule:
 def batches(client: ClientData, schedule: Schedule, *, seed: int) -> Iterator[list[int]]:
     """Yield the examples of the client's steps, without end: epochs in random order, drawn by ``(name, "order")``.
 
-    If a batch holds all examples of the client, every step has them in their own order.
+    If a batch holds all examples, every step has them in their own order.
     """
     count = len(client.examples)
     if schedule.is_full_batch(client):
@@ -112,8 +107,7 @@ def batches(client: ClientData, schedule: Schedule, *, seed: int) -> Iterator[li
 def check_jobs(clients: Sequence[ClientData], schedule: Schedule, *, shift: bool, classes: bool) -> None:
     """Raise ValueError for what cannot be trained, in one line that names the client or the setting.
 
-    With ``shift`` a label belongs to the position before it. With ``classes`` there is one label per example, not per
-    token.
+    ``shift`` and ``classes`` are those of `clairlib.training.targets.loss_kind`.
     """
     for name in ("steps", "batch", "accumulate", "check_every", "epochs"):
         value = getattr(schedule, name)

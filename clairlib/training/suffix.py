@@ -41,10 +41,7 @@ def shared_copy(model: nn.Module, device: str) -> nn.Module:
 
 
 class _Stub(nn.Module):
-    """Replacement of a module, which returns ``answer`` in the form of the module's output.
-
-    Its other attributes are those of the module.
-    """
+    """Replacement of a module that returns ``answer`` in the form of its output and has its other attributes."""
 
     def __init__(self, module: nn.Module, answer: Callable[..., Tensor], output: Any = None) -> None:
         super().__init__()
@@ -65,58 +62,29 @@ class _Stub(nn.Module):
         return out if self.rest is None else (out, *self.rest)
 
 
-def _pass(*args: Any, **kwargs: Any) -> Any:
-    return first_input(args, kwargs)
-
-
 @dataclass(frozen=True)
 class Shortcuts:
-    """Parts of the whole model that are left out or computed differently.
+    """Parts of the whole model that are left out or computed differently."""
 
-    Attributes
-    ----------
-    cut : Cut or None
-        None: the whole model runs at every step.
-    select : bool
-        Whether logits are computed at labelled positions alone.
-    fused : bool
-        Whether root-mean-square norms take fewer passes over memory.
-    unmasked : bool
-        Whether there is no attention mask. Padding is on the right, where no earlier token sees it.
-    """
-
-    cut: Cut | None = None
-    select: bool = False
-    fused: bool = False
-    unmasked: bool = False
+    cut: Cut | None = None  # None: the whole model runs at every step
+    select: bool = False  # whether logits are computed at labelled positions alone
+    fused: bool = False  # whether root-mean-square norms take fewer passes over memory
+    unmasked: bool = False  # whether there is no attention mask; no token sees the padding on its right
 
 
 class Suffix:
-    """The model with grouped adapters and shortcuts installed, until `remove`.
-
-    Attributes
-    ----------
-    layers : dict
-        The adapted modules by name.
-    values : dict
-        Cached values that replace the part before the cut: ("in" or "out", module) -> (rows, T, width).
-    """
+    """The model with grouped adapters and shortcuts installed, until `remove`."""
 
     def __init__(
-        self,
-        model: Any,
-        targets: Sequence[str],
-        shortcuts: Shortcuts,
-        *,
-        outputs: Mapping[str, Any],
+        self, model: Any, targets: Sequence[str], shortcuts: Shortcuts, *, outputs: Mapping[str, Any],
         autocast: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.cut, self.autocast, self.unmasked = model, shortcuts.cut, autocast, shortcuts.unmasked
         self.device_type = model.get_input_embeddings().weight.device.type
-        self.values: Mapping[tuple[str, str], Tensor] = {}
+        self.values: Mapping[tuple[str, str], Tensor] = {}  # ("in" or "out", module) -> cached (rows, T, width)
         self.group: Group | None = None
         self.undo: list[Callable[[], Any]] = []
-        self.layers: dict[str, GroupedLinear] = {}
+        self.layers: dict[str, GroupedLinear] = {}  # the adapted modules by name
         norms = [name for name, own in model.named_modules() if shortcuts.fused and is_root_mean_square_norm(own)]
         for name in targets:
             self.layers[name] = GroupedLinear(model.get_submodule(name), name, autocast)
@@ -124,7 +92,7 @@ class Suffix:
         head = model.get_output_embeddings()
         self.selects = shortcuts.select and head is not None and not isinstance(head, GroupedLinear)
         if self.selects:
-            self._replace(_name(model, head), self._head_of(head))
+            self._replace(_name(model, head), partial(self._selected, head))
         for name in norms:
             self._replace(name, partial(root_mean_square_norm, module=model.get_submodule(name)))
         if shortcuts.cut is not None:
@@ -140,8 +108,7 @@ class Suffix:
         self.group, self.values = group, values
         with maybe_autocast(self.device_type, self.autocast):
             mask = None if self.unmasked else group.attended
-            logits = self.model(input_ids=group.ids, attention_mask=mask).logits
-        logits = logits.flatten(0, -2)
+            logits = self.model(input_ids=group.ids, attention_mask=mask).logits.flatten(0, -2)
         if group.select is not None and not self.selects:
             logits = logits[group.select]
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -149,21 +116,18 @@ class Suffix:
         each = weighted_cross_entropy(logits, group.targets.flatten(), group.weights.flatten().to(logits))
         return each.view_as(group.targets).sum(dim=1)
 
-    def _head_of(self, head: Any) -> Callable[[Tensor], Tensor]:
-        def answer(hidden: Tensor) -> Tensor:
-            assert self.group is not None
-            if self.group.select is None:
-                return head(hidden)
-            return head(hidden.flatten(0, -2)[self.group.select])[None]  # (1, G * s, V)
-
-        return answer
+    def _selected(self, head: Any, hidden: Tensor) -> Tensor:
+        assert self.group is not None
+        if self.group.select is None:
+            return head(hidden)
+        return head(hidden.flatten(0, -2)[self.group.select])[None]  # (1, G * s, V)
 
     def _install(self, cut: Cut, outputs: Mapping[str, Any]) -> None:
         embedding = self.model.get_input_embeddings()
         nothing = embedding.weight.new_zeros(()).expand(embedding.embedding_dim)
         self._replace(_name(self.model, embedding), lambda ids: nothing.expand(*ids.shape, -1))
         for name in (*(f"{cut.blocks}.{j}" for j in range(cut.index)), *cut.skipped):
-            self._replace(name, _pass, outputs[name])
+            self._replace(name, lambda *args, **kwargs: first_input(args, kwargs), outputs[name])
         for name in cut.cached:
             self._replace(name, lambda *_, name=name, **__: self.values["out", name], outputs[name])
         if cut.entry:
@@ -185,9 +149,7 @@ class Suffix:
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert self.cut is not None
         hidden = self.values["in", self.cut.block]
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:

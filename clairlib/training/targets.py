@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import Tensor, nn
+from torch import nn
 
 from clairlib.adapters.folder import read_lora
 from clairlib.core.files import AdapterError
@@ -27,9 +27,7 @@ LOSSES = {  # transformers' loss_type: (labels belong to the position before, on
 
 
 def loss_kind(model: Any) -> tuple[bool, bool]:
-    """Return whether labels belong to the position before theirs, and whether there is one label per example.
-
-    Both are as in `transformers`.
+    """Return whether labels belong to the position before theirs, and whether there is one per example.
 
     Raises
     ------
@@ -39,12 +37,11 @@ def loss_kind(model: Any) -> tuple[bool, bool]:
     kind = getattr(model, "loss_type", None)
     if kind is None and model.get_output_embeddings() is not None:
         kind = "ForCausalLM"  # the fallback of transformers, for example for GPT2LMHeadModel
+    what, config = type(model).__name__, model.config
     if kind not in LOSSES:
-        known = ", ".join(LOSSES)
-        raise ValueError(f"{type(model).__name__} has no loss that can be trained here; known are {known}")
-    config = model.config
+        raise ValueError(f"{what} has no loss that can be trained here; known are {', '.join(LOSSES)}")
     if LOSSES[kind][1] and (config.num_labels == 1 or config.problem_type not in (None, "single_label_classification")):
-        raise ValueError(f"{type(model).__name__} does not choose one of several classes; only that can be trained")
+        raise ValueError(f"{what} does not choose one of several classes; only that can be trained")
     return LOSSES[kind]
 
 
@@ -57,8 +54,7 @@ def num_labels(model: Any, *, classes: bool) -> int:
 def target_names(model: Any, targets: Sequence[str] | str) -> list[str]:
     """Return the full names of the modules that peft's ``target_modules`` selects, in the model's order.
 
-    A list holds full names or their ends. A string is a regular expression or "all-linear": every linear module of the
-    model without its head.
+    A list holds full names or their ends. A string is a regular expression, or "all-linear": every one but the head.
 
     Raises
     ------
@@ -74,8 +70,7 @@ def target_names(model: Any, targets: Sequence[str] | str) -> list[str]:
     names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
     if not names:
         raise ValueError(f"no module of {type(model).__name__} has a name like {targets!r}")
-    for name in names:
-        module = model.get_submodule(name)
+    for name, module in ((name, model.get_submodule(name)) for name in names):
         if not isinstance(module, nn.Linear):
             raise ValueError(f"target {name!r} is a {type(module).__name__}; only nn.Linear modules can be adapted")
     return names
@@ -84,11 +79,10 @@ def target_names(model: Any, targets: Sequence[str] | str) -> list[str]:
 def initial_updates(
     model: Any, targets: Sequence[str], clients: Sequence[ClientData], *, seed: int
 ) -> dict[str, list[Update]]:
-    """Return the updates by module from which every client starts.
+    """Return the updates by module from which every client starts: its adapter folder, if it has one.
 
-    A client with an adapter folder starts from that folder. A full-matrix update starts at zero. Otherwise B is 0, and
-    A is drawn from (client's name, module's name) with peft's distribution, U(-1, 1) / sqrt(q). Adapters of
-    half-precision models are float32, as in peft.
+    Otherwise a full-matrix update is zero, B is zero, and A is drawn from (client's name, module's name) with peft's
+    distribution, U(-1, 1) / sqrt(q). Adapters of half-precision models are float32, as in peft.
     """
     updates: dict[str, list[Update]] = {name: [] for name in targets}
     for client in clients:
@@ -96,10 +90,14 @@ def initial_updates(
         for name in targets:
             weight = model.get_submodule(name).weight
             dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-            if own is not None:
-                updates[name].append(_fitting(client, name, own[name], weight, dtype))
-            else:
+            if own is None:
                 updates[name].append(_fresh(client, name, weight.shape, dtype, seed))
+                continue
+            B, A, scale = own[name].B, own[name].A, own[name].scale
+            if own[name].shape != tuple(weight.shape):
+                shapes = f"has shape {own[name].shape}, expected {tuple(weight.shape)}"
+                raise AdapterError(f"client {client.name!r}: module {name!r} in {str(client.start)!r} {shapes}")
+            updates[name].append(LowRank(B.to(dtype), A.to(dtype), scale))
     return updates
 
 
@@ -122,10 +120,3 @@ def _read_start(client: ClientData, targets: Sequence[str]) -> Mapping[str, LowR
         what = "lacks" if min(odd) in targets else "has"
         raise AdapterError(f"client {client.name!r}: {str(client.start)!r} {what} {min(odd)!r}, unlike the targets")
     return updates
-
-
-def _fitting(client: ClientData, name: str, update: LowRank, weight: Tensor, dtype: torch.dtype) -> LowRank:
-    if update.shape != tuple(weight.shape):
-        shapes = f"has shape {update.shape}, expected {tuple(weight.shape)}"
-        raise AdapterError(f"client {client.name!r}: module {name!r} in {str(client.start)!r} {shapes}")
-    return LowRank(update.B.to(dtype), update.A.to(dtype), update.scale)

@@ -1,8 +1,8 @@
 """Train K clients' LoRA adapters on one frozen base at once, with the result of training each client by itself.
 
 The part below the first adapted module runs once and is cached (`frozen_prefix`, `activations`). The rest runs for many
-clients together, and each client's low-rank product is part of a grouped product (`grouped_lora`). Clients share no
-parameter, so the gradient of the sum of their losses gives each client its own gradient. Dropout is off.
+clients together, with each low-rank product part of a grouped product (`grouped_lora`). Clients share no parameter, so
+the gradient of the sum of their losses gives each client its own gradient. Dropout is off.
 """
 
 from __future__ import annotations
@@ -19,36 +19,25 @@ import torch
 from torch import Tensor
 
 from clairlib.core import state_file
-from clairlib.training import checkpoint
+from clairlib.linalg.low_rank import LowRank
 from clairlib.training.activations import Activations, Recorder, Slot, fill
 from clairlib.training.batches import Group, Item, collate, split
 from clairlib.training.grouped_lora import LoraStacks, Update, are_finite
-from clairlib.training.preparation import CACHE_BYTES, GROUP_TOKENS, Memory, Preparation, memory_needed, prepare
-from clairlib.training.saving import TrainedClient, save_adapters
+from clairlib.training.preparation import CACHE_BYTES, GROUP_TOKENS, Preparation, prepare
+from clairlib.training.saving import TrainedClient
 from clairlib.training.schedule import ClientData, Schedule, batches
 from clairlib.training.suffix import Suffix
 from clairlib.training.targets import initial_updates
-
-__all__ = ["ClientData", "Memory", "Schedule", "TrainedClient", "memory_needed", "save_adapters", "train_adapters"]
 
 CHECKPOINT_SECONDS = 30.0
 DIVERGED = 100.0  # training diverged if the loss exceeds this many times max(first loss, 1 nat)
 
 
 def train_adapters(
-    model: Any,
-    clients: Sequence[ClientData],
-    targets: Sequence[str] | str,
-    schedule: Schedule,
-    *,
-    seed: int,
-    device: str = "cpu",
-    autocast: torch.dtype | None = None,
-    group_tokens: int = GROUP_TOKENS,
-    cache_bytes: int = CACHE_BYTES,
-    checkpoint: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[TrainedClient]:
+    model: Any, clients: Sequence[ClientData], targets: Sequence[str] | str, schedule: Schedule, *, seed: int,
+    device: str = "cpu", autocast: torch.dtype | None = None, group_tokens: int = GROUP_TOKENS,
+    cache_bytes: int = CACHE_BYTES, checkpoint: Path | None = None, progress: Callable[[int, int], None] | None = None,
+) -> list[TrainedClient]:  # fmt: skip
     """Train every client's adapter of the targets by AdamW, as if each were trained by itself through the whole model.
 
     Parameters
@@ -81,15 +70,13 @@ def train_adapters(
     Raises
     ------
     ValueError
-        A client, module, setting or checkpoint cannot be used. The message is one line that names it.
+        A client, module, setting or checkpoint cannot be used; one line names it.
     OSError
         The activations fit neither into ``cache_bytes`` nor on the disk.
     """
-    plan = prepare(
-        model, clients, targets, schedule, device=device, autocast=autocast, group_tokens=group_tokens,
-        cache_bytes=cache_bytes,
-    )  # fmt: skip
-    run = Run(plan, seed=seed)
+    options: dict[str, Any] = {"device": device, "autocast": autocast}
+    options |= {"group_tokens": group_tokens, "cache_bytes": cache_bytes}
+    run = Run(prepare(model, clients, targets, schedule, **options), seed=seed)
     keeper = _Keeper(run, checkpoint, seed)
     try:
         keeper.resume()
@@ -117,17 +104,13 @@ class Run:
         self.best_step: list[int | None] = [None] * len(plan.clients)
         self.updates: dict[int, dict[str, Update]] = {}
         self.diverged: dict[int, int] = {}
-        self.stacks = LoraStacks(
-            initial_updates(plan.model, plan.targets, plan.clients, seed=seed),
-            learning_rate=plan.schedule.learning_rate,
-            weight_decay=plan.schedule.weight_decay,
-            device=plan.device,
-        )
+        how: dict[str, Any] = {"learning_rate": self.schedule.learning_rate, "weight_decay": self.schedule.weight_decay}
+        start = initial_updates(plan.model, plan.targets, plan.clients, seed=seed)
+        self.stacks = LoraStacks(start, device=plan.device, **how)
         self.dtype = self.stacks.flat[0].dtype
         self.activations = self._activations()
-        self.suffix = Suffix(
-            plan.twin, plan.targets, plan.plan.shortcuts, outputs=plan.plan.outputs, autocast=plan.autocast
-        )
+        own = plan.plan
+        self.suffix = Suffix(plan.twin, plan.targets, own.shortcuts, outputs=own.outputs, autocast=plan.autocast)
         self.kept: tuple[tuple[int, ...], list[tuple[Group, dict[Slot, Tensor]]]] = ((), [])
 
     def _activations(self) -> Activations | None:
@@ -161,16 +144,13 @@ class Run:
 
     def groups(self) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
         """Return the step's groups with their cached values."""
-        chosen = [next(self.orders[k]) for k in self.stacks.clients]
         active = tuple(self.stacks.clients)
-        if self.plan.keeps_groups and self.kept[0] == active:
-            return iter(self.kept[1])
-        places = [[self.plan.examples[k][e] for e in own] for k, own in zip(active, chosen, strict=True)]
-        groups = self._collated(places, self.schedule.accumulate)
-        if self.plan.keeps_groups:
-            self.kept = (active, list(groups))
-            return iter(self.kept[1])
-        return groups
+        places = [[self.plan.examples[k][e] for e in next(self.orders[k])] for k in active]
+        if not self.plan.keeps_groups:
+            return self._collated(places, self.schedule.accumulate)
+        if self.kept[0] != active:
+            self.kept = (active, list(self._collated(places, self.schedule.accumulate)))
+        return iter(self.kept[1])
 
     def _collated(self, places: Sequence[Sequence[int]], parts: int) -> Iterator[tuple[Group, dict[Slot, Tensor]]]:
         """Yield groups of the examples of every position in the stack, in ``parts`` parts."""
@@ -190,33 +170,24 @@ class Run:
         now, first = self.losses[active, self.taken - 1], self.losses[active, 0]
         sound = (now <= DIVERGED * np.maximum(first, 1.0)).tolist()  # false for nan
         self.diverged |= {k: self.taken for k, fine in zip(active, sound, strict=True) if not fine}
-        self._keep([position for position, fine in enumerate(sound) if fine])
+        self.stacks.keep([position for position, fine in enumerate(sound) if fine])
 
     @torch.no_grad()
     def _validate(self) -> None:
         """Save the weights of clients whose validation loss is the least so far."""
-        due = [
-            position
-            for position, k in enumerate(self.stacks.clients)
-            if self.clients[k].validation and self.taken in (self.steps[k], self._next_check())
-        ]
+        active, now = self.stacks.clients, self.taken % self.schedule.check_every == 0
+        due = [p for p, k in enumerate(active) if self.clients[k].validation and (now or self.taken == self.steps[k])]
         if not due:
             return
-        found = torch.zeros(len(self.stacks.clients), dtype=torch.float64, device=self.plan.device)
-        places = [self.plan.validation[k] if p in due else [] for p, k in enumerate(self.stacks.clients)]
+        found = torch.zeros(len(active), dtype=torch.float64, device=self.plan.device)
+        places = [self.plan.validation[k] if p in due else [] for p, k in enumerate(active)]
         for group, values in self._collated(places, 1):
             self.stacks.load(self.suffix.layers, group.positions)
             found[self.stacks.index(group.positions)] += self.suffix.losses(group, values)
-        better = [p for p in due if found[p].item() < self.best[self.stacks.clients[p]]]
-        for position in better:
-            k = self.stacks.clients[position]
-            self.best[k], self.best_step[k] = found[position].item(), self.taken
-        if better:
+        if better := [p for p in due if found[p].item() < self.best[active[p]]]:
+            for p in better:
+                self.best[active[p]], self.best_step[active[p]] = found[p].item(), self.taken
             self.stacks.remember(better)
-
-    def _next_check(self) -> int:
-        every = self.schedule.check_every
-        return -(-self.taken // every) * every
 
     def _let_finished_go(self) -> None:
         staying = []
@@ -227,18 +198,13 @@ class Run:
                 self.updates[k] = updates
             else:
                 self.diverged[k] = self.taken
-        self._keep(staying)
-
-    def _keep(self, positions: Sequence[int]) -> None:
-        if len(positions) < len(self.stacks.clients):
-            self.stacks.keep(positions)
+        self.stacks.keep(staying)
 
     def result(self, k: int) -> TrainedClient:
         """Return the result of client k."""
         client, at = self.clients[k], self.diverged.get(k)
         losses = torch.from_numpy(self.losses[k, : at or self.steps[k]].copy())
-        updates = self.updates.get(k, {})
-        return TrainedClient(client.name, updates, losses, at, self.best_step[k], client.use_rslora)
+        return TrainedClient(client.name, self.updates.get(k, {}), losses, at, self.best_step[k], client.use_rslora)
 
     def close(self) -> None:
         """Remove the activations on disk, if any."""
@@ -264,14 +230,14 @@ class _Keeper:
             return
         run, scales = self.run, {}
         own_losses = {"losses": torch.from_numpy(run.losses), "best_losses": torch.from_numpy(run.best)}
-        tensors = checkpoint.pack_stacks(run.stacks) | own_losses
+        tensors = run.stacks.packed() | own_losses
         for k, updates in run.updates.items():
-            own, scales[str(k)] = checkpoint.pack_updates(str(k), updates)
-            tensors |= own
-        facts = {
-            "fingerprint": self.fingerprint, "taken": run.taken, "clients": run.stacks.clients, "scales": scales,
-            "diverged": run.diverged, "best_step": run.best_step,
-        }  # fmt: skip
+            scales[str(k)] = {module: own.scale for module, own in updates.items() if isinstance(own, LowRank)}
+            for module, update in updates.items():
+                factors = {"A": update.A, "B": update.B} if isinstance(update, LowRank) else {"D": update}
+                tensors |= {f"{k}/{module}/{factor}": value for factor, value in factors.items()}
+        facts = {"fingerprint": self.fingerprint, "taken": run.taken, "clients": run.stacks.clients, "scales": scales}
+        facts |= {"diverged": run.diverged, "best_step": run.best_step}
         state_file.save(self.path, tensors, facts)
         self.last = time.monotonic()
 
@@ -281,21 +247,24 @@ class _Keeper:
             return
         tensors, facts = state_file.load(self.path, self.fingerprint)
         run = self.run
-        checkpoint.unpack_stacks(run.stacks, tensors, facts["clients"], facts["taken"])
-        run.losses, run.best = tensors["losses"].numpy(), tensors["best_losses"].numpy()
-        run.taken = facts["taken"]
+        run.taken, run.losses, run.best = facts["taken"], tensors["losses"].numpy(), tensors["best_losses"].numpy()
+        run.stacks.unpack(tensors, facts["clients"], run.taken)
         run.best_step, run.diverged = facts["best_step"], {int(k): at for k, at in facts["diverged"].items()}
         for k, scales in facts["scales"].items():
-            run.updates[int(k)] = checkpoint.unpack_updates(k, tensors, scales)
+            own: dict[str, Update] = {}
+            for key in (key for key in tensors if key.startswith(f"{k}/")):
+                module, _, factor = key.removeprefix(f"{k}/").rpartition("/")
+                if factor == "D":
+                    own[module] = tensors[key]
+                elif factor == "A":
+                    own[module] = LowRank(tensors[f"{k}/{module}/B"], tensors[key], scales[module])
+            run.updates[int(k)] = own
         for k in run.stacks.clients:
             next(islice(run.orders[k], run.taken - 1, run.taken))
 
 
 def _fingerprint(plan: Preparation, seed: int) -> str:
-    """Return a hash of all that decides the result: settings, data and the model.
-
-    A sample of every parameter stands for the model.
-    """
+    """Return a hash of all that decides the result: settings, data, and a sample of every parameter of the model."""
     clients = [{key: getattr(c, key) for key in ("name", "rank", "alpha", "use_rslora", "start")} for c in plan.clients]
     facts = {
         "seed": seed, "schedule": asdict(plan.schedule), "targets": plan.targets, "clients": clients,

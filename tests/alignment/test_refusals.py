@@ -173,7 +173,7 @@ def test_file_that_changes_after_the_check_is_not_copied(work: Path, monkeypatch
         (bad / CONFIG).symlink_to("/etc/passwd")
         return settled
 
-    monkeypatch.setattr(alignment, "settle_on_disk", settle_and_swap)
+    monkeypatch.setattr(alignment, "iterate_verdict_on_disk", settle_and_swap)
     arguments = ("align", work / "clients", "--output", work / "out", "--keep-contaminated")
     result = clair(*arguments)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1

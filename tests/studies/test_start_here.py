@@ -14,6 +14,7 @@ from clairlib import CLAIR, plots
 from clairlib.core.seeds import derive
 from clairlib.simulate import planted
 from studies.common.verdicts import benign_error
+from studies.start_here import plots as study_plots
 from studies.start_here.study import error_table, recovery_cell, summarise_recovery
 
 
@@ -64,5 +65,5 @@ def test_figures_draw_from_their_tables():
          for s in (0.2, 0.4) for n in (0.1, 0.3)]
     )
     truth = planted(generator=derive(0, "figures"))
-    for figure in (plots.recovery_rates(draws), plots.errors(error_table(truth, truth.updates))):
+    for figure in (study_plots.recovery_rates(draws), study_plots.errors(error_table(truth, truth.updates))):
         figure.canvas.draw()
