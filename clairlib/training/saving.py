@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,8 @@ def _options(client: TrainedClient) -> dict[str, Any]:
 def _adapted(model: Any, options: dict[str, Any]) -> peft.PeftModel:
     # with another task type peft would also save a classifier's head
     task = "CAUSAL_LM" if loss_kind(model)[0] else None
-    with torch.random.fork_rng(devices=[]):  # peft draws an A from the global generator
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws an A from the global generator
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # asked by peft
         return peft.get_peft_model(shared_copy(model, "cpu"), peft.LoraConfig(**options, task_type=task))
 
 

@@ -24,7 +24,7 @@ def test_dual_scale_is_the_best_admissible(nu):
     generator = torch.Generator().manual_seed(0)
     data, dual = (torch.randn(5, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     dual = dual * (dual * data).sum().sign() / torch.linalg.matrix_norm(dual.flatten(1), ord=2)
-    problem = Problem(data, lam=0.5, nu=nu, common=False)
+    problem = Problem(data, lam=0.5, nu=nu, with_common=False)
     t, value = dual_scale(problem, dual)
     most = min(1.0, 0.5 / float(block_norms(dual).max()))
     grid = torch.linspace(0, most, 10_001, dtype=torch.float64)

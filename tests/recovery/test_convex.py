@@ -134,7 +134,7 @@ def hard():
     generator = torch.Generator().manual_seed(5)
     truth = planted(share=0.6, K=30, p=20, q=20, r=3, noise_std=0.0, common_norm=0.0, generator=generator)
     M = torch.randn(20, 20, generator=generator, dtype=torch.float64)
-    return replace(truth, updates=truth.updates + M, targets=truth.targets + M, common=M)
+    return replace(truth, updates=truth.updates + M, targets=truth.targets + M, common_part=M)
 
 
 @pytest.mark.parametrize("lam", [None, 0.6])
@@ -180,7 +180,7 @@ def test_scaling_the_updates_scales_the_result(nu, factor):
     one, scaled = decompose(updates, nu=nu), decompose(factor * updates, nu=factor * nu)
     assert scaled.lam == pytest.approx(one.lam, rel=1e-6)
     assert scaled.certificate.primal == pytest.approx(factor * one.certificate.primal, rel=1e-9)
-    for name in ("common", "low_rank", "contamination"):
+    for name in ("common_part", "low_rank", "contamination"):
         expected = factor * getattr(one, name)
         torch.testing.assert_close(getattr(scaled, name), expected, rtol=0, atol=1e-8 * factor)
 
