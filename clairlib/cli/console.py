@@ -54,12 +54,12 @@ def quiet_libraries() -> None:
 @contextmanager
 def progress(doing: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Show a bar on the error stream if that is a terminal; yield the bar's rich ``update``."""
-    name = TextColumn("{task.description}", markup=False)
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = quiet or not sys.stderr.isatty()
+    if quiet or not sys.stderr.isatty():  # a hidden bar of rich 14 still prints an empty line
+        yield lambda **changes: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     through = sys.stdout.isatty()  # printed lines go above the bar; those to a pipe stay there
-    own = Console(stderr=True)
-    with Progress(*columns, console=own, transient=True, disable=hidden, redirect_stdout=through) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=through) as bar:
         task = bar.add_task(doing, total=None)
         yield lambda **changes: bar.update(task, **changes)
 

@@ -22,6 +22,8 @@ def exact(values, loads, rank):
 
 
 def largest_angle(first, second):
+    if first.shape[-1] == 0:
+        return 0.0
     return torch.linalg.matrix_norm(first - second @ (second.mT @ first), ord=2).max().item()
 
 
