@@ -147,6 +147,7 @@ def _rates(paths: Sequence[Path], products: list[tuple[Shape, float]], device: s
 
 
 def read_files(paths: Sequence[Path]) -> int:
+    """Read the files in blocks and keep none; return their bytes."""
     buffer, size = bytearray(BUFFER), 0
     for path in paths:
         with FileIO(path) as file:
@@ -220,4 +221,5 @@ def watched(work: Callable[..., Any], arguments: Sequence[Any], children: int) -
 
 
 def in_bytes(maxrss: int) -> int:
+    """Return a peak memory as getrusage gives it, KiB but on macOS, in bytes."""
     return maxrss if sys.platform == "darwin" else 1024 * maxrss

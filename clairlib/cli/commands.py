@@ -208,6 +208,7 @@ app.command()(synth)
 
 
 def save_overview(result: ClairResult, path: Path) -> None:
+    """Write the overview of a result as PNG, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")

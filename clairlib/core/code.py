@@ -1,7 +1,5 @@
 """Digests of the code behind a result: one hash of some Python code and of all project files that it imports."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 from collections.abc import Iterator
@@ -42,6 +40,7 @@ def module_digest(name: str, file: Path) -> str:
 
 
 def read_source(file: Path) -> str:
+    """Return a file's text; it is read again only after a change."""
     status = file.stat()
     return _text_of(file, status.st_mtime_ns, status.st_size)
 

@@ -1,7 +1,5 @@
 """Safe access to files in an adapter folder, and output folders that appear completely or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

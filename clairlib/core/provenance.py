@@ -1,7 +1,5 @@
 """Provenance of a result: versions, device, code. It contains no path, user or host name, so it can be published."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

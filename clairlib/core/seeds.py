@@ -1,7 +1,5 @@
 """Named random generators: adding a client or a trial does not change the draws of another one."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

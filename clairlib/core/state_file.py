@@ -1,7 +1,5 @@
 """State files: tensors and JSON facts in one safetensors file, which is replaced as a whole."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -7,8 +7,6 @@ directions is neglected; in the mean of n clients it is 1 / n of their noise the
 `description_length.with_neglected` accounts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Leading subspaces of a scatter matrix after removal of one client, for every client in turn."""
 
-from __future__ import annotations
-
 from math import acosh, ceil
 
 import torch
@@ -77,4 +75,5 @@ def _filtered(values: Tensor, loads: Tensor, Q: Tensor, rank: int, bound: float)
 
 
 def exact_bases(values: Tensor, loads: Tensor, rank: int) -> Tensor:
+    """As `downdated_bases`, by a full eigendecomposition of each client's matrix."""
     return torch.linalg.eigh(torch.diag(values) - loads @ loads.mT)[1][..., len(values) - rank :]

@@ -4,8 +4,6 @@ A LoRA adapter changes a weight matrix by ``scale * B @ A``. The p x q product i
 factors are reduced to K small cores in orthonormal coordinates, which keep every norm, angle and singular value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

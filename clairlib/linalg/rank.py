@@ -1,7 +1,5 @@
 """Rank estimates: how many directions stand above the noise, by gap, ratio, held-out energy or rounding."""
 
-from __future__ import annotations
-
 import numpy as np
 from torch import Tensor
 

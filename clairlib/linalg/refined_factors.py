@@ -3,8 +3,6 @@
 Everything is a combination of the clients' factors: a direction of the output side is B v with coefficients v (N,).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

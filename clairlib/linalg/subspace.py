@@ -1,7 +1,5 @@
 """Subspaces: projections, angles between subspaces, and singular values."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -89,7 +89,7 @@ def test_base_comes_from_the_cache_until_something_changes(quick, tmp_path):
 
 def test_base_name_changes_with_the_code(monkeypatch):
     before = base_name(BaseConfig())
-    monkeypatch.setattr(base_module, "CODE", "other code")
+    monkeypatch.setattr(base_module, "module_digest", lambda *_: "other code")
     assert base_name(BaseConfig()) != before
 
 

@@ -21,7 +21,6 @@ from studies.text_copying import task as copying
 
 CACHE = Path("runs") / "cache"
 FACTS = "training.json"
-CODE = module_digest(__name__, Path(__file__))  # what trains a base
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ def base_model(config: BaseConfig | None = None, *, cache: Path | str = CACHE) -
 
 def base_name(config: BaseConfig) -> str:
     """Return a name that changes with the configuration, the training code, and the libraries' versions."""
-    facts = [asdict(config), CODE, torch.__version__, transformers.__version__]
+    code = module_digest(__name__, Path(__file__))  # all that trains a base
+    facts = [asdict(config), code, torch.__version__, transformers.__version__]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     return f"copying-base-{digest.hexdigest()[:12]}"
 
