@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from clairlib.core.limits import MINIMUM_CLIENTS
 from clairlib.core.seeds import derive
 from clairlib.linalg.compress import FILLED, compress, leads
 from clairlib.linalg.grams import stack
-from clairlib.linalg.low_rank import Cores, LowRank, cores_of_dense, cores_of_factors
+from clairlib.linalg.low_rank import LowRank, cores_of_dense, cores_of_factors
+from clairlib.linalg.refined_factors import RefinedSubspace, SharedParts, refined_updates
 from clairlib.recovery.consensus import consensus
 from clairlib.recovery.convex import Certificate, decompose
 from clairlib.recovery.detection import Calibration
@@ -73,7 +74,7 @@ class CLAIR:
 
     def fit(
         self, updates: Any, names: list[str] | None = None, weights: Any = None, expected_sq_error: Any = None,
-        noise: Any = None, *, progress: Callable[[str], None] | None = None,
+        noise: Any = None, *, adapter_rank: int | None = None, progress: Callable[[str], None] | None = None,
     ) -> ClairResult:
         """Find the contaminated clients and refine the others.
 
@@ -90,6 +91,8 @@ class CLAIR:
             Expected squared error ||E_k||_F^2 of each update if it is known, e.g. from the standard errors of a
             regression. Differences between benign clients beyond it count as heterogeneity, and refinement is refused
             if averaging them out costs more than it gains. ``noise`` is the old name, until version 0.3.
+        adapter_rank : int, optional
+            Rank to which the refined updates are truncated if they are LowRank; each client's own rank if None.
         progress : callable, optional
             Called with the name of each module when its subspace has been found.
 
@@ -98,6 +101,8 @@ class CLAIR:
         TypeError, ValueError
             One line that names client and module, for updates that cannot be compared or are not finite.
         """
+        if adapter_rank is not None and (not isinstance(adapter_rank, int) or adapter_rank < 1):
+            raise ValueError(f"adapter_rank must be a whole number, at least 1; got {adapter_rank!r}")
         modules, clients, by_module = read_modules(updates, names, self.side)
         w = read_weights(weights, clients).to(modules[0].reference.device)
         known = read_expected_errors(expected_sq_error if noise is None else noise, [m.name for m in modules], clients)
@@ -120,10 +125,10 @@ class CLAIR:
             if progress is not None:
                 progress(fit.name)
         refine_any = max(outcome.structure for outcome in outcomes) >= MIN_EXPLAINED_VARIANCE
-        results = {
-            module.name: _module_result(module, fit, outcome, refine_any, certificates.get(module.name))
-            for module, fit, outcome in zip(modules, fitted(benign), outcomes, strict=True)
-        }
+        results = {}
+        for module, fit, outcome in zip(modules, fitted(benign), outcomes, strict=True):
+            how = certificates.get(module.name), adapter_rank, derive(self.seed, "off", module.name)
+            results[module.name] = _module_result(module, fit, outcome, refine_any, *how)
         out = (lambda t: t.cpu().numpy()) if modules[0].numpy else (lambda t: t)
         return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
 
@@ -230,16 +235,15 @@ def first_set(fits: Sequence[ModuleFit], frames: Sequence[Frame]) -> Tensor:
 
 
 def _module_result(
-    module: Module, fit: ModuleFit, outcome: Outcome, refine_any: bool, certificate: Certificate | None
-) -> ModuleResult:
+    module: Module, fit: ModuleFit, outcome: Outcome, refine_any: bool, certificate: Certificate | None,
+    adapter_rank: int | None, generator: Generator,
+) -> ModuleResult:  # fmt: skip
     """Assemble a module's result; ``refine_any`` says whether the clients share a subspace in some module."""
     frame, is_refined = outcome.frame, outcome.is_refined(refine_any)
-    if isinstance(fit.cores, Cores):
-        basis, off = fit.lifted(frame)
-    else:
-        shared = fit.shared(frame, fit.stacked or stack(cast(list[LowRank], module.updates)))
-        basis, off = shared.lifted_basis(), shared.common_part()
+    parts = fit.parts(frame, cast(list[LowRank], module.updates))
+    basis, off = (parts.lifted_basis(), parts.common_part()) if isinstance(parts, RefinedSubspace) else parts
     refine = frame.members if is_refined else torch.zeros_like(frame.members)
+    refined, errors = _refine(module, parts, refine, adapter_rank, generator)
     return ModuleResult(
         name=module.name,
         shape=module.shape[::-1] if module.transposed else module.shape,
@@ -247,7 +251,8 @@ def _module_result(
         basis=module.out(basis),
         common_part=module.out_update(off),
         scores=outcome.scores.cpu().numpy() if module.numpy else outcome.scores,
-        refined=_refine(module, basis, off, refine),
+        refined=refined,
+        truncation_errors=errors.cpu().numpy() if module.numpy else errors,
         gain=outcome.gain.relative,
         gain_terms=outcome.gain.scaled(fit.size * fit.size),
         is_refined=is_refined,
@@ -257,22 +262,30 @@ def _module_result(
     )
 
 
-def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
-    """Return P Theta_k + P_perp M for the clients to ``refine``, the others' own updates, in the form of the input."""
+def _refine(
+    module: Module, parts: SharedParts, refine: Tensor, adapter_rank: int | None, generator: Generator,
+    scales: Tensor | None = None,
+) -> tuple[Any, Tensor]:  # fmt: skip
+    """Return refined updates in the form of the input, and their truncation errors (K,).
+
+    They are P Theta_k + a_k P_perp M, a_k of ``scales`` (K,) or 1, for the clients to ``refine``; the others' are own.
+    """
+    errors = torch.zeros(len(refine), dtype=torch.float64, device=refine.device)
     if isinstance(module.updates, Tensor):
-        X = module.updates.double()
-        refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + off.dense(), X)
-        return module.out(refined.mT if module.transposed else refined)
-    adapters: list[LowRank] = []
-    for update, wanted in zip(module.updates, refine.tolist(), strict=True):
-        if wanted:
-            inside = update.scale * (basis.T.double() @ update.B.double()) @ update.A.double()  # (r, q)
-            joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A]))
-            update = LowRank(joined.B.to(update.B.dtype), joined.A.to(update.A.dtype))
-            if not bool(update.A.isfinite().all()):
-                raise ValueError(f"refined updates of module {module.name!r} overflow {update.A.dtype}")
-        adapters.append(transpose(update) if module.transposed else update)
-    return adapters
+        basis, off = cast(tuple[Tensor, LowRank], parts)
+        X, common = module.updates.double(), off.dense()
+        common = common if scales is None else scales[:, None, None] * common
+        refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + common, X)
+        return module.out(refined.mT if module.transposed else refined), errors
+    adapters, chosen = list(module.updates), refine.nonzero()[:, 0].tolist()
+    ranks = [adapter_rank or adapters[k].rank for k in chosen]
+    made = refined_updates(parts, module.updates, chosen, ranks, generator, scales) if chosen else iter(())
+    for k, (new, error) in zip(chosen, made, strict=True):
+        B, A = new.B.to(adapters[k].B.dtype, copy=True), new.A.to(adapters[k].A.dtype, copy=True)
+        if not bool(B.isfinite().all() and A.isfinite().all()):
+            raise ValueError(f"refined updates of module {module.name!r} overflow {A.dtype}")
+        adapters[k], errors[k] = LowRank(B, A), error
+    return [transpose(update) if module.transposed else update for update in adapters], errors
 
 
 def _noise_norm(X: Tensor, rank: int | None) -> float:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clairlib.linalg.compress import Compressed
-from clairlib.linalg.grams import StackedFactors
+from clairlib.linalg.grams import StackedFactors, stack
 from clairlib.linalg.low_rank import Cores, LowRank
-from clairlib.linalg.refined_factors import GUARD, RefinedSubspace, shared_part
+from clairlib.linalg.refined_factors import GUARD, SharedParts, shared_part
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.detection import calibrate
 from clairlib.recovery.frame import Frame, fit_frame, keep_directions
@@ -78,17 +79,13 @@ class ModuleFit:
         gain = estimate_gain(self.X, self.weights, kept, known, left_out if kept is frame else None, ranks)
         return Outcome(kept, z, gain, float(reading.structure), spectrum)
 
-    def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:
-        """Return basis U (p, r) and common part P_perp M of a frame, from cores that hold the updates exactly."""
-        assert isinstance(self.cores, Cores)
-        off = self.cores.lift(self.size * project_out(frame.basis, frame.mean))
-        return self.cores.lift_rows(frame.basis), off
-
-    def shared(self, frame: Frame, stacked: StackedFactors) -> RefinedSubspace:
-        """Return subspace and common part of a frame from the clients' factors, for cores that are compressed."""
-        assert isinstance(self.cores, Compressed)
-        start = frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
-        return shared_part(stacked, frame.members, self.weights, self.cores.left @ start, frame.rank)
+    def parts(self, frame: Frame, updates: Sequence[LowRank]) -> SharedParts:
+        """Return subspace and common part of a frame; for compressed cores, from the factors of the ``updates``."""
+        if isinstance(self.cores, Cores):
+            off = self.cores.lift(self.size * project_out(frame.basis, frame.mean))
+            return self.cores.lift_rows(frame.basis), off
+        start = self.cores.left @ frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
+        return shared_part(self.stacked or stack(updates), frame.members, self.weights, start, frame.rank)
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,15 @@ class ModuleResult(ModuleSummary):
 
     ``basis`` U (p, r), or (q, r) for side "input", is unique up to rotation; compare with ``subspace.sin_theta``.
     ``common_part`` is P_perp M (p, q). ``refined`` has the form of the input, with a contaminated client's own update.
+    As LowRank it has the rank asked for, balanced factors and scale 1. ``truncation_errors`` (K,) are the relative
+    Frobenius errors of that, 0 for dense and for own updates. Before truncation it is U U' Theta_k + ``common_part``
+    (side "input": Theta_k U U' + ``common_part``); `linalg.refined_factors.exact_update` joins these factors.
     """
 
     basis: Any
     common_part: Any
     refined: Any
+    truncation_errors: Any
 
 
 def _of_modules(name: str, meaning: str) -> property:
@@ -71,9 +75,9 @@ class ClairResult:
     a client with noisier data and no weight that says so looks contaminated. ``modules`` holds a `ModuleResult` by
     name, or a `ModuleSummary` if the refined updates are on disk.
 
-    ``rank``, ``basis``, ``common_part``, ``refined``, ``gain``, ``shared_structure`` and ``certificate`` are those of
-    the module, or dicts if the updates were given by module. Look at ``shared_structure`` first: if it is near 0, no
-    shared subspace is visible; below ``MIN_EXPLAINED_VARIANCE`` in every module, nothing is refined.
+    The fields of a module are properties here too, or dicts of them if the updates were given by module. Look at
+    ``shared_structure`` first: if it is near 0, no shared subspace is visible; below ``MIN_EXPLAINED_VARIANCE`` in
+    every module, nothing is refined.
     """
 
     names: list[str]
@@ -88,6 +92,7 @@ class ClairResult:
     common_part = _of_modules("common_part", "Common part outside the subspace, P_perp M (p, q).")
     common = _of_modules("common_part", "Old name of ``common_part``; it will be removed in version 0.3.")
     refined = _of_modules("refined", "Refined updates, in the form of the input; contaminated clients hold their own.")
+    truncation_errors = _of_modules("truncation_errors", "Relative Frobenius errors (K,) of the refined updates' rank.")
     gain = _of_modules("gain", "Estimated fraction of the local squared error that refinement removes.")
     shared_structure = _of_modules("shared_structure", "Explained variance of benign clients, see `ModuleSummary`.")
     certificate = _of_modules("certificate", "Duality gap of the convex program; None for the consensus solver.")
