@@ -162,8 +162,9 @@ def _reading_lines(axes: Axes, part: pd.DataFrame, outcome: str) -> None:
     for (name, rank), rows in part.groupby(["reading", "rank"], sort=False):
         rows = rows.sort_values("share")
         size = 7 if name == "client blocks" else 4  # equal rates lie on each other
-        style = {"linestyle": "-" if rank == min(part["rank"]) else "--", "color": READINGS[name], "markersize": size}
-        axes.plot(rows.share, rows[outcome], marker="o", label=f"{name}, rank {rank}", **style)
+        style = "o-" if rank == min(part["rank"]) else "o--"
+        label = f"{name}, rank {rank}"
+        axes.plot(rows.share, rows[outcome], style, color=READINGS[name], markersize=size, label=label)
         if outcome == "exact":
             axes.vlines(rows.share, rows.low, rows.high, color=READINGS[name], linewidth=0.8, alpha=0.5)
     axes.set_ylim(-0.06, 1.06)
@@ -173,15 +174,19 @@ def weight_windows(windows: pd.DataFrame) -> Figure:
     """Draw windows of the weight lam over the certified weight, a bar per kind, contaminated fraction and reading.
 
     Wide bar: where the certificate holds in the median draw. Line: weights tried between the first and the last at
-    which every draw is exact. Ticks: ends of the closed form. ``windows`` is a table of ``pairwise.windows``.
+    which every draw is exact. Ticks: ends of the closed form. A window that is closed is not drawn. ``windows`` is a
+    table of ``pairwise.windows``.
     """
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(7.5, 1.1 + 0.3 * len(windows)))
         for place, row in enumerate(windows.itertuples()):
             colour = READINGS[row.reading]
-            axes.barh(place, row.proved_high - row.proved_low, left=row.proved_low, height=0.7, color=colour, alpha=0.4)
+            if row.proved_width > 1:
+                width = row.proved_high - row.proved_low
+                axes.barh(place, width, left=row.proved_low, height=0.7, color=colour, alpha=0.4)
             axes.plot([row.found_low, row.found_high], [place, place], "o-", color=colour, markersize=4)
-            axes.plot([row.low, row.high], [place, place], "|", color="black", markersize=12)
+            if row.low < row.high:
+                axes.plot([row.low, row.high], [place, place], "|", color="black", markersize=12)
         labels = [f"{row.contamination} {row.share:g}" for row in windows.itertuples()]
         axes.set_yticks(range(len(windows)), labels, fontsize=8)
         axes.set_xscale("log")
