@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from clairlib.core import state_file
 from clairlib.recovery.refinement import Gain
 from clairlib.recovery.result import ModuleSummary
 from clairlib.recovery.verdict import ModuleScores
+
+NUMBERS = ("variance", "common")  # fields of a reading that are no tensors
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Records:
         tensors, facts = state_file.load(path, self.key)
         summary = facts["summary"] | {"scores": tensors["z"], "spectrum": tensors["spectrum"].numpy()}
         summary |= {"shape": tuple(summary["shape"]), "gain_terms": Gain(**summary["gain_terms"]), "certificate": None}
-        reading = ModuleScores(tensors["scores"], facts["variance"], tensors["inside"], tensors["structure"])
+        own = {field.name: tensors[f"reading.{field.name}"] for field in fields(ModuleScores) if field.name not in NUMBERS}
+        reading = ModuleScores(**own, **{name: facts[name] for name in NUMBERS})
         return Aligned(ModuleSummary(**summary), reading, facts["errors"])
 
     def write(self, name: str, done: Aligned) -> None:
@@ -57,8 +60,9 @@ class Records:
         summary |= {"gain_terms": asdict(done.summary.gain_terms), "certificate": None}
         own = done.reading
         tensors = {"z": done.summary.scores, "spectrum": torch.as_tensor(done.summary.spectrum)}
-        tensors |= {"scores": own.scores, "inside": own.inside, "structure": own.structure}
-        facts = {"fingerprint": self.key, "summary": summary, "errors": done.errors, "variance": own.variance}
+        tensors |= {f"reading.{name}": value for name, value in own.tensors.items()}
+        facts = {"fingerprint": self.key, "summary": summary, "errors": done.errors}
+        facts |= {name: getattr(own, name) for name in NUMBERS}
         state_file.save(self._path(name), tensors, facts)
 
     def _path(self, name: str) -> Path:

@@ -17,7 +17,7 @@ from clairlib.recovery.convex import Certificate, decompose
 from clairlib.recovery.detection import Calibration
 from clairlib.recovery.frame import Frame, fit_frame, floor_energy
 from clairlib.recovery.inputs import Module, read_expected_errors, read_modules, read_weights, transpose, where
-from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, leave_one_out, shared_structure
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, LeaveOneOut
 from clairlib.recovery.module_fit import ModuleFit, Outcome
 from clairlib.recovery.result import ClairResult, ModuleResult
 from clairlib.recovery.start_sets import robust_half
@@ -103,16 +103,19 @@ class CLAIR:
         known = read_expected_errors(expected_sq_error if noise is None else noise, [m.name for m in modules], clients)
         few = pilots(modules, self.solver)
         first = [self.prepare(module, w, expected_sq_error=known.get(module.name)) for module in few]
-        benign, certificates = self.search(few, first)
-        fits = {fit.name: fit for fit in first}
+        known_set, certificates = self.search(few, first)
+        scaled = [fit.normalised(known_set) for fit in first]
+        benign = known_set if scaled == first else self.search(few, scaled)[0]
+        fits = {fit.name: fit for fit in scaled}
 
         def fitted(members: Tensor) -> list[ModuleFit]:
             for module in modules:
                 if module.name not in fits or not fits[module.name].suits(members):
-                    fits[module.name] = self.prepare(module, w, members, expected_sq_error=known.get(module.name))
+                    fit = self.prepare(module, w, members, expected_sq_error=known.get(module.name))
+                    fits[module.name] = fit.normalised(known_set)
             return [fits[module.name] for module in modules]
 
-        start, wider = self.iterate_verdict(first, benign)[0], self.wider_frame(first)
+        start, wider = self.iterate_verdict(scaled, benign)[0], self.wider_frame(scaled)
         benign, pooled = iterate_verdict(start, lambda members: [f.reading(members) for f in fitted(members)], wider)
         outcomes = []
         for fit in fitted(benign):
@@ -137,7 +140,7 @@ class CLAIR:
         known: dict[str, Any] = {"expected_sq_error": expected_sq_error}
         try:
             if isinstance(updates, Tensor):
-                return ModuleFit(module.name, cores_of_dense(updates), weights, self.rank, **known)
+                return ModuleFit(module.name, cores_of_dense(updates), weights, self.rank, in_place=True, **known)
             if max(module.shape) <= FILLED:
                 return ModuleFit(module.name, cores_of_factors(updates), weights, self.rank, **known)
         except OverflowError as error:
@@ -226,7 +229,7 @@ def pilots(fits: Sequence[Any], solver: str) -> list[Any]:
 def first_set(fits: Sequence[ModuleFit], frames: Sequence[Frame]) -> Tensor:
     """Return the set (K,) bool that most of the searched modules, the first of ``fits``, have found."""
     searched = zip(fits, frames, strict=False)
-    return vote(frames, [shared_structure(fit.X, fit.weights, frame) for fit, frame in searched])
+    return vote(frames, [LeaveOneOut(fit.X, fit.weights, frame).explained_variance for fit, frame in searched])
 
 
 def _module_result(
@@ -247,7 +250,7 @@ def _module_result(
         basis=module.out(basis),
         common_part=module.out_update(off),
         scores=outcome.scores.cpu().numpy() if module.numpy else outcome.scores,
-        refined=_refine(module, basis, off, refine),
+        refined=_refine(module, basis, off, refine, fit.scales),
         gain=outcome.gain.relative,
         gain_terms=outcome.gain.scaled(fit.size * fit.size),
         is_refined=is_refined,
@@ -257,17 +260,17 @@ def _module_result(
     )
 
 
-def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor) -> Any:
-    """Return P Theta_k + P_perp M for the clients to ``refine``, the others' own updates, in the form of the input."""
+def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor, scales: Tensor) -> Any:
+    """Return P Theta_k + a_k P_perp M for the clients to ``refine``, the others' own updates, in the form of the input."""
     if isinstance(module.updates, Tensor):
         X = module.updates.double()
-        refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + off.dense(), X)
+        refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + scales[:, None, None] * off.dense(), X)
         return module.out(refined.mT if module.transposed else refined)
     adapters: list[LowRank] = []
-    for update, wanted in zip(module.updates, refine.tolist(), strict=True):
+    for update, wanted, scale in zip(module.updates, refine.tolist(), scales.tolist(), strict=True):
         if wanted:
             inside = update.scale * (basis.T.double() @ update.B.double()) @ update.A.double()  # (r, q)
-            joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A]))
+            joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, scale * off.A]))
             update = LowRank(joined.B.to(update.B.dtype), joined.A.to(update.A.dtype))
             if not bool(update.A.isfinite().all()):
                 raise ValueError(f"refined updates of module {module.name!r} overflow {update.A.dtype}")
@@ -279,5 +282,5 @@ def _noise_norm(X: Tensor, rank: int | None) -> float:
     """Estimate the norm of a client's noise: the root mean leave-one-out energy of the robust half; 0 if rounding."""
     ones = torch.ones(len(X), dtype=X.dtype, device=X.device)
     frame = fit_frame(X, ones, robust_half(X, ones, rank), rank)
-    energy = float(leave_one_out(X, ones, frame)[frame.members].square().sum(dim=(1, 2)).mean())
+    energy = float(LeaveOneOut(X, ones, frame).benign.R.square().sum(dim=(1, 2)).mean())
     return energy**0.5 if energy > floor_energy(X) else 0.0

@@ -14,8 +14,9 @@ from clairlib.recovery import start_sets as starts
 from clairlib.recovery.description_length import best_set
 from clairlib.recovery.detection import FAMILY_ERROR, benign_set, calibrate
 from clairlib.recovery.effective_dimensions import SharedBlock
-from clairlib.recovery.frame import Frame, fit_frame, floor_energy, rank_limit
-from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, inside_energy, log_scores, shared_structure
+from clairlib.recovery.frame import Frame, fit_frame, rank_limit
+from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, LeaveOneOut
+from clairlib.recovery.scores import log_scores
 from clairlib.recovery.start_sets import candidate_tuples, robust_half, score_tuples, spread_starts, start_sets
 
 SHORTLIST_OF_REST = 20  # tuples among the clients outside a candidate set, from which one further start is taken
@@ -83,7 +84,9 @@ def larger_group(
     rest, w = X[others], weights[others]
 
     def is_group(frame: Frame) -> bool:
-        return frame.size > best.size and bool(shared_structure(rest, w, frame) >= MIN_EXPLAINED_VARIANCE)
+        if frame.size <= best.size:
+            return False
+        return bool(LeaveOneOut(rest, w, frame).explained_variance >= MIN_EXPLAINED_VARIANCE)
 
     apart = [frame.members[others] for frame in candidates if not bool((frame.members & best.members).any())]
     known = [frame for frame in (fit_frame(rest, w, own, rank, best.shared_block) for own in apart) if is_group(frame)]
@@ -101,9 +104,9 @@ def larger_group(
 
 def like_members(X: Tensor, weights: Tensor, frame: Frame) -> Tensor:
     """Return the clients (K,) bool that the verdict calls benign if the frame's members are benign."""
-    x, variance = log_scores(X, weights, frame)
-    inside = inside_energy(X, weights, frame).clamp(min=floor_energy(X)).log()
-    return benign_set(x, frame.members, calibrate(x, frame.members, variance).p_values, variance, inside)
+    left_out = LeaveOneOut(X, weights, frame)
+    x, variance = log_scores(left_out)
+    return benign_set(x, frame.members, calibrate(x, frame.members, variance).p_values, variance, left_out.inside)
 
 
 class FrameCache:
@@ -119,7 +122,7 @@ class FrameCache:
         key = members.cpu().numpy().tobytes()
         if key not in self._known:
             frame = fit_frame(self.X, self.weights, members, self.rank, self.shared_block)
-            self._known[key] = (frame, *log_scores(self.X, self.weights, frame))
+            self._known[key] = (frame, *log_scores(LeaveOneOut(self.X, self.weights, frame)))
         return self._known[key]
 
 

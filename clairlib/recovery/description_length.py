@@ -12,7 +12,7 @@ from clairlib.linalg.subspace import project_out, squared_singular_values
 from clairlib.recovery.detection import FAMILY_ERROR
 from clairlib.recovery.effective_dimensions import EffectiveDimensions
 from clairlib.recovery.frame import Frame, centred, floor_energy, rank_limit
-from clairlib.recovery.leave_one_out import leave_one_out
+from clairlib.recovery.leave_one_out import LeaveOneOut
 
 OWN_RANK = 16  # largest number of directions of its own with which an outlier is described
 OUTLIER_NOISE_RATIO = 1.5  # own energy per degree of freedom, over the noise, above which only the own part counts
@@ -138,7 +138,7 @@ def left_out_noise(X: Tensor, weights: Tensor, frame: Frame) -> float:
     It is divided by 1 + r / (q (s - 1)), because a subspace fitted without the member leaves that much more outside.
     In-sample residuals of few clients would be far too small.
     """
-    R = with_neglected(leave_one_out(X, weights, frame), weights, frame)
+    R = with_neglected(LeaveOneOut(X, weights, frame).R, weights, frame)
     energy = R[frame.members].square().sum(dim=(1, 2)).mean()
     return float(energy) / (1 + frame.rank / (X.shape[2] * max(frame.size - 1, 1)))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 FAMILY_ERROR = 0.01
 STRANGER_ERROR = 0.001  # level of the test for a group; together with Simes' half it stays within FAMILY_ERROR
+LEAST_KEPT_VARIANCE = 0.05  # least part of the variance of scores that a selected set is taken to show
 PRIOR_CLIENTS = 6.0  # weight, in clients, of the variance under pure noise against the variance between members
 
 
@@ -22,10 +23,13 @@ class Calibration:
     """Position (K,) of every client relative to the benign members; a member is compared with the other members only.
 
     ``z``: standard deviations from the members' mean log score; ``p_values``: chances that a benign score is as high.
+    ``spread`` and ``freedom``: standard deviation of a client that is no member, and its degrees of freedom.
     """
 
     z: Tensor
     p_values: Tensor
+    spread: float
+    freedom: float
 
 
 def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibration:
@@ -35,17 +39,35 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
     ``PRIOR_CLIENTS`` further clients (Smyth 2004). This keeps power if there are few members.
     """
     x, n = log_scores.double(), int(members.sum())
-    mean = x[members].mean()
-    deviation = x - mean
+    deviation = x - x[members].mean()
     squares = deviation[members].square().sum()
     left = torch.where(members, n - 1, n)  # number of members with which each client is compared
     shift = torch.where(members, n / max(n - 1, 1), torch.ones_like(x))
     rest = torch.where(members, squares - deviation.square() * n / max(n - 1, 1), squares).clamp(min=0.0)
+    lowered, kept = selection(len(x), n)
     freedom = PRIOR_CLIENTS + left - 1
-    spread = ((PRIOR_CLIENTS * variance + rest) / freedom).sqrt()
-    z = deviation * shift / (spread * (1 + 1 / left).sqrt())
+    spread = ((PRIOR_CLIENTS * variance + rest / kept) / freedom).sqrt()
+    seen = (rest / kept / (left - 1).clamp(min=1)).sqrt()
+    centre = lowered * torch.minimum(seen, spread)
+    z = (deviation * shift - centre) / (spread * (1 + 1 / left).sqrt())
     p_values = special.stdtr(freedom.cpu().numpy(), -z.cpu().numpy())  # upper tail of Student's t beyond z
-    return Calibration(z, torch.as_tensor(p_values, device=x.device))
+    whole = (PRIOR_CLIENTS * variance + float(squares) / kept) / (PRIOR_CLIENTS + n - 1)
+    spread_of_new = (whole * (1 + 1 / n)) ** 0.5
+    return Calibration(z, torch.as_tensor(p_values, device=x.device), spread_of_new, PRIOR_CLIENTS + n - 1)
+
+
+def selection(clients: int, members: int) -> tuple[float, float]:
+    """Return by how many standard deviations the lowest ``members`` of normal scores lie below all, and their variance.
+
+    The members were selected as those with the least scores, so their own mean and variance are those of a normal
+    distribution cut above: with alpha = n / K, z its quantile and lambda = phi(z) / alpha, the mean is -lambda and the
+    variance 1 - z lambda - lambda^2.
+    """
+    if members == clients or members < 3:
+        return 0.0, 1.0
+    z = stats.norm.ppf(members / clients)
+    tail = stats.norm.pdf(z) * clients / members
+    return float(tail), float(max(1 - z * tail - tail**2, LEAST_KEPT_VARIANCE))
 
 
 def any_contaminated(p_values: Tensor) -> bool:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from clairlib.linalg.compress import Compressed
-from clairlib.linalg.grams import StackedFactors
+from clairlib.linalg.grams import StackedFactors, stack
 from clairlib.linalg.low_rank import Cores, LowRank
 from clairlib.linalg.refined_factors import GUARD, RefinedSubspace, shared_part
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.detection import calibrate
 from clairlib.recovery.frame import Frame, fit_frame, keep_directions
 from clairlib.recovery.leave_one_out import LeaveOneOut
+from clairlib.recovery.normalisation import client_scales, cut_tails
 from clairlib.recovery.refinement import Gain, estimate_gain
 from clairlib.recovery.verdict import ModuleScores, wider_frame
 
@@ -29,14 +31,34 @@ class ModuleFit:
     def __init__(
         self, name: str, cores: Cores | Compressed, weights: Tensor, rank: int | None, *,
         compressed_for: Tensor | None = None, stacked: StackedFactors | None = None,
-        expected_sq_error: Tensor | None = None,
+        expected_sq_error: Tensor | None = None, in_place: bool = False,
     ) -> None:
         self.name, self.cores, self.weights, self.rank, self.stacked = name, cores, weights, rank, stacked
         self.compressed_for, self.expected_sq_error = compressed_for, expected_sq_error
         self.size = float(cores.core.abs().max()) or 1.0
         self.X = cores.core / self.size
+        self.scales = torch.ones_like(weights)
+        self.in_place, self.weighted = in_place, bool((weights != 1).any())
         self._frame: Frame | None = None
         self._reading: tuple[ModuleScores, LeaveOneOut] | None = None
+
+    def normalised(self, members: Tensor) -> ModuleFit:
+        """Return the fit with clients divided by their sizes, as the frame of ``members`` (K,) bool shows them.
+
+        Heavy rows of dense updates are cut as well (`cut_tails`). The same object if there is nothing to do.
+        """
+        left_out = LeaveOneOut(self.X, self.weights, self.frame(members))
+        dof = left_out.benign.degrees_of_freedom(left_out.squares[members])
+        scales = client_scales(self.X, left_out.frame, max(dof, 1.0))
+        X = self.X / scales[:, None, None]
+        if self.in_place:
+            X = cut_tails(X, self.weights * scales.square(), left_out.frame)
+        if torch.equal(X, self.X):
+            return self
+        fit = copy(self)
+        fit.X, fit.scales, fit._frame, fit._reading = X, scales, None, None
+        fit.weights = self.weights * scales.square()
+        return fit
 
     def suits(self, members: Tensor) -> bool:
         """Return whether the cores are the right ones if these clients (K,) bool are taken to be benign."""
@@ -58,12 +80,14 @@ class ModuleFit:
     def _read(self, members: Tensor) -> tuple[ModuleScores, LeaveOneOut]:
         frame = self.frame(members)
         if self._reading is None:
-            self._reading = ModuleScores.of(self.X, self.weights, frame)
+            left_out = LeaveOneOut(self.X, self.weights, frame)
+            self._reading = ModuleScores.of(left_out, self.rank), left_out
         return self._reading
 
     def wider_reading(self, members: Tensor) -> ModuleScores:
         """Return the scores of all clients against the `wider_frame` of the same set of clients (K,) bool."""
-        return ModuleScores.of(self.X, self.weights, wider_frame(self.X, self.weights, self.frame(members)))[0]
+        wider = wider_frame(self.X, self.weights, self.frame(members))
+        return ModuleScores.of(LeaveOneOut(self.X, self.weights, wider), self.rank)
 
     def outcome(self, members: Tensor) -> Outcome:
         """Return the outcome of the module if these clients (K,) bool are benign."""
@@ -78,6 +102,12 @@ class ModuleFit:
         gain = estimate_gain(self.X, self.weights, kept, known, left_out if kept is frame else None, ranks)
         return Outcome(kept, z, gain, float(reading.structure), spectrum)
 
+    def parts(self, frame: Frame, updates: Sequence[LowRank]) -> RefinedSubspace | tuple[Tensor, LowRank]:
+        """Return basis and common part of a frame: themselves, or as combinations of the factors of the ``updates``."""
+        if isinstance(self.cores, Cores):
+            return self.lifted(frame)
+        return self.shared(frame, self.stacked or stack(updates))
+
     def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:
         """Return basis U (p, r) and common part P_perp M of a frame, from cores that hold the updates exactly."""
         assert isinstance(self.cores, Cores)
@@ -88,6 +118,7 @@ class ModuleFit:
         """Return subspace and common part of a frame from the clients' factors, for cores that are compressed."""
         assert isinstance(self.cores, Compressed)
         start = frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
+        stacked = replace(stacked, scales=stacked.scales / self.scales)
         return shared_part(stacked, frame.members, self.weights, self.cores.left @ start, frame.rank)
 
 

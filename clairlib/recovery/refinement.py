@@ -63,7 +63,7 @@ def estimate_gain(
     1, is given: residual energy beyond its part p_e / (p_e + r) outside the subspace then counts as heterogeneity.
     ``left_out`` are all residuals and ``ranks`` (K,) the updates' ranks, if known.
     """
-    left_out = left_out or LeaveOneOut.of(X, weights, frame)
+    left_out = left_out or LeaveOneOut(X, weights, frame)
     s, r, R = frame.size, frame.rank, left_out.benign.R
     V = float(R.square().sum(dim=(1, 2)).mean())
     if s < 2 or floor_energy(X) >= V:

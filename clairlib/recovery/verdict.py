@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from clairlib.core.limits import MINIMUM_CLIENTS
 from clairlib.linalg.rank import resolved_rank
-from clairlib.recovery.detection import Calibration, benign_set, calibrate
-from clairlib.recovery.frame import Frame, fit_frame, floor_energy, rank_limit
-from clairlib.recovery.leave_one_out import LeaveOneOut, inside_energy, left_out_bases, log_scores, shared_structure
+from clairlib.recovery.detection import FAMILY_ERROR, Calibration, benign_set, calibrate
+from clairlib.recovery.frame import Frame, fit_frame, rank_limit
+from clairlib.recovery.leave_one_out import LeaveOneOut
+from clairlib.recovery.normalisation import common_share
+from clairlib.recovery.scores import log_scores, scored_energies
+
+SUSPECT_ERROR = 0.01  # a member with a smaller p-value in a module does not shape the frame by which the module judges
 
 
 @dataclass(frozen=True)
@@ -20,26 +24,60 @@ class ModuleScores:
     """Scores of all clients against the frame of a set of clients in one module.
 
     ``scores`` (K,) are log scores, ``variance`` is the variance of one under pure noise, and ``inside`` (K,) are log
-    energies inside the subspace. ``structure``, the members' `shared_structure`, is the module's weight in the verdict.
+    energies inside the subspace. ``structure``, the members' explained variance, is the module's weight in the verdict.
+    ``p_values`` (K,) are those of this module alone (`module_p_values`). ``noise`` (K,) is the log of the energy in the
+    scored directions over that of the update. ``common`` is the part of the members' energy off the subspace that
+    their common part holds.
     """
 
     scores: Tensor
     variance: float
     inside: Tensor
     structure: Tensor
+    p_values: Tensor
+    noise: Tensor
+    common: float
 
     @classmethod
-    def of(cls, X: Tensor, weights: Tensor, frame: Frame) -> tuple[ModuleScores, LeaveOneOut]:
-        """Score the updates X (K, p, q) against a frame of some of them; return the leave-one-out residuals as well."""
-        bases = left_out_bases(X, weights, frame)
-        left_out = LeaveOneOut.of(X, weights, frame, bases)
-        scores, variance = log_scores(X, weights, frame, left_out)
-        inside = inside_energy(X, weights, frame, bases).clamp(min=floor_energy(X)).log()
-        return cls(scores, variance, inside, shared_structure(X, weights, frame, left_out)), left_out
+    def of(cls, left_out: LeaveOneOut, rank: int | None = None) -> ModuleScores:
+        """Score the clients against a frame of some of them; ``rank`` is that asked for, None if it is estimated."""
+        scores, variance = log_scores(left_out)
+        own = module_p_values(left_out, rank)
+        sizes = left_out.X.square().sum(dim=(1, 2)) / left_out.scale.square()
+        noise = scored_energies(left_out)[0] - sizes.clamp(min=left_out.floor).log()
+        structure, common = left_out.explained_variance, common_share(left_out.X, left_out.frame)
+        return cls(scores, variance, left_out.inside, structure, own, noise, common)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def cpu(self) -> ModuleScores:
         """Return these scores in main memory."""
-        return ModuleScores(self.scores.cpu(), self.variance, self.inside.cpu(), self.structure.cpu())
+        return replace(self, **{name: value.cpu() for name, value in self.tensors.items()})
+
+
+def module_p_values(left_out: LeaveOneOut, rank: int | None) -> Tensor:
+    """Return the p-values (K,) of all clients in one module, by a frame that its own suspects do not shape.
+
+    From the frame of the members, members with a p-value below ``SUSPECT_ERROR`` leave it until none does, and at most
+    half of them. The larger of the p-values by this frame and by the `wider_frame` counts.
+    """
+    X, weights, frame = left_out.X, left_out.weights, left_out.frame
+    least, members = max(MINIMUM_CLIENTS, (frame.size + 1) // 2), frame.members
+    while True:
+        scores, variance = log_scores(left_out)
+        p_values = calibrate(scores, members, variance).p_values
+        kept = members & (p_values >= SUSPECT_ERROR)
+        if torch.equal(kept, members) or int(kept.sum()) < least:
+            break
+        members = kept
+        left_out = LeaveOneOut(X, weights, fit_frame(X, weights, members, rank, frame.shared_block))
+    if rank is None and bool((p_values < SUSPECT_ERROR).any()):
+        scores, variance = log_scores(LeaveOneOut(X, weights, wider_frame(X, weights, left_out.frame)))
+        p_values = torch.maximum(p_values, calibrate(scores, members, variance).p_values)
+    return p_values
 
 
 def pool(readings: Sequence[ModuleScores]) -> tuple[Tensor, float, Tensor]:
@@ -47,22 +85,39 @@ def pool(readings: Sequence[ModuleScores]) -> tuple[Tensor, float, Tensor]:
 
     These are averages over modules (of independent noise), weighted by explained variance over noise variance.
     """
-    structure = torch.stack([reading.structure for reading in readings])
-    if not bool(structure.any()):  # the clients differ in no module: equal weights
-        structure = torch.ones_like(structure)
-    variances = structure.new_tensor([reading.variance for reading in readings])
-    shares = structure / variances
-    shares = shares / shares.sum()
+    shares = module_shares(readings)
+    variances = shares.new_tensor([reading.variance for reading in readings])
     x = shares @ torch.stack([reading.scores for reading in readings])
     inside = shares @ torch.stack([reading.inside for reading in readings])
     return x, float((shares.square() * variances).sum()), inside
+
+
+def module_shares(readings: Sequence[ModuleScores]) -> Tensor:
+    """Return the modules' shares (L,) in the pooled score: explained variance over noise variance, with sum one."""
+    structure = torch.stack([reading.structure for reading in readings])
+    if not bool(structure.any()):  # the clients differ in no module: equal weights
+        structure = torch.ones_like(structure)
+    shares = structure / structure.new_tensor([reading.variance for reading in readings])
+    return shares / shares.sum()
 
 
 def judge(readings: Sequence[ModuleScores], members: Tensor) -> tuple[Tensor, Calibration]:
     """Return the benign clients (K,) bool and the pooled calibration, by scores against the frames of ``members``."""
     x, variance, inside = pool(readings)
     pooled = calibrate(x, members, variance)
-    return benign_set(x, members, pooled.p_values, variance, inside), pooled
+    benign = benign_set(x, members, pooled.p_values, variance, inside)
+    return benign & ~found_in_modules(readings).any(dim=0), pooled
+
+
+def found_in_modules(readings: Sequence[ModuleScores]) -> Tensor:
+    """Return whether each module by itself finds each client contaminated, (L, K) bool; never if it is the only module.
+
+    The level is Bonferroni's over clients and modules: ``FAMILY_ERROR`` / (K L).
+    """
+    p_values = torch.stack([reading.p_values for reading in readings])
+    if len(readings) == 1:
+        return torch.zeros_like(p_values, dtype=torch.bool)
+    return p_values <= FAMILY_ERROR / p_values.numel()
 
 
 def vote(frames: Sequence[Frame], structure: Sequence[Tensor]) -> Tensor:
@@ -89,10 +144,13 @@ def iterate_verdict(
     """
     tried: list[Tensor] = []
     while True:
-        decided, pooled = judge(read(benign), benign)
+        readings = read(benign)
+        decided, pooled = judge(readings, benign)
         tried.append(benign)
         if read_wider is not None and not bool(decided.all()):
-            decided = decided | judge(read_wider(benign), benign)[0]
+            wider = read_wider(benign)
+            found = found_in_modules(readings).any(dim=0)
+            decided = (decided | judge(wider, benign)[0]) & ~found
         if int(decided.sum()) < MINIMUM_CLIENTS or any(torch.equal(decided, known) for known in tried):
             return benign, pooled
         benign = decided
