@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ class AdapterFiles:
     def bytes(self) -> int:
         """Number of bytes to read in total."""
         return sum(self.module_bytes.values())
+
+    def subset(self, chosen: Sequence[bool]) -> AdapterFiles:
+        """Return the adapters of the clients that are ``chosen`` (K,)."""
+        modules = {name: list(compress(own, chosen)) for name, own in self.modules.items()}
+        names, folders = list(compress(self.names, chosen)), list(compress(self.folders, chosen))
+        return AdapterFiles(names, folders, list(compress(self.files, chosen)), modules)
+
+    def zero(self) -> list[bool]:
+        """Return whether each client's update is zero in every module, as before training (B = 0)."""
+        zero = [True] * len(self.names)
+        for module in self.modules:
+            own = [not bool((update.B != 0).any() and (update.A != 0).any()) for update in self.read(module)]
+            zero = [before and now for before, now in zip(zero, own, strict=True)]
+            if not any(zero):
+                break
+        return zero
 
     def load(self) -> dict[str, list[LowRank]]:
         """Return the updates of all modules, as `read` does."""

@@ -8,11 +8,12 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clairlib.adapters import AdapterFiles, open_adapters
 from clairlib.adapters.collection import blaming
@@ -23,8 +24,9 @@ from clairlib.alignment.page import write_alignment_page
 from clairlib.alignment.passes import iterate_verdict_on_disk
 from clairlib.core import provenance
 from clairlib.core.files import PAGE, PICTURE, REPORT, AdapterError, regular_file, resumable_folder
-from clairlib.recovery.clair import CLAIR
-from clairlib.recovery.result import ClairResult
+from clairlib.core.limits import MINIMUM_CLIENTS
+from clairlib.recovery.clair import CLAIR, UntrustedError
+from clairlib.recovery.result import CONTAMINATED, ClairResult, with_set_aside
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Alignment:
 def align(
     paths: Sequence[str | Path], output: str | Path, *, rank: int | None = None, adapter_rank: int | None = None,
     solver: str = "consensus", side: str = "output", device: str = "cpu", seed: int = 0,
-    keep_contaminated: bool = False, overwrite: bool = False, resume: bool = False, jobs: int = 1,
+    trusted: Sequence[str] | None = None, keep_contaminated: bool = False, overwrite: bool = False,
+    resume: bool = False, jobs: int = 1,
     progress: Callable[[str, int], None] | None = None, draw: Callable[[ClairResult, Path], None] | None = None,
 ) -> Alignment:  # fmt: skip
     """Judge the clients' adapters, refine the benign ones and write them as adapter folders.
@@ -59,6 +62,8 @@ def align(
     adapter_rank : int, optional
         Rank to which the adapters are truncated; each client's own rank in each module if not given.
     device : {"cpu", "cuda"}
+    trusted : sequence of str, optional
+        As in `CLAIR.fit`: clients known to be honest, whose group is taken for the benign one.
     keep_contaminated : bool
         Copy the two files of contaminated clients unchanged instead of leaving these clients out.
     overwrite, resume : bool
@@ -79,13 +84,20 @@ def align(
     if device == "cuda" and jobs > 1:
         raise AdapterError("only one process can use the GPU; leave out --jobs")
     adapters, inputs = job.adapters, [*map(Path, paths), *job.adapters.folders]
-    settings = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
+    settings: dict[str, Any] = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
+    settings["trusted"] = sorted(trusted or [])
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
+    sent = [not zero for zero in adapters.zero()]
+    kept = replace(job, adapters=_with_update(adapters, sent))
+    marked = _marked(trusted or [], kept.adapters.names)
     with resumable_folder(output, _identity(adapters, settings), **how) as (folder, records):
         try:
-            result, errors = iterate_verdict_on_disk(job, folder, records, jobs=jobs, progress=progress)
+            result, errors = iterate_verdict_on_disk(kept, folder, records, marked, jobs=jobs, progress=progress)
         except BrokenProcessPool as error:
             raise AdapterError("a worker process ended, perhaps for lack of memory; use fewer --jobs") from error
+        except UntrustedError as error:
+            raise AdapterError(str(error)) from error
+        result = result if all(sent) else with_set_aside(result, adapters.names, sent)
         if keep_contaminated:
             _copy_contaminated(folder, adapters, result)
         report = _report(result, errors, settings)
@@ -94,6 +106,19 @@ def align(
         if draw is not None:
             draw(result, folder / PICTURE)
     return Alignment(result, report, output)
+
+
+def _with_update(adapters: AdapterFiles, sent: list[bool]) -> AdapterFiles:
+    if sum(sent) < MINIMUM_CLIENTS:
+        what = f"{len(sent) - sum(sent)} updates are zero, the first that of client {adapters.names[sent.index(False)]!r}"
+        raise AdapterError(f"{what}; at least {MINIMUM_CLIENTS} others are needed")
+    return adapters if all(sent) else adapters.subset(sent)
+
+
+def _marked(trusted: Sequence[str], names: list[str]) -> Tensor:
+    if unknown := [name for name in trusted if name not in names]:
+        raise AdapterError(f"trusted client {unknown[0]!r} is none of the clients with an update")
+    return torch.tensor([name in trusted for name in names])
 
 
 def open_job(paths: Sequence[str | Path], *, adapter_rank: int | None, device: str, **method: Any) -> AlignmentJob:
@@ -132,9 +157,11 @@ def _copy_contaminated(folder: Path, adapters: AdapterFiles, result: ClairResult
 
 
 def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[str, Any]) -> dict[str, Any]:
+    verdicts = result.verdicts
     clients = [
         {
-            "name": name, "contaminated": not bool(result.benign[k]),
+            "name": name, "contaminated": verdicts[k] == CONTAMINATED, "verdict": verdicts[k],
+            "smallest_deviation": _number(result.smallest_deviation[k]), "found_in": result.found_in.get(name, []),
             "score": _number(result.scores[k]), "p_value": _number(result.p_values[k]),
             "modules": {module: _number(own.scores[k]) for module, own in result.modules.items()},
         }
@@ -150,7 +177,8 @@ def _report(result: ClairResult, errors: dict[str, list[float]], settings: dict[
         }
         for (name, module), lost in zip(result.modules.items(), errors.values(), strict=True)
     ]  # fmt: skip
-    return {"clients": clients, "modules": modules, "settings": settings, "provenance": provenance.collect()}
+    told = {"clients": clients, "modules": modules, "remarks": result.remarks(), "shared": result.is_shared}
+    return told | {"settings": settings, "provenance": provenance.collect()}
 
 
 def _number(value: Any) -> float | None:

@@ -18,19 +18,16 @@ from clairlib.adapters.tensors import Factors
 from clairlib.adapters.writer import AdapterWriter
 from clairlib.core.files import AdapterError
 from clairlib.core.seeds import derive
-from clairlib.linalg.low_rank import Cores, LowRank, truncate
-from clairlib.linalg.refined_factors import assemble, refined_adapters
+from clairlib.linalg.low_rank import LowRank, truncate
+from clairlib.linalg.refined_factors import Adapters, refined_updates
 from clairlib.recovery.clair import CLAIR
 from clairlib.recovery.frame import Frame
 from clairlib.recovery.inputs import Module, transpose
-from clairlib.recovery.module_fit import ModuleFit, Outcome
+from clairlib.recovery.module_fit import ModuleFit
 from clairlib.recovery.result import ModuleSummary
 from clairlib.recovery.verdict import ModuleScores
 
 SHOWN = 32  # number of singular values of the spectrum in the report
-OFF_DIRECTIONS = 2  # directions of the common part that can enter the written adapters, as a multiple of their rank
-
-Adapters = Iterator[tuple[LowRank, float]]  # updates and their truncation errors
 
 
 @dataclass(frozen=True)
@@ -101,14 +98,17 @@ def fit_module(job: AlignmentJob, name: str, search: bool) -> tuple[ModuleFit, F
         return fit, job.clair.first_frame(module, fit)[0] if search else None
 
 
-def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool, folder: Path) -> Aligned:
+def align_module(
+    job: AlignmentJob, name: str, benign: Tensor, known: Tensor, refine_any: bool, folder: Path
+) -> Aligned:
     """Judge all clients by the frame of the ``benign`` (K,) bool, and write the benign clients' adapters of the module.
 
-    ``refine_any`` says whether the clients share a subspace in some module. If not, nothing is refined.
+    Clients are divided by their sizes as the first set ``known`` (K,) bool shows them. ``refine_any`` says whether the
+    clients share a subspace in some module. If not, nothing is refined.
     """
     module, benign = read_module(job, name), benign.to(job.device)
     with located(job, name):
-        fit = job.clair.prepare(module, job.weights, benign, keep=True)
+        fit = job.clair.prepare(module, job.weights, benign, keep=True).normalised(known.to(job.device))
         reading = fit.reading(benign)
         outcome = fit.outcome(benign)
         is_refined = outcome.is_refined(refine_any)
@@ -116,7 +116,9 @@ def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool,
         updates = cast(list[LowRank], module.updates)
         places = [job.writer(folder, k).modules[name] for k in clients]
         if is_refined:
-            adapters = _refined(job, fit, outcome, updates, clients, places)
+            parts, generator = fit.parts(outcome.frame, updates), derive(job.clair.seed, "off", name)
+            ranks = [place.rank for place in places]
+            adapters = refined_updates(parts, updates, clients, ranks, generator, fit.scales)
         else:
             adapters = _own([updates[k] for k in clients], places)
     errors = []
@@ -125,12 +127,9 @@ def align_module(job: AlignmentJob, name: str, benign: Tensor, refine_any: bool,
             update, error = next(adapters)
             _write(job, folder, module, k, update)
             errors.append(error)
-    terms = outcome.gain.scaled(fit.size * fit.size)
-    shape = module.shape[::-1] if module.transposed else module.shape
-    summary = ModuleSummary(
-        name, shape, outcome.frame.rank, outcome.scores.cpu(), outcome.gain.relative, terms, is_refined,
-        outcome.structure, outcome.spectrum[:SHOWN].cpu().numpy(), None,
-    )  # fmt: skip
+    own = outcome.summary(fit, module, refine_any)
+    shown = {"spectrum": own["spectrum"][:SHOWN]} | {key: own[key].cpu() for key in ("scores", "p_values", "sizes")}
+    summary = ModuleSummary(**own | shown)
     return Aligned(summary, reading.cpu(), errors)
 
 
@@ -142,27 +141,6 @@ def _own(updates: Sequence[LowRank], places: Sequence[Factors]) -> Adapters:
         else:
             dtype = torch.promote_types(torch.promote_types(own.B.dtype, own.A.dtype), torch.float32)
             yield truncate(replace(own, B=own.B.to(dtype), A=own.A.to(dtype)), place.rank)
-
-
-def _exact(basis: Tensor, off: LowRank, updates: Sequence[LowRank], places: Sequence[Factors]) -> Adapters:
-    """Yield U U' Theta_k + P_perp M, truncated to the announced ranks."""
-    for own, place in zip(updates, places, strict=True):
-        inside = own.scale * (basis.T @ own.B.double()) @ own.A.double()  # (r, q)
-        yield truncate(LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, off.A])), place.rank)
-
-
-def _refined(
-    job: AlignmentJob, fit: ModuleFit, outcome: Outcome, updates: Sequence[LowRank], clients: Sequence[int],
-    places: Sequence[Factors],
-) -> Adapters:  # fmt: skip
-    """Return an iterator over the refined updates of ``clients``, truncated to the announced ranks."""
-    if isinstance(fit.cores, Cores):
-        return _exact(*fit.lifted(outcome.frame), [updates[k] for k in clients], places)
-    assert fit.stacked is not None
-    most = job.adapter_rank or max(update.rank for update in updates)
-    generator = derive(job.clair.seed, "off", fit.name)
-    assembly = assemble(fit.shared(outcome.frame, fit.stacked), OFF_DIRECTIONS * most, generator)
-    return refined_adapters(assembly, clients, [place.rank for place in places], [abs(place.scale) for place in places])
 
 
 def _write(job: AlignmentJob, folder: Path, module: Module, client: int, update: LowRank) -> None:

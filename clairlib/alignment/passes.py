@@ -23,7 +23,9 @@ from clairlib.core.processes import workers
 from clairlib.recovery.clair import AGREED, first_set, pilots
 from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 from clairlib.recovery.module_fit import ModuleFit
-from clairlib.recovery.result import ClairResult
+from clairlib.recovery.oddities import near_duplicates
+from clairlib.recovery.power import Verdict
+from clairlib.recovery.result import ClairResult, result_of
 from clairlib.recovery.verdict import ModuleScores, iterate_verdict
 
 Progress = Callable[[str, int], None]
@@ -31,33 +33,40 @@ Read = Callable[[Tensor], list[ModuleScores]]
 
 
 def iterate_verdict_on_disk(
-    job: AlignmentJob, folder: Path, records: Path, *, jobs: int = 1, progress: Progress | None = None
+    job: AlignmentJob, folder: Path, records: Path, trusted: Tensor, *, jobs: int = 1, progress: Progress | None = None
 ) -> tuple[ClairResult, dict[str, list[float]]]:
-    """Judge until the set stays, write its refined adapters; return the result and the truncation errors by module."""
-    names = list(job.adapters.modules)
+    """Judge until the set stays, write its refined adapters; return the result and the truncation errors by module.
+
+    The set starts from the group of clients that holds the ``trusted`` (K,) bool, if there are any.
+    """
+    names, clair = list(job.adapters.modules), job.clair
     with _crew(job, min(jobs, len(names))) as crew:
-        fits, benign = search_on_disk(crew, pilots(names, job.clair.solver))
+        fits, known = search_on_disk(crew, pilots(names, clair.solver))
+        fits, known, benign = clair.start(fits, known, trusted.to(job.device))
         refine_any = max(float(fit.reading(benign).structure) for fit in fits) >= MIN_EXPLAINED_VARIANCE
-        passes = Passes(crew, folder, records, refine_any, progress)
-        benign, pooled = iterate_verdict(benign.cpu(), passes.read, _in_memory(job.clair.wider_frame(fits), job.device))
+        passes = Passes(crew, folder, records, known.cpu(), refine_any, progress)
+        benign, pooled = iterate_verdict(benign.cpu(), passes.read, _in_memory(clair.wider_frame(fits), job.device))
         shared = max(own.summary.shared_structure for own in passes.done.values()) >= MIN_EXPLAINED_VARIANCE
         if shared != refine_any:
             passes.refine_any = shared
             passes.read(benign)
+        groups = [group.cpu() for group in clair.groups(fits, ~benign.to(job.device))]
+        duplicates = near_duplicates(fits, benign.to(job.device))
     for client in benign.nonzero()[:, 0].tolist():
         job.writer(folder, client).finish()
     modules = {name: passes.done[name].summary for name in names}
-    result = ClairResult(job.adapters.names, benign, pooled.z, pooled.p_values, modules, True)
+    verdict = Verdict.of([passes.done[name].reading for name in names], benign, pooled)
+    result = result_of(job.adapters.names, verdict, modules, groups, [], duplicates)
     return result, {name: passes.done[name].errors for name in names}
 
 
 def search_on_disk(crew: Crew, names: Sequence[str]) -> tuple[list[ModuleFit], Tensor]:
-    """Return the fits of some of the modules, and the set (K,) bool that stays when these modules judge it."""
+    """Return the fits of some of the modules, and the first set (K,) bool that most of them find."""
     found = list(crew.run(fit_module, names[:AGREED], True))
     search = not crew.job.clair.agree([frame for _, frame in found])
     found += crew.run(fit_module, names[AGREED:], search)
     fits, frames = [fit for fit, _ in found], [frame for _, frame in found if frame is not None]
-    return fits, crew.job.clair.iterate_verdict(fits, first_set(fits, frames))[0]
+    return fits, first_set(fits, frames)
 
 
 def _in_memory(read: Read | None, device: str) -> Read | None:
@@ -67,18 +76,22 @@ def _in_memory(read: Read | None, device: str) -> Read | None:
 
 @dataclass
 class Passes:
-    """Passes over all modules; ``done``: the last one's results; ``refine_any``: some module has a shared subspace."""
+    """Passes over all modules; ``done``: the last one's results; ``refine_any``: some module has a shared subspace.
+
+    ``known`` (K,) bool is the set by which clients are divided by their sizes.
+    """
 
     crew: Crew
     folder: Path
     records: Path
+    known: Tensor
     refine_any: bool
     progress: Progress | None
     done: dict[str, Aligned] = field(default_factory=dict)
 
     def read(self, benign: Tensor) -> list[ModuleScores]:
         """Return the scores in all modules against the frames of a set (K,) bool; write the set's refined adapters."""
-        job, records = self.crew.job, Records.of_pass(self.records, benign, self.refine_any)
+        job, records = self.crew.job, Records.of_pass(self.records, benign, self.known, self.refine_any)
         names = list(job.adapters.modules)
         if not records.begun():
             for old in self.folder.iterdir():
@@ -89,7 +102,7 @@ class Passes:
         self.done = {name: known for name in names if (known := records.read(name)) is not None}
         missing = [name for name in names if name not in self.done]
         self._report(self.done)
-        results = self.crew.run(align_module, missing, benign, self.refine_any, self.folder)
+        results = self.crew.run(align_module, missing, benign, self.known, self.refine_any, self.folder)
         for name, result in zip(missing, results, strict=True):
             records.write(name, result)
             self.done[name] = result

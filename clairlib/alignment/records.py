@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from clairlib.recovery.refinement import Gain
 from clairlib.recovery.result import ModuleSummary
 from clairlib.recovery.verdict import ModuleScores
 
+READING = "reading."
+ARRAYS = ("scores", "p_values", "sizes", "spectrum")  # fields of a summary that are
 NUMBERS = ("variance", "common")  # fields of a reading that are no tensors
 
 
@@ -27,9 +30,10 @@ class Records:
     key: str
 
     @classmethod
-    def of_pass(cls, folder: Path, benign: Tensor, refine_any: bool) -> Records:
-        """Return the records of the pass with this set (K,) bool, with or without refinement."""
-        return cls(folder, hashlib.sha256(json.dumps([benign.tolist(), refine_any]).encode()).hexdigest())
+    def of_pass(cls, folder: Path, benign: Tensor, known: Tensor, refine_any: bool) -> Records:
+        """Return the records of the pass with these sets (K,) bool, with or without refinement."""
+        facts = [benign.tolist(), known.tolist(), refine_any]
+        return cls(folder, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
     def begun(self) -> bool:
         """Return whether this pass is the one that was begun last."""
@@ -48,19 +52,21 @@ class Records:
         if not path.exists():
             return None
         tensors, facts = state_file.load(path, self.key)
-        summary = facts["summary"] | {"scores": tensors["z"], "spectrum": tensors["spectrum"].numpy()}
+        summary = facts["summary"] | {name: tensors[name] for name in ARRAYS}
+        summary["spectrum"] = summary["spectrum"].numpy()
         summary |= {"shape": tuple(summary["shape"]), "gain_terms": Gain(**summary["gain_terms"]), "certificate": None}
-        own = {field.name: tensors[f"reading.{field.name}"] for field in fields(ModuleScores) if field.name not in NUMBERS}
-        reading = ModuleScores(**own, **{name: facts[name] for name in NUMBERS})
+        own: dict[str, Any] = {name: facts[name] for name in NUMBERS}
+        own |= {name[len(READING) :]: value for name, value in tensors.items() if name.startswith(READING)}
+        reading = ModuleScores(**own)
         return Aligned(ModuleSummary(**summary), reading, facts["errors"])
 
     def write(self, name: str, done: Aligned) -> None:
         """Store the result of a module; call this after the module's adapters have been written."""
-        summary = {key: value for key, value in vars(done.summary).items() if key not in ("scores", "spectrum")}
+        summary = {key: value for key, value in vars(done.summary).items() if key not in ARRAYS}
         summary |= {"gain_terms": asdict(done.summary.gain_terms), "certificate": None}
         own = done.reading
-        tensors = {"z": done.summary.scores, "spectrum": torch.as_tensor(done.summary.spectrum)}
-        tensors |= {f"reading.{name}": value for name, value in own.tensors.items()}
+        tensors = {name: torch.as_tensor(getattr(done.summary, name)) for name in ARRAYS}
+        tensors |= {f"{READING}{name}": value for name, value in own.tensors.items()}
         facts = {"fingerprint": self.key, "summary": summary, "errors": done.errors}
         facts |= {name: getattr(own, name) for name in NUMBERS}
         state_file.save(self._path(name), tensors, facts)

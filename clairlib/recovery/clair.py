@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +11,18 @@ from clairlib.core.limits import MINIMUM_CLIENTS
 from clairlib.core.seeds import derive
 from clairlib.linalg.compress import FILLED, compress, leads
 from clairlib.linalg.grams import stack
-from clairlib.linalg.low_rank import Cores, LowRank, cores_of_dense, cores_of_factors
+from clairlib.linalg.low_rank import cores_of_dense, cores_of_factors
+from clairlib.recovery.assembly import Maker
 from clairlib.recovery.consensus import consensus
 from clairlib.recovery.convex import Certificate, decompose
 from clairlib.recovery.detection import Calibration
 from clairlib.recovery.frame import Frame, fit_frame, floor_energy
-from clairlib.recovery.inputs import Module, read_expected_errors, read_modules, read_weights, transpose, where
+from clairlib.recovery.inputs import Clients, Module, read_clients, where
 from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE, LeaveOneOut
 from clairlib.recovery.module_fit import ModuleFit, Outcome
-from clairlib.recovery.result import ClairResult, ModuleResult
+from clairlib.recovery.oddities import near_duplicates
+from clairlib.recovery.power import Verdict, is_anything_shared
+from clairlib.recovery.result import ClairResult, result_of, with_set_aside
 from clairlib.recovery.start_sets import robust_half
 from clairlib.recovery.verdict import ModuleScores, iterate_verdict, vote
 
@@ -28,6 +31,10 @@ NOISE_WEIGHT = 3.0
 PILOT_MODULES = 8  # largest number of modules in which the first set is searched; all modules then judge this set
 AGREED = 3  # after so many modules with the same set, no further pilot module is searched
 MAX_SEARCH_CLIENTS = 256  # clients among which the first set is searched; its frame then judges the others
+
+
+class UntrustedError(ValueError):
+    """The clients that are said to be trusted do not agree with one another."""
 
 
 class CLAIR:
@@ -73,7 +80,8 @@ class CLAIR:
 
     def fit(
         self, updates: Any, names: list[str] | None = None, weights: Any = None, expected_sq_error: Any = None,
-        noise: Any = None, *, progress: Callable[[str], None] | None = None,
+        noise: Any = None, *, adapter_rank: int | None = None, trusted: Sequence[str] | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> ClairResult:
         """Find the contaminated clients and refine the others.
 
@@ -90,6 +98,11 @@ class CLAIR:
             Expected squared error ||E_k||_F^2 of each update if it is known, e.g. from the standard errors of a
             regression. Differences between benign clients beyond it count as heterogeneity, and refinement is refused
             if averaging them out costs more than it gains. ``noise`` is the old name, until version 0.3.
+        adapter_rank : int, optional
+            Rank to which the refined updates are truncated if they are LowRank; each client's own rank if None.
+        trusted : sequence of str, optional
+            Names of clients known to be honest: the group that holds them is taken for the benign one, also where a
+            coalition is larger.
         progress : callable, optional
             Called with the name of each module when its subspace has been found.
 
@@ -98,37 +111,52 @@ class CLAIR:
         TypeError, ValueError
             One line that names client and module, for updates that cannot be compared or are not finite.
         """
-        modules, clients, by_module = read_modules(updates, names, self.side)
-        w = read_weights(weights, clients).to(modules[0].reference.device)
-        known = read_expected_errors(expected_sq_error if noise is None else noise, [m.name for m in modules], clients)
+        if adapter_rank is not None and (not isinstance(adapter_rank, int) or adapter_rank < 1):
+            raise ValueError(f"adapter_rank must be a whole number, at least 1; got {adapter_rank!r}")
+        expected = expected_sq_error if noise is None else noise
+        clients = read_clients(updates, names, weights, expected, self.side)
+        sent = clients.have_updates()
+        kept = clients if bool(sent.all()) else clients.subset(sent)
+        result = self._run(kept, kept.marked(trusted or []), adapter_rank, progress)
+        return result if kept is clients else with_set_aside(result, clients.names, sent.tolist())
+
+    def _run(
+        self, clients: Clients, trusted: Tensor, adapter_rank: int | None, progress: Callable[[str], None] | None
+    ) -> ClairResult:
+        modules = clients.modules
+
+        def prepared(module: Module, members: Tensor | None = None) -> ModuleFit:
+            expected = clients.expected.get(module.name)
+            return self.prepare(module, clients.weights, members, expected_sq_error=expected)
+
         few = pilots(modules, self.solver)
-        first = [self.prepare(module, w, expected_sq_error=known.get(module.name)) for module in few]
-        known_set, certificates = self.search(few, first)
-        scaled = [fit.normalised(known_set) for fit in first]
-        benign = known_set if scaled == first else self.search(few, scaled)[0]
+        first = [prepared(module) for module in few]
+        known, certificates = self.search(few, first)
+        scaled, known, start = self.start(first, known, trusted)
         fits = {fit.name: fit for fit in scaled}
 
         def fitted(members: Tensor) -> list[ModuleFit]:
             for module in modules:
                 if module.name not in fits or not fits[module.name].suits(members):
-                    fit = self.prepare(module, w, members, expected_sq_error=known.get(module.name))
-                    fits[module.name] = fit.normalised(known_set)
+                    fits[module.name] = prepared(module, members).normalised(known)
             return [fits[module.name] for module in modules]
 
-        start, wider = self.iterate_verdict(scaled, benign)[0], self.wider_frame(scaled)
-        benign, pooled = iterate_verdict(start, lambda members: [f.reading(members) for f in fitted(members)], wider)
-        outcomes = []
-        for fit in fitted(benign):
-            outcomes.append(fit.outcome(benign))
-            if progress is not None:
-                progress(fit.name)
+        benign, pooled = iterate_verdict(start, lambda m: [f.reading(m) for f in fitted(m)], self.wider_frame(scaled))
+        own = fitted(benign)
+        outcomes = [_told(fit.outcome(benign), fit.name, progress) for fit in own]
         refine_any = max(outcome.structure for outcome in outcomes) >= MIN_EXPLAINED_VARIANCE
-        results = {
-            module.name: _module_result(module, fit, outcome, refine_any, certificates.get(module.name))
-            for module, fit, outcome in zip(modules, fitted(benign), outcomes, strict=True)
-        }
-        out = (lambda t: t.cpu().numpy()) if modules[0].numpy else (lambda t: t)
-        return ClairResult(clients, out(benign), out(pooled.z), out(pooled.p_values), results, by_module)
+        groups = self.groups(scaled, ~benign)
+        results, shares = {}, []
+        for module, fit, outcome in zip(modules, own, outcomes, strict=True):
+            maker = Maker(module, refine_any, adapter_rank, derive(self.seed, "off", module.name))
+            its = [prepared(module, group).normalised(group) for group in groups]
+            others = [(other, other.outcome(group)) for other, group in zip(its, groups, strict=True)]
+            results[module.name], shared = maker.result(fit, outcome, others, certificates.get(module.name))
+            shares.append(shared)
+        verdict = Verdict.of([fit.reading(benign) for fit in own], benign, pooled)
+        form: dict[str, Any] = {"by_module": clients.by_module, "numpy": modules[0].numpy}
+        duplicates = near_duplicates(scaled, benign)
+        return result_of(clients.names, verdict, results, groups, shares, duplicates, **form)
 
     def prepare(
         self, module: Module, weights: Tensor, members: Tensor | None = None, *,
@@ -151,6 +179,45 @@ class CLAIR:
         kept = stacked if keep else None
         return ModuleFit(module.name, cores, weights, self.rank, compressed_for=members, stacked=kept, **known)
 
+    def start(
+        self, fits: Sequence[ModuleFit], known: Tensor, trusted: Tensor
+    ) -> tuple[list[ModuleFit], Tensor, Tensor]:
+        """Divide the clients of some modules by their sizes, as the first set ``known`` (K,) bool shows them.
+
+        Return the fits, the set from which sizes come, and the set from which the verdict starts: that of a new search
+        if anything was divided, or the group that holds the ``trusted`` (K,) bool.
+        """
+        scaled = [fit.normalised(known) for fit in fits]
+        benign, frames = known, list[Frame]()
+        if scaled != list(fits) and self.solver == "consensus":
+            for fit in scaled:
+                frames.append(self._consensus(fit))
+                if self.agree(frames):
+                    break
+            benign = first_set(scaled, frames)
+        benign = self.iterate_verdict(scaled, benign)[0]
+        if bool(benign[trusted].all()):
+            return scaled, known, benign
+        for group in self.groups(scaled, ~benign):
+            if bool(group[trusted].all()):
+                return [fit.normalised(group) for fit in fits], group, group
+        raise UntrustedError("the trusted clients are in no group of clients that agree; trust fewer, or check them")
+
+    def groups(self, fits: Sequence[ModuleFit], rest: Tensor) -> list[Tensor]:
+        """Return the groups (K,) bool among the clients ``rest`` (K,) bool that share something, in order of finding."""
+        found: list[Tensor] = []
+        while int(rest.sum()) >= MINIMUM_CLIENTS:
+            own = [fit.subset(rest) for fit in fits]
+            frames = [self._consensus(fit) for fit in own]
+            members, _ = self.iterate_verdict(own, first_set(own, frames))
+            if not is_anything_shared([fit.reading(members) for fit in own]):
+                break
+            group = torch.zeros_like(rest)
+            group[rest] = members
+            found.append(group)
+            rest = rest & ~group
+        return found
+
     def search(self, modules: Sequence[Module], fits: Sequence[ModuleFit]) -> tuple[Tensor, dict[str, Certificate]]:
         """Return the first set of benign clients (K,) bool, and the convex program's certificates by module name."""
         frames: list[Frame] = []
@@ -172,16 +239,19 @@ class CLAIR:
     def first_frame(self, module: Module, fit: ModuleFit) -> tuple[Frame, Certificate | None]:
         """Return the frame that one module suggests by itself, and the certificate of the convex program, if any."""
         if self.solver == "consensus":
-            generator, K = derive(self.seed, "tuples", fit.name), len(fit.X)
-            how: dict[str, Any] = {"rank": self.rank, "shared_block": fit.cores.shared_block, "generator": generator}
-            if K <= MAX_SEARCH_CLIENTS:
-                return consensus(fit.X, fit.weights, **how), None
-            crowd = torch.randperm(K, generator=generator)[:MAX_SEARCH_CLIENTS].to(fit.X.device)
-            members = torch.zeros(K, dtype=torch.bool, device=fit.X.device)
-            members[crowd] = consensus(fit.X[crowd], fit.weights[crowd], **how).members
-            return fit.frame(members), None
+            return self._consensus(fit), None
         members, certificate = self._convex_members(module)
         return fit.frame(members), certificate
+
+    def _consensus(self, fit: ModuleFit) -> Frame:
+        generator, K = derive(self.seed, "tuples", fit.name), len(fit.X)
+        how: dict[str, Any] = {"rank": self.rank, "shared_block": fit.cores.shared_block, "generator": generator}
+        if K <= MAX_SEARCH_CLIENTS:
+            return consensus(fit.X, fit.weights, **how)
+        crowd = torch.randperm(K, generator=generator)[:MAX_SEARCH_CLIENTS].to(fit.X.device)
+        members = torch.zeros(K, dtype=torch.bool, device=fit.X.device)
+        members[crowd] = consensus(fit.X[crowd], fit.weights[crowd], **how).members
+        return fit.frame(members)
 
     def iterate_verdict(self, fits: Sequence[ModuleFit], benign: Tensor) -> tuple[Tensor, Calibration]:
         """Repeat the verdict of all these modules until the set stays; return the set and the calibration on it."""
@@ -232,50 +302,10 @@ def first_set(fits: Sequence[ModuleFit], frames: Sequence[Frame]) -> Tensor:
     return vote(frames, [LeaveOneOut(fit.X, fit.weights, frame).explained_variance for fit, frame in searched])
 
 
-def _module_result(
-    module: Module, fit: ModuleFit, outcome: Outcome, refine_any: bool, certificate: Certificate | None
-) -> ModuleResult:
-    """Assemble a module's result; ``refine_any`` says whether the clients share a subspace in some module."""
-    frame, is_refined = outcome.frame, outcome.is_refined(refine_any)
-    if isinstance(fit.cores, Cores):
-        basis, off = fit.lifted(frame)
-    else:
-        shared = fit.shared(frame, fit.stacked or stack(cast(list[LowRank], module.updates)))
-        basis, off = shared.lifted_basis(), shared.common_part()
-    refine = frame.members if is_refined else torch.zeros_like(frame.members)
-    return ModuleResult(
-        name=module.name,
-        shape=module.shape[::-1] if module.transposed else module.shape,
-        rank=frame.rank,
-        basis=module.out(basis),
-        common_part=module.out_update(off),
-        scores=outcome.scores.cpu().numpy() if module.numpy else outcome.scores,
-        refined=_refine(module, basis, off, refine, fit.scales),
-        gain=outcome.gain.relative,
-        gain_terms=outcome.gain.scaled(fit.size * fit.size),
-        is_refined=is_refined,
-        shared_structure=outcome.structure,
-        spectrum=outcome.spectrum.cpu().numpy(),
-        certificate=certificate,
-    )
-
-
-def _refine(module: Module, basis: Tensor, off: LowRank, refine: Tensor, scales: Tensor) -> Any:
-    """Return P Theta_k + a_k P_perp M for the clients to ``refine``, the others' own updates, in the form of the input."""
-    if isinstance(module.updates, Tensor):
-        X = module.updates.double()
-        refined = torch.where(refine[:, None, None], basis @ (basis.T @ X) + scales[:, None, None] * off.dense(), X)
-        return module.out(refined.mT if module.transposed else refined)
-    adapters: list[LowRank] = []
-    for update, wanted, scale in zip(module.updates, refine.tolist(), scales.tolist(), strict=True):
-        if wanted:
-            inside = update.scale * (basis.T.double() @ update.B.double()) @ update.A.double()  # (r, q)
-            joined = LowRank(torch.cat([basis, off.B], dim=1), torch.cat([inside, scale * off.A]))
-            update = LowRank(joined.B.to(update.B.dtype), joined.A.to(update.A.dtype))
-            if not bool(update.A.isfinite().all()):
-                raise ValueError(f"refined updates of module {module.name!r} overflow {update.A.dtype}")
-        adapters.append(transpose(update) if module.transposed else update)
-    return adapters
+def _told(outcome: Outcome, name: str, progress: Callable[[str], None] | None) -> Outcome:
+    if progress is not None:
+        progress(name)
+    return outcome
 
 
 def _noise_norm(X: Tensor, rank: int | None) -> float:

@@ -1,7 +1,9 @@
 """Input checks: read client updates in every accepted form once, and give results back in the same form."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -39,6 +41,19 @@ class Module:
         """A tensor with the dtype and the device in which results are returned."""
         return self.updates if isinstance(self.updates, Tensor) else self.updates[0].B
 
+    def subset(self, chosen: Tensor) -> Module:
+        """Return the updates of the clients ``chosen`` (K,) bool alone."""
+        if isinstance(self.updates, Tensor):
+            return replace(self, updates=self.updates[chosen])
+        return replace(self, updates=[update for update, ok in zip(self.updates, chosen.tolist(), strict=True) if ok])
+
+    def have_updates(self) -> Tensor:
+        """Return whether each client's update (K,) bool has an entry that is not zero."""
+        if isinstance(self.updates, Tensor):
+            return (self.updates != 0).flatten(1).any(dim=1)
+        own = [bool(update.scale != 0 and (update.B != 0).any() and (update.A != 0).any()) for update in self.updates]
+        return torch.tensor(own, device=self.reference.device)
+
     def out(self, tensor: Tensor) -> Any:
         """Return a result tensor in the dtype of the input, as a numpy array if the input was one."""
         tensor = tensor.to(self.reference.dtype)
@@ -50,6 +65,46 @@ class Module:
         if isinstance(self.updates, Tensor):
             return self.out(update.dense())
         return LowRank(self.out(update.B), self.out(update.A), update.scale)
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients' updates by module, with ``weights`` (K,), and ``expected`` squared errors by module if known."""
+
+    names: list[str]
+    modules: list[Module]
+    weights: Tensor
+    expected: dict[str, Tensor]
+    by_module: bool
+
+    def have_updates(self) -> Tensor:
+        """Return whether each client (K,) bool has an update that is not zero, in any module."""
+        return torch.stack([module.have_updates() for module in self.modules]).any(dim=0)
+
+    def subset(self, chosen: Tensor) -> Clients:
+        """Return the clients ``chosen`` (K,) bool; raise ValueError if they are too few."""
+        names = [name for name, ok in zip(self.names, chosen.tolist(), strict=True) if ok]
+        if len(names) < MINIMUM_CLIENTS:
+            zero = next(name for name in self.names if name not in names)
+            told = f"{len(self.names) - len(names)} updates are zero, the first that of client {zero!r}"
+            raise ValueError(f"need at least {MINIMUM_CLIENTS} clients with an update; {told}")
+        expected = {name: own[chosen] for name, own in self.expected.items()}
+        modules = [module.subset(chosen) for module in self.modules]
+        return replace(self, names=names, modules=modules, weights=self.weights[chosen], expected=expected)
+
+    def marked(self, names: Sequence[str]) -> Tensor:
+        """Return the clients of these names as (K,) bool; raise ValueError for a name that none has."""
+        if unknown := [name for name in names if name not in self.names]:
+            raise ValueError(f"trusted client {unknown[0]!r} is none of the clients with an update")
+        return torch.tensor([name in names for name in self.names], device=self.weights.device)
+
+
+def read_clients(updates: Any, names: list[str] | None, weights: Any, expected: Any, side: str) -> Clients:
+    """Check updates, weights and expected squared errors; errors (TypeError, ValueError) name module and client."""
+    modules, clients, by_module = read_modules(updates, names, side)
+    w = read_weights(weights, clients).to(modules[0].reference.device)
+    known = read_expected_errors(expected, [module.name for module in modules], clients)
+    return Clients(clients, modules, w, known, by_module)
 
 
 def transpose(update: LowRank) -> LowRank:

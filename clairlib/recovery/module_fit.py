@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,15 @@ from torch import Tensor
 from clairlib.linalg.compress import Compressed
 from clairlib.linalg.grams import StackedFactors, stack
 from clairlib.linalg.low_rank import Cores, LowRank
-from clairlib.linalg.refined_factors import GUARD, RefinedSubspace, shared_part
+from clairlib.linalg.refined_factors import GUARD, SharedParts, shared_part
 from clairlib.linalg.subspace import project_out
+from clairlib.recovery.convex import Certificate
 from clairlib.recovery.detection import calibrate
 from clairlib.recovery.frame import Frame, fit_frame, keep_directions
+from clairlib.recovery.inputs import Module
 from clairlib.recovery.leave_one_out import LeaveOneOut
 from clairlib.recovery.normalisation import client_scales, cut_tails
+from clairlib.recovery.oddities import directions_of_few
 from clairlib.recovery.refinement import Gain, estimate_gain
 from clairlib.recovery.verdict import ModuleScores, wider_frame
 
@@ -60,6 +65,13 @@ class ModuleFit:
         fit.weights = self.weights * scales.square()
         return fit
 
+    def subset(self, chosen: Tensor) -> ModuleFit:
+        """Return the fit of the clients ``chosen`` (K,) bool alone."""
+        fit = copy(self)
+        fit.X, fit.scales, fit.weights = self.X[chosen], self.scales[chosen], self.weights[chosen]
+        fit._frame, fit._reading, fit.expected_sq_error = None, None, None
+        return fit
+
     def suits(self, members: Tensor) -> bool:
         """Return whether the cores are the right ones if these clients (K,) bool are taken to be benign."""
         if isinstance(self.cores, Cores):
@@ -100,26 +112,21 @@ class ModuleFit:
             known = float((self.weights * self.expected_sq_error)[members].mean()) / self.size**2
         ranks = self.cores.ranks if isinstance(self.cores, Compressed) else None
         gain = estimate_gain(self.X, self.weights, kept, known, left_out if kept is frame else None, ranks)
-        return Outcome(kept, z, gain, float(reading.structure), spectrum)
+        few = directions_of_few(self.X, self.weights, frame)
+        return Outcome(kept, z, gain, float(reading.structure), spectrum, reading.p_values, few)
 
-    def parts(self, frame: Frame, updates: Sequence[LowRank]) -> RefinedSubspace | tuple[Tensor, LowRank]:
-        """Return basis and common part of a frame: themselves, or as combinations of the factors of the ``updates``."""
+    def residuals(self, members: Tensor) -> Tensor | None:
+        """Return the leave-one-out residuals (K, p, q); None if own coordinates of clients cannot be compared."""
+        return self._read(members)[1].R if isinstance(self.cores, Cores) else None
+
+    def parts(self, frame: Frame, updates: Sequence[LowRank]) -> SharedParts:
+        """Return subspace and common part of a frame; for compressed cores, from the factors of the ``updates``."""
         if isinstance(self.cores, Cores):
-            return self.lifted(frame)
-        return self.shared(frame, self.stacked or stack(updates))
-
-    def lifted(self, frame: Frame) -> tuple[Tensor, LowRank]:
-        """Return basis U (p, r) and common part P_perp M of a frame, from cores that hold the updates exactly."""
-        assert isinstance(self.cores, Cores)
-        off = self.cores.lift(self.size * project_out(frame.basis, frame.mean))
-        return self.cores.lift_rows(frame.basis), off
-
-    def shared(self, frame: Frame, stacked: StackedFactors) -> RefinedSubspace:
-        """Return subspace and common part of a frame from the clients' factors, for cores that are compressed."""
-        assert isinstance(self.cores, Compressed)
-        start = frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
-        stacked = replace(stacked, scales=stacked.scales / self.scales)
-        return shared_part(stacked, frame.members, self.weights, self.cores.left @ start, frame.rank)
+            off = self.cores.lift(self.size * project_out(frame.basis, frame.mean))
+            return self.cores.lift_rows(frame.basis), off
+        start = self.cores.left @ frame.eigenvectors[: self.cores.shared_block[0], : frame.rank + GUARD]
+        stacked = self.stacked or stack(updates)
+        return shared_part(stacked, frame.members, self.weights, start, frame.rank, self.scales)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,8 @@ class Outcome:
     """Outcome of a module for a set of benign clients.
 
     ``frame`` with directions to keep; z ``scores`` (K,) of this module alone; ``gain`` in units of the cores;
-    ``structure``, the members' `shared_structure`; ``spectrum``, singular values of the members' centred stack.
+    ``structure``, the members' explained variance; ``spectrum``, singular values of the members' centred stack;
+    ``p_values`` (K,) of this module alone; ``few_users``, clients by direction that few of them use.
     """
 
     frame: Frame
@@ -135,6 +143,20 @@ class Outcome:
     gain: Gain
     structure: float
     spectrum: Tensor
+    p_values: Tensor
+    few_users: list[list[int]]
+
+    def summary(
+        self, fit: ModuleFit, module: Module, refine_any: bool, certificate: Certificate | None = None
+    ) -> dict[str, Any]:
+        """Return the fields of a `ModuleSummary`."""
+        return {
+            "name": module.name, "shape": module.shape[::-1] if module.transposed else module.shape,
+            "rank": self.frame.rank, "scores": self.scores, "p_values": self.p_values, "sizes": fit.scales,
+            "gain": self.gain.relative, "gain_terms": self.gain.scaled(fit.size * fit.size),
+            "is_refined": self.is_refined(refine_any), "shared_structure": self.structure,
+            "spectrum": self.spectrum.cpu().numpy(), "few_users": self.few_users, "certificate": certificate,
+        }  # fmt: skip
 
     def is_refined(self, refine_any: bool) -> bool:
         """Return whether refinement is estimated to pay and ``refine_any``: clients share a subspace in some module."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from scipy import stats
@@ -13,6 +14,26 @@ from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 from clairlib.recovery.verdict import ModuleScores, module_shares
 
 LARGEST_RATIO = 1e6  # largest deviation that is looked for, over a client's size
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on a set of clients: the set ``benign`` (K,) bool, and what could have been seen.
+
+    ``scores`` and ``p_values`` (K,) are pooled over modules; ``smallest_deviation`` (K,) as in `smallest_deviations`;
+    ``is_shared`` whether the benign clients share anything.
+    """
+
+    benign: Tensor
+    scores: Tensor
+    p_values: Tensor
+    smallest_deviation: Tensor
+    is_shared: bool
+
+    @classmethod
+    def of(cls, readings: Sequence[ModuleScores], benign: Tensor, pooled: Calibration) -> Verdict:
+        """Return the verdict for the set that stayed, from its scores in all modules."""
+        seen = smallest_deviations(readings, pooled)
+        return cls(benign, pooled.z, pooled.p_values, seen, is_anything_shared(readings))
 
 
 def smallest_deviations(readings: Sequence[ModuleScores], pooled: Calibration) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class NoiseLaw:
     both: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def noise_law(rows: int, columns: int, directions: int) -> NoiseLaw:
     """Return the moments of Gaussian noise (rows, columns) split at its top ``directions``, from ``LAW_DRAWS`` draws.
 
@@ -80,7 +80,7 @@ def log_scores(left_out: LeaveOneOut) -> tuple[Tensor, float]:
 
 
 def scored_energies(left_out: LeaveOneOut) -> tuple[Tensor, Tensor, NoiseLaw]:
-    """Return the log energies T and B (K,) in the scored directions and in the bulk, and the law of noise of this shape."""
+    """Return the log energies T and B (K,) in the scored directions and in the bulk, and their `NoiseLaw`."""
     squares, members = left_out.squares, left_out.frame.members
     dof = max(left_out.benign.degrees_of_freedom(squares[members]), 1.0)
     rows, columns = noise_shape(squares[members], dof)
@@ -103,7 +103,7 @@ def robust_variance(x: Tensor) -> float:
 
 
 def noise_shape(squares: Tensor, dof: float) -> tuple[int, int]:
-    """Return effective rows and columns of the noise in residuals of squared singular values (n, m), whose product is dof.
+    """Return effective rows and columns, of product ``dof``, of the noise behind squared singular values (n, m).
 
     Of one matrix of noise, tr C^2 / (tr C)^2 is 1 / rows + 1 / columns, here in the median client.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class ModuleScores:
 
     def cpu(self) -> ModuleScores:
         """Return these scores in main memory."""
-        return replace(self, **{name: value.cpu() for name, value in self.tensors.items()})
+        moved: dict[str, Any] = {name: value.cpu() for name, value in self.tensors.items()}
+        return replace(self, **moved)
 
 
 def module_p_values(left_out: LeaveOneOut, rank: int | None) -> Tensor:

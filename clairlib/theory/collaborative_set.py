@@ -11,7 +11,6 @@ from torch import Tensor
 from clairlib.core.seeds import derive
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.detection import FAMILY_ERROR
-from clairlib.recovery.leave_one_out import filtered_energy
 
 NULL_DRAWS = 200_000  # draws for the null quantile of the filtered energy, which has no closed form
 

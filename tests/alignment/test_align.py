@@ -16,6 +16,7 @@ from clairlib.adapters import open_adapters
 from clairlib.adapters.folder import read_lora, write_lora
 from clairlib.alignment.align import align
 from clairlib.linalg.low_rank import truncate
+from clairlib.linalg.refined_factors import exact_update
 from clairlib.recovery.module_fit import ModuleFit
 from clairlib.recovery.refinement import Gain
 from helpers.adapter_clients import BAD, BENIGN, RHO, lora_layers, plant, tiny_llama
@@ -121,13 +122,16 @@ def test_adapter_set_has_every_client_and_module(clients: Path) -> None:
 
 
 def refined_by_fit(clients: Path, **how) -> tuple[list[str], dict[str, list[torch.Tensor]]]:
-    """The names of the clients, and their dense refined updates by module, of a fit in memory."""
+    """The names of the clients, and their dense refined updates by module before truncation, of a fit in memory."""
     adapters = open_adapters([clients])
     double = {
         name: [LowRank(u.B.double(), u.A.double(), u.scale) for u in own] for name, own in adapters.load().items()
     }
     result = CLAIR(**how).fit(double, names=adapters.names)
-    return adapters.names, {name: [u.dense() for u in module.refined] for name, module in result.modules.items()}
+    return adapters.names, {
+        name: [exact_update(module.basis, module.common_part, u).dense() for u in double[name]]
+        for name, module in result.modules.items()
+    }
 
 
 def test_refined_folders_load_in_peft_and_equal_the_result(clients: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from clairlib.linalg import grams
 from clairlib.linalg.compress import compress
 from clairlib.linalg.grams import stack
 from clairlib.linalg.low_rank import cores_of_factors, truncate
-from clairlib.linalg.refined_factors import assemble, refined_adapters
+from clairlib.linalg.refined_factors import assemble, exact_update, refined_adapters, refined_updates
 from clairlib.linalg.subspace import project_out, sin_theta
 from clairlib.recovery.description_length import left_out_noise
 from clairlib.recovery.frame import fit_frame
@@ -89,7 +89,7 @@ def test_own_coordinates_neglect_little(how):
 def shared_of(updates, lead=64, rank=None):
     stacked = stack(updates)
     fit = ModuleFit("m", compress(stacked, (lead, lead), generator=derive(0, "test")), WEIGHTS, rank)
-    return fit.shared(fit.frame(BENIGN), stacked)
+    return fit.parts(fit.frame(BENIGN), updates)
 
 
 @pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
@@ -150,20 +150,38 @@ def test_common_directions_do_not_hold_all_that_a_sets_members_span():
 
 
 def one_refined(assembly, client, rank):
-    (adapter,) = refined_adapters(assembly, [client], [rank], [1.0])
+    (adapter,) = refined_adapters(assembly, [client], [rank])
     return adapter
 
 
 def test_refined_adapters_are_the_same_one_by_one_and_together():
     assembly = assemble(shared_of(adapters(**MIXED)), 32, derive(0, "off"))
-    clients, ranks, scales = [0, 3, 6, 7, 15], [4, 16, 1, 8, 16], [1.0, 2.0, 0.1, 1.0, 30.0]
-    made = refined_adapters(assembly, clients, ranks, scales)
-    for k, rank, scale, (ours, error) in zip(clients, ranks, scales, made, strict=True):
+    clients, ranks = [0, 3, 6, 7, 15], [4, 16, 1, 8, 16]
+    for k, rank, (ours, error) in zip(clients, ranks, refined_adapters(assembly, clients, ranks), strict=True):
         alone, its_error = one_refined(assembly, k, rank)
         assert ours.rank == rank and error == pytest.approx(its_error, abs=1e-12)
         assert torch.allclose(ours.dense(), alone.dense(), atol=1e-10)
         norms = torch.linalg.vector_norm(ours.B), torch.linalg.vector_norm(ours.A)
-        assert ours.scale == scale and float(norms[0]) == pytest.approx(float(norms[1]))
+        assert ours.scale == 1.0 and float(norms[0]) == pytest.approx(float(norms[1]))
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact parts", "combinations"])
+def test_each_clients_common_part_has_its_own_scale(exact):
+    updates = adapters(**MIXED)
+    shared, D = shared_of(updates), dense(updates)
+    U, off = shared.lifted_basis(), shared.common_part()
+    scales, clients = torch.linspace(-0.5, 3.0, 16, dtype=torch.float64), [15, 6, 9]
+    parts = (U, off) if exact else shared
+    made = refined_updates(parts, updates, clients, [4, 16, 9], derive(0, "off"), scales)
+    for k, rank, (ours, error) in zip(clients, [4, 16, 9], made, strict=True):
+        refined = U @ (U.T @ D[k]) + scales[k] * off.dense()
+        torch.testing.assert_close(exact_update(U, off, updates[k], float(scales[k])).dense(), refined)
+        s = torch.linalg.svdvals(refined)
+        least = float(s[rank:].norm() / s.norm())
+        measured = float((ours.dense() - refined).norm() / s.norm())
+        assert ours.rank == rank and measured == pytest.approx(error, abs=1e-8)
+        assert least - 1e-8 <= error < (1 + 1e-8 if exact else 1.02) * least
+    assert least > 0.01
 
 
 @pytest.mark.parametrize("how", [{}, MIXED], ids=["equal ranks", "mixed ranks and scales"])
@@ -265,8 +283,11 @@ def test_clair_finds_the_same_by_either_way(monkeypatch):
     assert by_gram.benign.tolist() == exact.benign.tolist() == BENIGN.tolist()
     assert by_gram.rank == exact.rank == RANK
     assert sin_theta(by_gram.basis, exact.basis) < 1e-10
-    for ours, theirs in zip(by_gram.refined, exact.refined, strict=True):
-        assert torch.linalg.matrix_norm(ours.dense() - theirs.dense()) < 1e-8 * torch.linalg.matrix_norm(theirs.dense())
+    off, own = exact.common_part.dense(), ~exact.benign
+    assert torch.linalg.matrix_norm(by_gram.common_part.dense() - off) < 1e-8 * torch.linalg.matrix_norm(off)
+    assert torch.equal(dense(by_gram.refined)[own], dense(exact.refined)[own])
+    ours, least = by_gram.truncation_errors, exact.truncation_errors  # the one by twice the rank's directions of off
+    assert bool((ours >= least).all() and (ours <= 1.02 * least).all()) and torch.equal(least > 0, BENIGN)
 
 
 def test_no_p_times_q_array_is_formed():

@@ -172,5 +172,5 @@ def test_a_fit_allocates_nothing_of_size_p_times_q(side):
             truncate(update, 4)
     assert result.basis.shape[0] == p
     assert all(u.shape == (p, q) for u in result.refined) and result.common_part.shape == (p, q)
-    # joined factors are [basis, off] wide: at most 2 K rho columns of float64
+    # the factors of all clients together are K rho wide; some tensors are float64
     assert largest.entries <= 4 * p * K * rho

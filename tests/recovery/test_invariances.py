@@ -5,6 +5,7 @@ import torch
 
 from clairlib import CLAIR, LowRank
 from clairlib.core.seeds import derive
+from clairlib.linalg.low_rank import truncate
 from clairlib.linalg.subspace import project_out, sin_theta
 from clairlib.simulate import planted
 from clairlib.simulate.attacks import random_frame
@@ -134,7 +135,11 @@ def test_adapters_of_different_ranks_agree_with_their_products(solver):
     low, full = CLAIR(rank=2, solver=solver).fit(updates), CLAIR(rank=2, solver=solver).fit(dense(updates))
     assert torch.equal(low.benign, c.benign)
     same_verdict(full, low)
-    assert torch.allclose(dense(low.refined), full.refined, **CLOSE)
+    identity = torch.eye(40, dtype=torch.float64)
+    best = [truncate(LowRank(X, identity), u.rank) for X, u in zip(full.refined, updates, strict=True)]
+    assert torch.allclose(dense(low.refined), dense([update for update, _ in best]), **CLOSE)
+    assert low.truncation_errors.tolist() == pytest.approx([error for _, error in best], abs=1e-8)
+    assert not full.truncation_errors.any() and float(low.truncation_errors[c.benign].min()) > 0.01
     assert torch.allclose(low.common_part.dense(), full.common_part, **CLOSE)
     kept = [k for k in range(12) if not c.benign[k]]
     assert all(torch.equal(low.refined[k].B, updates[k].B) and low.refined[k].scale == 2.0 for k in kept)

@@ -96,7 +96,7 @@ def copying_cell(
 ) -> dict[str, Rows]:
     """Run one federation with LoRA on the last output projection: accuracy under every rule, and the verdict.
 
-    ``CLAIR().fit`` takes the adapters from memory, and its refined updates are not truncated. Table ``backdoor`` has
+    ``CLAIR().fit`` takes the adapters from memory, and truncates refined updates to their rank. Table ``backdoor`` has
     the success rate on the benign clients under every rule, and on the contaminated clients under their own update. It
     exists for kind "backdoor" only.
     """

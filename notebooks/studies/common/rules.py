@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from clairlib.baselines import AGGREGATORS, aggregate
-from clairlib.linalg.low_rank import as_dense
+from clairlib.linalg.low_rank import LowRank, as_dense
+from clairlib.linalg.refined_factors import exact_update
 from clairlib.recovery.frame import fit_frame
 from clairlib.recovery.refinement import refined_core
+from clairlib.recovery.result import ClairResult
 
 Held = Mapping[str, Sequence[Any] | Tensor]  # module name -> one update per client
 
@@ -50,6 +52,18 @@ def oracle_updates(dense: Mapping[str, Tensor], benign: Tensor, rank: int) -> di
     """Return the refined updates (K, p, q), by module, of an oracle that is told the benign clients and the rank."""
     ones = torch.ones(len(benign), dtype=torch.float64)
     return {name: refined_core(X, fit_frame(X, ones, benign, rank)) for name, X in dense.items()}
+
+
+def before_truncation(result: ClairResult, updates: Mapping[str, Sequence[LowRank]]) -> dict[str, list[LowRank]]:
+    """Return CLAIR's refined updates by module before truncation; clients that keep their own have these."""
+    benign = result.benign.tolist()
+    return {
+        name: [
+            exact_update(module.basis, module.common_part, own) if ok and module.is_refined else own
+            for own, ok in zip(updates[name], benign, strict=True)
+        ]
+        for name, module in result.modules.items()
+    }
 
 
 def is_common(method: str) -> bool:

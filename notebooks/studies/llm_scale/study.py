@@ -22,6 +22,7 @@ from clairlib.adapters import open_adapters
 from clairlib.adapters.config import CONFIG
 from clairlib.adapters.folder import write_lora
 from clairlib.bench.alignment import apart, measure_planted, run_alignment
+from clairlib.linalg.refined_factors import exact_update
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.frame import fit_frame
 from clairlib.recovery.leave_one_out import SCORED_DIRECTIONS_PER_RANK
@@ -109,12 +110,12 @@ def promised(verdicts: pd.DataFrame) -> pd.DataFrame:
 def exactness_cell(
     ranks: list[int], rslora: bool, dtype: str, clients: int, p: int, q: int, seed: int, scratch: str
 ) -> dict[str, Rows]:
-    """Compare refined adapters, read from files, with P Theta_k + P_perp M of dense updates in float64.
+    """Compare refined updates of adapters from files, before truncation, with P Theta_k + P_perp M of dense updates.
 
     Client k has adapter rank ranks[k mod n]; every third client has another rank in the second module. With ``rslora``
     every second client states its scale as rsLoRA does. ``error``: largest relative Frobenius error of a benign client.
-    ``rounding``: the same error of refined adapters computed in float64 from the files' values and rounded to ``dtype``
-    at the end. Modules in which refinement is refused are left out.
+    ``rounding``: the same error if subspace and common part are computed in float64 from the files' values and rounded
+    to ``dtype`` at the end. Modules in which refinement is refused are left out.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         plan = Plan(clients, max(ranks), SHARED_RANK, dtype=dtype, seed=seed)
@@ -133,8 +134,11 @@ def exactness_cell(
         if not exact.modules[module].is_refined:
             continue
         dense = dense_refined(torch.stack([u.dense() for u in updates]), exact.benign, exact.modules[module].rank)
-        rounded = [replace(u, B=_as(u.B, dtype), A=_as(u.A, dtype)) for u in exact.modules[module].refined]
-        errors = [_largest_error(own, dense, exact.benign) for own in (read.modules[module].refined, rounded)]
+        own, best = read.modules[module], exact.modules[module]
+        rounded = LowRank(_as(best.common_part.B, dtype), _as(best.common_part.A, dtype))
+        found = [exact_update(own.basis, own.common_part, _double(u)) for u in loaded[module]]
+        expected = [exact_update(_as(best.basis, dtype), rounded, u) for u in updates]
+        errors = [_largest_error(refined, dense, exact.benign) for refined in (found, expected)]
         rows.append({"module": module, "error": errors[0], "rounding": errors[1]})
     return {"exactness": rows}
 
@@ -146,7 +150,7 @@ def dense_refined(X: Tensor, benign: Tensor, rank: int) -> Tensor:
 
 
 def _largest_error(refined: Sequence[LowRank], dense: Tensor, benign: Tensor) -> float:
-    own = torch.stack([_double(update).dense() for update in refined])
+    own = torch.stack([update.dense() for update in refined])
     return float((torch.linalg.matrix_norm(own - dense) / torch.linalg.matrix_norm(dense))[benign].max())
 
 

@@ -28,8 +28,8 @@ def curve_cell(
 ) -> dict[str, Rows]:
     """Run one federation with adapters on the last output projection: accuracies, verdict and estimated gain.
 
-    Adapters keep the scale alpha / rank = 2. ``CLAIR().fit`` takes them from memory, and its refined updates are not
-    truncated. ``removed``: squared error that refinement is estimated to remove from a benign client's update.
+    Adapters keep the scale alpha / rank = 2. ``CLAIR().fit`` takes them from memory, and truncates refined updates to
+    their rank. ``removed``: squared error that refinement is estimated to remove from a benign client's update.
     """
     recipe = Recipe(rank=rank, alpha=2 * rank, sequences=sequences, label_noise=label_noise)
     contaminated = round(share * clients)

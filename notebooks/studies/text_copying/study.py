@@ -22,7 +22,15 @@ from clairlib.recovery.frame import fit_frame
 from clairlib.recovery.refinement import refined_core
 from clairlib.reproduce.sweep import Rows, sweep
 from clairlib.training import save_adapters
-from studies.common.rules import STOPPED, TOLD_RANK, TOLD_SUBSPACE, UNTRUNCATED, oracle_updates, server_updates
+from studies.common.rules import (
+    STOPPED,
+    TOLD_RANK,
+    TOLD_SUBSPACE,
+    UNTRUNCATED,
+    before_truncation,
+    oracle_updates,
+    server_updates,
+)
 from studies.common.verdicts import angle_rows, detection_rows
 from studies.text_copying.base_model import Base, unembedding
 from studies.text_copying.clients import (
@@ -114,7 +122,7 @@ def _aligned(run: TrainedFederation) -> tuple[ClairResult, dict[str, Updates], d
     result = CLAIR().fit(run.updates, names=run.names)
     if result.contaminated != aligned.result.contaminated:
         raise RuntimeError("the verdict on adapter folders differs from the one on the same updates in memory")
-    refined: dict[str, Updates] = {"CLAIR": written, UNTRUNCATED: as_dense(result.refined)}
+    refined: dict[str, Updates] = {"CLAIR": written, UNTRUNCATED: as_dense(before_truncation(result, run.updates))}
     return result, refined, {"rank": module["rank"], "truncation_error": module["truncation_error"]["mean"]}
 
 
