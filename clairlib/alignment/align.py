@@ -84,7 +84,8 @@ def align(
     if device == "cuda" and jobs > 1:
         raise AdapterError("only one process can use the GPU; leave out --jobs")
     adapters, inputs = job.adapters, [*map(Path, paths), *job.adapters.folders]
-    settings: dict[str, Any] = method | {"adapter_rank": adapter_rank, "device": device, "keep_contaminated": keep_contaminated}
+    settings: dict[str, Any] = method | {"adapter_rank": adapter_rank, "device": device}
+    settings["keep_contaminated"] = keep_contaminated
     settings["trusted"] = sorted(trusted or [])
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "inputs": inputs}
     sent = [not zero for zero in adapters.zero()]
@@ -110,7 +111,8 @@ def align(
 
 def _with_update(adapters: AdapterFiles, sent: list[bool]) -> AdapterFiles:
     if sum(sent) < MINIMUM_CLIENTS:
-        what = f"{len(sent) - sum(sent)} updates are zero, the first that of client {adapters.names[sent.index(False)]!r}"
+        zero = adapters.names[sent.index(False)]
+        what = f"{len(sent) - sum(sent)} updates are zero, the first that of client {zero!r}"
         raise AdapterError(f"{what}; at least {MINIMUM_CLIENTS} others are needed")
     return adapters if all(sent) else adapters.subset(sent)
 

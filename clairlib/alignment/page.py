@@ -17,6 +17,7 @@ from typing import Any
 
 from scipy import stats
 
+from clairlib.recovery import result as verdicts
 from clairlib.recovery.detection import PRIOR_CLIENTS
 from clairlib.recovery.leave_one_out import MIN_EXPLAINED_VARIANCE
 
@@ -45,6 +46,14 @@ PAGE = """<!DOCTYPE html>
 """
 
 
+VERDICT = (
+    "Contaminated: the client does not share the subspace and the common part of the benign clients; this does not "
+    "say that it is malicious. Score: how far a client stands above the benign clients, in standard deviations. "
+    "p-value: the chance that a benign client's score is at least as high. Seen from: the smallest deviation, in "
+    "multiples of the client's own size, that would have been found half of the time; above 1 nothing can be told."
+)
+
+
 class _Markup(str):
     """HTML or SVG that is already escaped."""
 
@@ -61,19 +70,20 @@ def write_alignment_page(report: dict[str, Any], path: Path) -> None:
 
 
 def _body(clients: list[dict[str, Any]], modules: list[dict[str, Any]], report: dict[str, Any]) -> Iterator[_Markup]:
-    bad = sum(bool(client.get("contaminated")) for client in clients)
+    told = [_told(client) for client in clients]
+    counts = [f"{told.count(verdict)} {verdict}" for verdict in verdicts.ALL if verdict in told]
     refined = sum(bool(module.get("refined")) for module in modules)
     yield _tag("h1", "CLAIR report")
-    verdict = f"{len(clients)} clients: {len(clients) - bad} benign, {bad} contaminated."
+    verdict = f"{len(clients)} clients: {', '.join(counts)}."
     yield _tag("p", f"{verdict} Benign clients were refined in {refined} of {len(modules)} modules.")
-    structure = [value for module in modules if (value := module.get("shared_structure")) is not None]
-    if structure and max(structure) < MIN_EXPLAINED_VARIANCE:
-        missing = "No shared subspace found: the updates do not predict one another. The verdict says little."
+    if report.get("shared") is False:
+        missing = "Nothing shared found: the updates do not predict one another. Nothing can be told."
         yield _tag("p", _tag("strong", missing))
     yield _tag("h2", "Verdict")
-    score = "Score: how far a client stands above the benign clients, in standard deviations."
-    yield _tag("p", f"{score} p-value: the chance that a benign client's score is at least as high.")
+    yield _tag("p", VERDICT)
     yield _verdict(clients)
+    if report.get("remarks"):
+        yield _tag("ul", *(_tag("li", str(line)) for line in report["remarks"]))
     if any(client.get("score") is not None for client in clients):
         yield _tag("h2", "Scores")
         yield _scores(clients)
@@ -88,13 +98,17 @@ def _body(clients: list[dict[str, Any]], modules: list[dict[str, Any]], report: 
             yield _tag("dl", *_pairs(report[title]))
 
 
+def _told(client: dict[str, Any]) -> str:
+    return str(client.get("verdict", verdicts.CONTAMINATED if client.get("contaminated") else verdicts.BENIGN))
+
+
 def _verdict(clients: list[dict[str, Any]]) -> _Markup:
-    bad, benign, rows = _tag("td", "contaminated", class_="contaminated"), _tag("td", "benign"), []
+    rows = []
     for client in clients:
-        name = _tag("td", str(client.get("name")), class_="name")
-        verdict = bad if client.get("contaminated") else benign
-        rows.append([name, verdict, _number(client.get("score")), _number(client.get("p_value"))])
-    return _table(["client", "verdict", "score", "p-value"], rows, falling="score")
+        name, bad = _tag("td", str(client.get("name")), class_="name"), bool(client.get("contaminated"))
+        verdict = _tag("td", _told(client), **({"class_": "contaminated"} if bad else {}))
+        rows.append([name, verdict, *(_number(client.get(key)) for key in ("score", "p_value", "smallest_deviation"))])
+    return _table(["client", "verdict", "score", "p-value", "seen from"], rows, falling="score")
 
 
 def _scores(clients: list[dict[str, Any]]) -> _Markup:

@@ -57,6 +57,9 @@ def align(
     device: DeviceOption = Device.cpu,
     side: Annotated[Side, Option(help="Side of the updates that shares a subspace.")] = Side.output,
     seed: Annotated[int, Option(help="Seed of the randomised steps.")] = 0,
+    trusted: Annotated[
+        list[str] | None, Option(metavar="NAME", help="Client known to be honest; its group is benign. Repeatable.")
+    ] = None,
     keep_contaminated: Annotated[
         bool, Option("--keep-contaminated", help="Copy contaminated clients' adapters unchanged.")
     ] = False,
@@ -82,16 +85,18 @@ def align(
             return
         with terminable(), progress("reading adapters", quiet=quiet) as bar:
             alignment = run(
-                clients, output, **method, keep_contaminated=keep_contaminated, overwrite=overwrite, resume=resume,
-                jobs=jobs, draw=save_overview,
+                clients, output, **method, trusted=trusted, keep_contaminated=keep_contaminated, overwrite=overwrite,
+                resume=resume, jobs=jobs, draw=save_overview,
                 progress=lambda module, total: bar(advance=1, total=total, description=module),
             )  # fmt: skip
     except AdapterError as error:
         stop(error)
     if not quiet:
         _print_alignment(alignment.report, output)
-        if not alignment.result.has_shared_subspace:
-            typer.echo("No shared subspace found: the updates do not predict one another. The verdict says little.")
+        for line in alignment.result.remarks():
+            typer.echo(line)
+        if not alignment.result.is_shared:
+            typer.echo("Nothing shared found: the updates do not predict one another. Nothing can be told.")
 
 
 @app.command()
@@ -223,13 +228,17 @@ def save_overview(result: ClairResult, path: Path) -> None:
         plt.close(figure)
 
 
+COLOURS = {"benign": "green", "contaminated": "red", "cannot tell": "yellow"}
+
+
 def _print_alignment(report: dict[str, Any], output: Path) -> None:
-    verdicts, bad = [], 0
-    for client in report["clients"]:
-        bad += client["contaminated"]
-        verdict = "[red]contaminated[/red]" if client["contaminated"] else "[green]benign[/green]"
-        verdicts.append([escape(client["name"]), verdict, client["score"], client["p_value"]])
-    print_table(["client", "verdict", "score", "p-value"], verdicts)
+    verdicts = []
+    told = [client["verdict"] for client in report["clients"]]
+    for client, verdict in zip(report["clients"], told, strict=True):
+        shown = f"[{COLOURS[verdict]}]{verdict}[/]"
+        numbers = client["score"], client["p_value"], client["smallest_deviation"]
+        verdicts.append([escape(client["name"]), shown, *numbers])
+    print_table(["client", "verdict", "score", "p-value", "seen from (own size)"], verdicts)
     details = []
     for module in report["modules"]:
         shape, error = " x ".join(map(str, module["shape"])), module["truncation_error"]
@@ -239,7 +248,8 @@ def _print_alignment(report: dict[str, Any], output: Path) -> None:
         details.append([escape(module["name"]), shape, *numbers, refined, errors])
     columns = ["module", "shape", "rank", "shared structure", "estimated gain", "refined", "truncation error"]
     print_table(columns, details)
-    typer.echo(f"{len(verdicts) - bad} benign, {bad} contaminated; written to {output}")
+    counts = ", ".join(f"{told.count(verdict)} {verdict}" for verdict in COLOURS if verdict in told)
+    typer.echo(f"{counts}; written to {output}")
 
 
 def _print_training(report: dict[str, Any], output: Path) -> None:

@@ -204,7 +204,7 @@ class CLAIR:
         raise UntrustedError("the trusted clients are in no group of clients that agree; trust fewer, or check them")
 
     def groups(self, fits: Sequence[ModuleFit], rest: Tensor) -> list[Tensor]:
-        """Return the groups (K,) bool among the clients ``rest`` (K,) bool that share something, in order of finding."""
+        """Return the groups (K,) bool among the clients ``rest`` (K,) bool that share something, as found."""
         found: list[Tensor] = []
         while int(rest.sum()) >= MINIMUM_CLIENTS:
             own = [fit.subset(rest) for fit in fits]

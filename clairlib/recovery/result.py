@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from clairlib.recovery.power import Verdict
 
 
-BENIGN, CONTAMINATED, CANNOT_TELL = "benign", "contaminated", "cannot tell"
+ALL = BENIGN, CONTAMINATED, CANNOT_TELL = "benign", "contaminated", "cannot tell"
 
 
 @dataclass(frozen=True)

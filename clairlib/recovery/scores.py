@@ -91,6 +91,11 @@ def scored_energies(left_out: LeaveOneOut) -> tuple[Tensor, Tensor, NoiseLaw]:
     return T, B, law
 
 
+def filtered_energy(R: Tensor, rank: int) -> Tensor:
+    """Return residuals' energy (K,) in the top ``SCORED_DIRECTIONS_PER_RANK * rank`` directions, a matched filter."""
+    return squared_singular_values(R)[:, : max(SCORED_DIRECTIONS_PER_RANK * rank, 1)].sum(dim=1)
+
+
 def common_shape(shape: Tensor, law: NoiseLaw) -> Tensor:
     """Return the clients (K,) bool whose residuals are no more structured, T - B, than noise of any level explains."""
     return shape <= shape.median() + SHAPE_REACH * (law.top + law.bulk - 2 * law.both) ** 0.5

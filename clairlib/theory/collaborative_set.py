@@ -11,6 +11,7 @@ from torch import Tensor
 from clairlib.core.seeds import derive
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.detection import FAMILY_ERROR
+from clairlib.recovery.scores import filtered_energy
 
 NULL_DRAWS = 200_000  # draws for the null quantile of the filtered energy, which has no closed form
 
@@ -60,7 +61,7 @@ def oracle_benign(
     """Return the benign clients (K,) by the detector of Statement 3, which is told P, M and sigma, here ``noise``.
 
     Each client is tested at level FAMILY_ERROR / K. "energy" tests ||P_perp (X_k - M)||_F^2 / sigma^2, chi^2 under the
-    null, "filtered" its part in the top 2 r directions, as in CLAIR's score.
+    null, "filtered" its part in the top 2 r directions, as in CLAIR's score of clients whose noise is alike.
     """
     K, p, q = updates.shape
     R, rows, level = project_out(basis, updates - common_part) / noise, p - basis.shape[1], FAMILY_ERROR / K

@@ -19,7 +19,8 @@ from clairlib.core.seeds import derive
 from clairlib.linalg.subspace import project_out, sin_theta
 from clairlib.recovery.detection import benign_set, calibrate
 from clairlib.recovery.frame import Frame, fit_frame
-from clairlib.recovery.leave_one_out import SCORED_DIRECTIONS_PER_RANK, inside_energy, leave_one_out, log_scores
+from clairlib.recovery.leave_one_out import LeaveOneOut
+from clairlib.recovery.scores import SCORED_DIRECTIONS_PER_RANK, log_scores
 from clairlib.reproduce.sweep import Rows, grid, sweep
 from clairlib.simulate import Planted, planted
 from clairlib.simulate.attacks import random_frame
@@ -103,7 +104,7 @@ def detection_cell(
         result = CLAIR().fit(truth.updates)
         here = {"draw": draws * part + d}
         verdicts += [here | row for row in _verdicts(truth, oracle, result, told_rank)]
-        x, _ = log_scores(truth.updates, ones, oracle)
+        x, _ = log_scores(LeaveOneOut(truth.updates, ones, oracle))
         scores += [here | row for row in _score_rows(truth, {CLAIR_NAME: result.scores, TOLD_SET: x})]
     return {"verdicts": verdicts, "scores": scores}
 
@@ -111,8 +112,9 @@ def detection_cell(
 def _verdicts(truth: Planted, oracle: Frame, result: ClairResult, told_rank: bool) -> Rows:
     """Return one verdict row per method."""
     ones = torch.ones(len(truth.updates), dtype=torch.float64)
-    x, variance = log_scores(truth.updates, ones, oracle)
-    calibrated, inside = calibrate(x, truth.benign, variance), inside_energy(truth.updates, ones, oracle)
+    left_out = LeaveOneOut(truth.updates, ones, oracle)
+    x, variance = log_scores(left_out)
+    calibrated, inside = calibrate(x, truth.benign, variance), left_out.inside
     told = (truth.updates, truth.basis, truth.common_part, truth.noise_std)
     found: dict[str, Tensor] = {
         TOLD_SET: benign_set(x, truth.benign, calibrated.p_values, variance, inside),
@@ -269,7 +271,7 @@ def filter_cell(contamination: str, strength: float, spread: float, draws: int, 
         how: dict[str, Any] = {"strength": strength, "weights": levels**-2}
         truth = planted(kind, common_norm=common, noise_std=noise, **how, generator=draw)
         ones = torch.ones(24, dtype=torch.float64)
-        R = leave_one_out(truth.updates, ones, fit_frame(truth.updates, ones, truth.benign, truth.rank))
+        R = LeaveOneOut(truth.updates, ones, fit_frame(truth.updates, ones, truth.benign, truth.rank)).R
         energy = torch.linalg.svdvals(R).square().cumsum(dim=1)
         for name, directions in (("top r", truth.rank), ("top 2 r", 2 * truth.rank), ("all (Frobenius)", COLUMNS)):
             x = energy[:, directions - 1].numpy()

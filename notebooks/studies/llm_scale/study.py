@@ -25,7 +25,7 @@ from clairlib.bench.alignment import apart, measure_planted, run_alignment
 from clairlib.linalg.refined_factors import exact_update
 from clairlib.linalg.subspace import project_out
 from clairlib.recovery.frame import fit_frame
-from clairlib.recovery.leave_one_out import SCORED_DIRECTIONS_PER_RANK
+from clairlib.recovery.scores import SCORED_DIRECTIONS_PER_RANK
 from clairlib.reproduce.sweep import Rows, sweep
 from clairlib.simulate import Plan, synthesise
 from clairlib.simulate.adapters import CLIENTS, module_shapes

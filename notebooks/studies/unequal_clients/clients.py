@@ -6,7 +6,7 @@ Theta_k = a_k (M + U A_k) + sigma_k E_k in every module. The generator is writte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -62,9 +62,10 @@ class Attack:
     """What contaminated clients do: a ``share`` of the clients, or ``count`` of them, deviate in one way.
 
     ``kind``: "unstructured" and "coalition" replace the common part and the subspace by an own or by one of all;
-    "sign_flip" sends the negative; "weak" adds r random directions off the subspace, of ``energy`` together; "towards" goes
-    from the honest towards the unstructured update until the energy off the subspace is ``energy``; "module" adds a random rank-one step of ``energy`` in one module, the same module for
-    all or, if ``apart``, one of each client's own. Steps differ between clients, unless ``together``.
+    "population" replaces the common part alone, by one of all; "sign_flip" sends the negative; "weak" adds r random
+    directions off the subspace, of ``energy`` together; "towards" goes from the honest towards the unstructured update
+    until the energy off the subspace is ``energy``; "module" adds a random rank-one step of ``energy`` in one module,
+    the same module for all or, if ``apart``, one of each client's own. Steps differ, unless ``together``.
     """
 
     kind: str = "none"
@@ -109,7 +110,7 @@ def draw(design: Design, honest: Honest, attack: Attack, *, seed: int, index: in
     drawn = Drawn({}, {}, benign, scales, noise, attacked)
     for name in names:
         own = torch.tensor([k for k in bad.tolist() if attacked.get(k, name) == name], dtype=torch.long)
-        updates, targets = _module(design, honest, replace(attack), own, drawn, generator)
+        updates, targets = _module(design, honest, attack, own, drawn, generator)
         drawn.updates[name], drawn.targets[name] = updates, targets
     return drawn
 
@@ -180,6 +181,8 @@ def _deviating(attack: Attack, honest: Tensor, U: Tensor, M: Tensor, generator: 
     if attack.kind == "module":
         step = torch.stack([_step(U, q, generator) for _ in range(1 if attack.together else n)])
         return honest + attack.energy**0.5 * step
+    if attack.kind == "population":
+        return honest - M + size * _common(p, q, generator)
     if attack.kind == "coalition":
         frame, common = _basis(p, r, generator), size * _common(p, q, generator)
         return common + frame @ _normal(n, r, q, generator=generator) / q**0.5
