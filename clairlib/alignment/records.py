@@ -18,7 +18,7 @@ from clairlib.recovery.result import ModuleSummary
 from clairlib.recovery.verdict import ModuleScores
 
 READING = "reading."
-ARRAYS = ("scores", "p_values", "sizes", "spectrum")  # fields of a summary that are
+ARRAYS = ("scores", "sizes", "spectrum")  # fields of a summary that are
 NUMBERS = ("variance", "common")  # fields of a reading that are no tensors
 
 
@@ -58,11 +58,11 @@ class Records:
         own: dict[str, Any] = {name: facts[name] for name in NUMBERS}
         own |= {name[len(READING) :]: value for name, value in tensors.items() if name.startswith(READING)}
         reading = ModuleScores(**own)
-        return Aligned(ModuleSummary(**summary), reading, facts["errors"])
+        return Aligned(ModuleSummary(**summary, p_values=reading.p_values), reading, facts["errors"])
 
     def write(self, name: str, done: Aligned) -> None:
         """Store the result of a module; call this after the module's adapters have been written."""
-        summary = {key: value for key, value in vars(done.summary).items() if key not in ARRAYS}
+        summary = {key: value for key, value in vars(done.summary).items() if key not in (*ARRAYS, "p_values")}
         summary |= {"gain_terms": asdict(done.summary.gain_terms), "certificate": None}
         own = done.reading
         tensors = {name: torch.as_tensor(getattr(done.summary, name)) for name in ARRAYS}

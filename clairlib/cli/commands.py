@@ -236,8 +236,8 @@ def _print_alignment(report: dict[str, Any], output: Path) -> None:
     told = [client["verdict"] for client in report["clients"]]
     for client, verdict in zip(report["clients"], told, strict=True):
         shown = f"[{COLOURS[verdict]}]{verdict}[/]"
-        numbers = client["score"], client["p_value"], client["smallest_deviation"]
-        verdicts.append([escape(client["name"]), shown, *numbers])
+        own = [client[key] for key in ("score", "p_value", "smallest_deviation")]
+        verdicts.append([escape(client["name"]), shown, *own])
     print_table(["client", "verdict", "score", "p-value", "seen from (own size)"], verdicts)
     details = []
     for module in report["modules"]:
