@@ -128,3 +128,76 @@ def dual_certificates(values: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         panels[1][0].set_ylabel(r"$||Y_k||_F\ /\ \lambda$")
         panels[1][0].legend(loc="lower right", fontsize=8)
     return figure
+
+
+READINGS = {"client blocks": BENIGN, "pair blocks": "#e69f00"}
+
+
+def reading_rates(summary: pd.DataFrame) -> Figure:
+    """Draw rates of exact draws and of exact sets by contaminated fraction, one line per reading and rank.
+
+    A row of panels per outcome and norm of the common part, a column per kind. ``summary`` columns: contamination,
+    share, rank, common, reading, exact, exact_set. The bars are Wilson intervals (low, high), for ``exact`` alone.
+    """
+    with plt.style.context(STYLE):
+        kinds, commons = (list(dict.fromkeys(summary[name])) for name in ("contamination", "common"))
+        rows = [(common, outcome) for common in commons for outcome in ("exact", "exact_set")]
+        size = (2.9 * len(kinds) + 0.6, 1.5 * len(rows) + 0.9)
+        figure, panels = plt.subplots(len(rows), len(kinds), figsize=size, sharex="col", sharey=True, squeeze=False)
+        for line, (common, outcome) in zip(panels, rows, strict=True):
+            for axes, kind in zip(line, kinds, strict=True):
+                part = summary[(summary.contamination == kind) & (summary.common == common)]
+                _reading_lines(axes, part, outcome)
+            name = "subspace and set" if outcome == "exact" else "set"
+            line[0].set_ylabel(f"{name}\n$||M||_F$ = {common:g}", fontsize=9)
+        for axes, kind in zip(panels[0], kinds, strict=True):
+            axes.set_title(kind)
+        figure.supxlabel("contaminated share", fontsize=10)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    return figure
+
+
+def _reading_lines(axes: Axes, part: pd.DataFrame, outcome: str) -> None:
+    for (name, rank), rows in part.groupby(["reading", "rank"], sort=False):
+        rows = rows.sort_values("share")
+        size = 7 if name == "client blocks" else 4  # equal rates lie on each other
+        style = "o-" if rank == min(part["rank"]) else "o--"
+        label = f"{name}, rank {rank}"
+        axes.plot(rows.share, rows[outcome], style, color=READINGS[name], markersize=size, label=label)
+        if outcome == "exact":
+            axes.vlines(rows.share, rows.low, rows.high, color=READINGS[name], linewidth=0.8, alpha=0.5)
+    axes.set_ylim(-0.06, 1.06)
+
+
+def weight_windows(windows: pd.DataFrame) -> Figure:
+    """Draw windows of the weight lam over the certified weight, a bar per kind, contaminated fraction and reading.
+
+    Wide bar: where the certificate holds in the median draw. Line: weights tried between the first and the last at
+    which every draw is exact. Ticks: ends of the closed form. A window that is closed is not drawn. ``windows`` is a
+    table of ``pairwise.windows``.
+    """
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 1.1 + 0.3 * len(windows)))
+        for place, row in enumerate(windows.itertuples()):
+            colour = READINGS[row.reading]
+            if row.proved_width > 1:
+                width = row.proved_high - row.proved_low
+                axes.barh(place, width, left=row.proved_low, height=0.7, color=colour, alpha=0.4)
+            axes.plot([row.found_low, row.found_high], [place, place], "o-", color=colour, markersize=4)
+            if row.low < row.high:
+                axes.plot([row.low, row.high], [place, place], "|", color="black", markersize=12)
+        labels = [f"{row.contamination} {row.share:g}" for row in windows.itertuples()]
+        axes.set_yticks(range(len(windows)), labels, fontsize=8)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(plt.FixedLocator([0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.4, 1.7, 2]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(plt.NullLocator())
+        axes.set(xlabel="weight over the certified weight", ylim=(len(windows) - 0.4, -0.6))
+        bars = [Line2D([], [], color=colour, linewidth=6, alpha=0.4) for colour in READINGS.values()]
+        ticks = Line2D([], [], color="black", marker="|", markersize=12, linestyle="")
+        found = Line2D([], [], color=NEUTRAL, marker="o", markersize=4)
+        names = [f"{name}: proved" for name in READINGS]
+        handles, names = [*bars, found, ticks], [*names, "found, every draw exact", "closed form"]
+        figure.legend(handles, names, loc="outside upper center", ncols=2, fontsize=8)
+    return figure

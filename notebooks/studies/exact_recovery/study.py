@@ -61,10 +61,11 @@ def planted_window(truth: Planted) -> tuple[float, float]:
 
     The planted contamination of a contaminated client is its whole deviation from the benign mean.
     """
-    return _window(truth, theory.lambda_window)
+    return window_of(truth, theory.lambda_window)
 
 
-def _window(truth: Planted, window: Callable[[Tensor, Tensor], tuple[float, float]]) -> tuple[float, float]:
+def window_of(truth: Planted, window: Callable[[Tensor, Tensor], tuple[float, float]]) -> tuple[float, float]:
+    """Return a window in closed form, such as ``theory.balanced_window``, at the planted decomposition."""
     centred = truth.updates - truth.updates[truth.benign].mean(dim=0)
     benign = truth.benign[:, None, None]
     return window(torch.where(benign, centred, 0.0), torch.where(benign, 0.0, centred))
@@ -107,7 +108,7 @@ def phase_cell(
     """Run every method on noiseless draws (table "recovery"), and try to prove exact recovery of each ("proofs")."""
     tables: dict[str, Rows] = {"recovery": [], "proofs": []}
     for draw in range(draws):
-        truth = _draw(contamination, share, rank, common, draw, seed, **size)
+        truth = draw_clients(contamination, share, rank, common, draw, seed, **size)
         certified, proof = prove(truth)
         tables["proofs"].append({"draw": draw, **proof})
         for method in methods:
@@ -115,7 +116,10 @@ def phase_cell(
     return tables
 
 
-def _draw(kind: str, share: float, rank: int, common: float, draw: int, seed: int, p: int, q: int, K: int) -> Planted:
+def draw_clients(
+    kind: str, share: float, rank: int, common: float, draw: int, seed: int, p: int, q: int, K: int
+) -> Planted:
+    """Draw noiseless clients (K, p, q) of a cell; the same numbers give the same clients."""
     generator = derive(seed, "phase", kind, str(share), rank, str(common), draw)
     return planted(kind, share=share, K=K, p=p, q=q, r=rank, noise_std=0.0, common_norm=common, generator=generator)
 
@@ -129,7 +133,7 @@ def prove(truth: Planted) -> tuple[float, dict[str, Any]]:
     row |= {"spectral": proof.spectral, "block": proof.block}
     row |= {"verdict": proof.verdict(MARGIN), "margin": max(proof.spectral, proof.block)}
     row |= {"low": low, "high": high, "ratio": high / low}
-    low, high = _window(truth, theory.balanced_window)
+    low, high = window_of(truth, theory.balanced_window)
     return certified, row | {"balanced": high / low}
 
 
@@ -146,11 +150,12 @@ def phase_study(
     jobs: int = 1,
 ) -> dict[str, pd.DataFrame]:
     """Run ``phase_cell`` over kinds of contamination, contaminated fractions and ranks; ``size`` is (p, q, K)."""
-    cells = _cells(shares, ranks, size, draws=draws, common=common, methods=list(methods), seed=seed)
+    cells = cells_of(shares, ranks, size, draws=draws, common=common, methods=list(methods), seed=seed)
     return sweep(phase_cell, cells, cache=cache, jobs=jobs)
 
 
-def _cells(shares: dict[str, Any], ranks: Sequence[int], size: tuple[int, ...], **fixed: Any) -> list[dict[str, Any]]:
+def cells_of(shares: dict[str, Any], ranks: Sequence[int], size: tuple[int, ...], **fixed: Any) -> list[dict[str, Any]]:
+    """Return the parameters of every cell: kind, contaminated fraction, rank, ``size`` (p, q, K) and ``fixed`` ones."""
     fixed |= dict(zip("pqK", size, strict=True))
     return [
         {"contamination": kind, "share": share, "rank": rank, **fixed}
@@ -166,7 +171,7 @@ def weight_cell(
     """Solve the convex program at weights around the certified one; each row has its certificate's verdict."""
     rows = []
     for draw in range(draws):
-        truth = _draw(contamination, share, rank, common, draw, seed, **size)
+        truth = draw_clients(contamination, share, rank, common, draw, seed, **size)
         certified, _ = prove(truth)
         low, high = planted_window(truth)
         for factor in FACTORS:
@@ -190,7 +195,7 @@ def weight_study(
     jobs: int = 1,
 ) -> pd.DataFrame:
     """Run ``weight_cell`` over kinds, contaminated fractions and ranks, on the draws of ``phase_study``."""
-    cells = _cells(shares, ranks, size, draws=draws, common=common, seed=seed)
+    cells = cells_of(shares, ranks, size, draws=draws, common=common, seed=seed)
     return sweep(weight_cell, cells, cache=cache, jobs=jobs)["weights"]
 
 
@@ -206,7 +211,7 @@ def dual_cases(seed: int, size: tuple[int, int, int] = (20, 10, 20)) -> dict[str
     """
     values, summary = [], []
     for case, (share, factor) in DUAL_CASES.items():
-        truth = _draw("coalition", share, 2, 1.0, 0, seed, *size)
+        truth = draw_clients("coalition", share, 2, 1.0, 0, seed, *size)
         lam = factor * theory.certified_weight(truth.updates, truth.benign, truth.basis)
         found = decompose(truth.updates, lam=lam, tolerance=GAP)
         spectrum = torch.linalg.svdvals(found.dual.permute(1, 0, 2).flatten(1))
@@ -294,12 +299,12 @@ def window_limits(proofs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (kind, rank), part in proofs.groupby(["contamination", "rank"], sort=False):
         middle = part.groupby("share")[["margin", "ratio"]].median()
-        row = {"contamination": kind, "rank": rank, "certified": _crossing(middle.index, np.log(middle.margin))}
-        rows.append(row | {"planted": _crossing(middle.index, -np.log(middle.ratio))})
+        row = {"contamination": kind, "rank": rank, "certified": crossing(middle.index, np.log(middle.margin))}
+        rows.append(row | {"planted": crossing(middle.index, -np.log(middle.ratio))})
     return pd.DataFrame(rows)
 
 
-def _crossing(shares: Sequence[float], values: Sequence[float]) -> float:
+def crossing(shares: Sequence[float], values: Sequence[float]) -> float:
     """Return the first place where the values rise through zero, by linear interpolation; NaN where they never do."""
     x, y = np.asarray(shares, dtype=float), np.asarray(values, dtype=float)
     above = np.flatnonzero(y >= 0)
