@@ -80,11 +80,11 @@ def any_contaminated(p_values: Tensor) -> bool:
     return simes_cut(p_values) >= 0
 
 
-def simes_cut(p_values: Tensor) -> float:
-    """Return the largest p-value p_(i) with K p_(i) / i <= ``FAMILY_ERROR`` / 2, or -1 if there is none."""
+def simes_cut(p_values: Tensor, level: float = FAMILY_ERROR / 2) -> float:
+    """Return the largest p-value p_(i) with K p_(i) / i <= ``level``, or -1 if there is none."""
     ordered = p_values.sort().values
     places = torch.arange(1, len(ordered) + 1, dtype=ordered.dtype, device=ordered.device)
-    rejected = ordered[len(ordered) * ordered / places <= FAMILY_ERROR / 2]
+    rejected = ordered[len(ordered) * ordered / places <= level]
     return float(rejected.max()) if len(rejected) else -1.0
 
 

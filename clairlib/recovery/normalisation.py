@@ -6,7 +6,7 @@ not taken for contaminated; a client's refined update is multiplied back.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from scipy import stats
@@ -24,35 +24,64 @@ HEAVY_ERROR = 0.01  # chance that Gaussian noise of a client shows a heavy row, 
 CUT_ERROR = 0.18  # part of Gaussian noise beyond Huber's 1.345 standard deviations
 
 
+@dataclass(frozen=True)
+class CommonParts:
+    """How much of the members' common part every client holds: ``raw`` (K,), 1 for the median member.
+
+    ``error`` (K,) is the variance of raw by noise, ``between`` that between members beyond noise, 0 if
+    it is no larger than that by noise.
+    """
+
+    raw: Tensor
+    error: Tensor
+    between: float
+
+    @classmethod
+    def of(cls, X: Tensor, frame: Frame, dof: float) -> CommonParts | None:
+        """Estimate the common parts; None if the clients have none.
+
+        G_kj = <P_perp X_k, P_perp X_j> has the expectation a_k a_j mu off the diagonal, mu = ||P_perp M||_F^2. Its
+        correlations are fitted by c_k c_j without the diagonal (`common_correlations`), so no noise enters, and a_k =
+        c_k G_kk^1/2. P is the part of the frame's subspace for which this fit is best: a subspace of all clients
+        absorbs M if sizes differ. The variance of a_k is (1 - c_k^2) G_kk / (dof mu), with the error of the mean.
+        """
+        if frame.size < 4:
+            return None
+        G, c = common_part_gram(X, frame)
+        norms = G.diagonal().clamp(min=floor_energy(X)).sqrt()
+        raw = c * norms
+        known = frame.members & (raw > 0)
+        if 2 * int(known.sum()) <= frame.size:
+            return None
+        mu = float(raw[known].median()) ** 2
+        raw = raw / mu**0.5
+        noise = (1 - c.square()).clamp(min=0.0) * norms.square()
+        error = noise / (dof * mu) * (1 + float(noise[known].median()) / (frame.size * mu))
+        sizes = raw[raw > 1 / MOST_SCALE]
+        typical = float(error[known].median())
+        between = float(1.4826 * (sizes - sizes.median()).abs().median()) ** 2 - typical
+        return cls(raw, error, between if between > typical else 0.0)
+
+    def lack(self) -> tuple[Tensor, Tensor]:
+        """Return 1 - a_k (K,), and its variance (K,) for a member."""
+        return 1 - self.raw, self.error + self.between
+
+
 def client_scales(X: Tensor, frame: Frame, dof: float) -> Tensor:
     """Return the size a_k (K,) of every client's common part relative to the median member's, shrunk towards 1.
 
-    G_kj = <P_perp X_k, P_perp X_j> has the expectation a_k a_j mu off the diagonal, mu = ||P_perp M||_F^2. Its
-    correlations are fitted by c_k c_j without the diagonal (`common_correlations`), so no noise enters, and a_k = c_k
-    G_kk^1/2. P is the part of the frame's subspace for which this fit is best: a subspace of all clients absorbs M if
-    sizes differ. The variance of a_k is s_k^2 = (1 - c_k^2) G_kk / (dof mu), and a_k is shrunk towards 1 by omega^2 /
-    (omega^2 + s_k^2), where omega^2 is the variance between members beyond s^2, from the median absolute deviation. A
-    client without the common part, below 1 / ``MOST_SCALE``, has size 1, and so has everybody if the common part is not
-    clear of the noise, or sizes differ by no more than their errors.
+    a_k (`CommonParts`) is shrunk towards 1 by omega^2 / (omega^2 + s_k^2), where s_k^2 is its variance by noise and
+    omega^2 that between members, from the median absolute deviation. A client without the common part, below 1 /
+    ``MOST_SCALE``, has size 1, and so has everybody if the common part is not clear of the noise, or sizes differ by no
+    more than their errors.
     """
-    ones, members, low = X.new_ones(len(X)), frame.members, 1 / MOST_SCALE
-    if frame.size < 4:
+    ones, low, found = X.new_ones(len(X)), 1 / MOST_SCALE, CommonParts.of(X, frame, dof)
+    if found is None:
         return ones
-    G, c = common_part_gram(X, frame)
-    norms = G.diagonal().clamp(min=floor_energy(X)).sqrt()
-    raw = c * norms
-    known = members & (raw > 0)
-    if 2 * int(known.sum()) <= frame.size:
+    if found.between == 0 or float(found.error[frame.members].median()) > MOST_SCALE_ERROR**2:
         return ones
-    mu = float(raw[known].median()) ** 2
-    raw = raw / mu**0.5
-    error = (1 - c.square()).clamp(min=0.0) * norms.square() / (dof * mu)
-    typical, sizes = float(error[known].median()), raw[raw > low]
-    between = float(1.4826 * (sizes - sizes.median()).abs().median()) ** 2 - typical
-    if typical > MOST_SCALE_ERROR**2 or between <= typical:
-        return ones
-    shrunk = 1 + between / (between + error) * (raw - 1)
-    return torch.where(raw > low, shrunk.clamp(low, MOST_SCALE), ones)
+    shrunk = 1 + found.between / (found.between + found.error) * (found.raw - 1)
+    return torch.where(found.raw > low, shrunk.clamp(low, MOST_SCALE), ones)
 
 
 def common_part_gram(X: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
@@ -81,8 +110,8 @@ def common_correlations(G: Tensor, members: Tensor) -> tuple[Tensor, float]:
     b = torch.linalg.eigh(own).eigenvectors[:, -1]
     for _ in range(FIT_ROUNDS):
         square = b.square()
-        b = own @ b / (square.sum() - square).clamp(min=torch.finfo(G.dtype).tiny)
-        b = b.clamp(-1, 1)
+        fitted = own @ b / (square.sum() - square).clamp(min=torch.finfo(G.dtype).tiny)
+        b = ((b + fitted) / 2).clamp(-1, 1)  # halfway, because the size of the whole step alternates
     b = b * (1.0 if float(b.median()) >= 0 else -1.0)
     fit = torch.outer(b, b)
     lost = (own - fit + torch.diag(fit.diagonal())).square().sum()

@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from clairlib.core.seeds import derive
@@ -17,7 +18,7 @@ from clairlib.recovery.leave_one_out import LeaveOneOut
 SCORED_DIRECTIONS_PER_RANK = 2
 SCORED_PART = 0.3  # largest part of the noise's columns that is scored; the bulk is the rest
 LEVEL_REACH = 1.3  # log of the largest factor between levels of noise that honest clients are granted
-SHAPE_REACH = 2.0  # standard deviations of a residual's shape within which its level counts as that of noise
+LEVEL_QUANTILES = (0.1, 0.4)  # quantiles of the clients' levels of noise from which their variance is estimated
 LAW_DRAWS = 400  # draws of pure noise from which the moments of the scores are computed
 LEAST_VARIANCE = 1e-4  # least variance of a log score
 
@@ -66,13 +67,13 @@ def log_scores(left_out: LeaveOneOut) -> tuple[Tensor, float]:
     tau^2 is the variance between clients of the log level of noise, from the spread of B over all clients beyond that
     of noise, and rho is the slope of the best linear prediction of a client's noise in its top directions from its bulk
     (c and v_B are the moments of `noise_law`). Alike clients have tau = 0, and energies count; where they differ,
-    only the shape of a residual counts, within a factor exp(LEVEL_REACH) of the median level. The interquartile range
-    of all clients estimates the spread, so no selected set confirms itself.
+    only the shape of a residual counts, within a factor exp(LEVEL_REACH) of the median level. All clients estimate the
+    spread (`level_variance`), so no selected set confirms itself.
     """
     frame, (T, B, law) = left_out.frame, scored_energies(left_out)
     if law.bulk == 0:
         return T, max(law.top, LEAST_VARIANCE)
-    between = max(0.0, robust_variance(B[common_shape(T - B, law)]) - law.bulk)
+    between = max(0.0, level_variance(B) - law.bulk)
     rho = min(1.0, (between + max(law.both, 0.0)) / (between + law.bulk))
     x = T - rho * (B - B[frame.members].median()).clamp(-LEVEL_REACH, LEVEL_REACH)
     variance = law.top + rho**2 * law.bulk - 2 * rho * law.both + (1 - rho) ** 2 * between
@@ -96,15 +97,15 @@ def filtered_energy(R: Tensor, rank: int) -> Tensor:
     return squared_singular_values(R)[:, : max(SCORED_DIRECTIONS_PER_RANK * rank, 1)].sum(dim=1)
 
 
-def common_shape(shape: Tensor, law: NoiseLaw) -> Tensor:
-    """Return the clients (K,) bool whose residuals are no more structured, T - B, than noise of any level explains."""
-    return shape <= shape.median() + SHAPE_REACH * (law.top + law.bulk - 2 * law.both) ** 0.5
+def level_variance(B: Tensor) -> float:
+    """Return the variance between clients of the log energies B (K,), from the lower part of their distribution.
 
-
-def robust_variance(x: Tensor) -> float:
-    """Return the variance of a normal distribution with the interquartile range of the values (K,)."""
-    low, high = torch.quantile(x, x.new_tensor([0.25, 0.75])).tolist()
-    return float(((high - low) / 1.349) ** 2)
+    It is that of a normal distribution with the same distance between two low quantiles. Contaminated clients raise
+    their energy, so they hardly move these quantiles; where honest clients differ, the lower part shows it as well.
+    """
+    low, high = torch.quantile(B, B.new_tensor(LEVEL_QUANTILES)).tolist()
+    width = stats.norm.ppf(LEVEL_QUANTILES[1]) - stats.norm.ppf(LEVEL_QUANTILES[0])
+    return float(((high - low) / width) ** 2)
 
 
 def noise_shape(squares: Tensor, dof: float) -> tuple[int, int]:

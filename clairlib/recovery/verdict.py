@@ -11,12 +11,13 @@ from torch import Tensor
 
 from clairlib.core.limits import MINIMUM_CLIENTS
 from clairlib.linalg.rank import resolved_rank
-from clairlib.recovery.detection import FAMILY_ERROR, Calibration, benign_set, calibrate
+from clairlib.recovery.detection import FAMILY_ERROR, Calibration, benign_set, calibrate, simes_cut
 from clairlib.recovery.frame import Frame, fit_frame, rank_limit
 from clairlib.recovery.leave_one_out import LeaveOneOut
-from clairlib.recovery.normalisation import common_share
-from clairlib.recovery.scores import log_scores, scored_energies
+from clairlib.recovery.normalisation import CommonParts, common_share
+from clairlib.recovery.scores import LEAST_VARIANCE, log_scores, scored_energies
 
+LACK_ERROR = 0.0025  # family-wise level of the test for the common part, a quarter of FAMILY_ERROR
 SUSPECT_ERROR = 0.01  # a member with a smaller p-value in a module does not shape the frame by which the module judges
 
 
@@ -28,7 +29,7 @@ class ModuleScores:
     energies inside the subspace. ``structure``, the members' explained variance, is the module's weight in the verdict.
     ``p_values`` (K,) are those of this module alone (`module_p_values`). ``noise`` (K,) is the log of the energy in the
     scored directions over that of the update. ``common`` is the part of the members' energy off the subspace that
-    their common part holds.
+    their common part holds. ``lack`` (K,) is how much of it a client lacks, and ``lack_variance`` (K,) its variance.
     """
 
     scores: Tensor
@@ -37,6 +38,8 @@ class ModuleScores:
     structure: Tensor
     p_values: Tensor
     noise: Tensor
+    lack: Tensor
+    lack_variance: Tensor
     common: float
 
     @classmethod
@@ -47,7 +50,11 @@ class ModuleScores:
         sizes = left_out.X.square().sum(dim=(1, 2)) / left_out.scale.square()
         noise = scored_energies(left_out)[0] - sizes.clamp(min=left_out.floor).log()
         structure, common = left_out.explained_variance, common_share(left_out.X, left_out.frame)
-        return cls(scores, variance, left_out.inside, structure, own, noise, common)
+        dof = max(left_out.benign.degrees_of_freedom(left_out.squares[left_out.frame.members]), 1.0)
+        parts = CommonParts.of(left_out.X, left_out.frame, dof)
+        nothing = torch.zeros_like(scores), torch.full_like(scores, torch.inf)
+        lack = nothing if parts is None else parts.lack()
+        return cls(scores, variance, left_out.inside, structure, own, noise, *lack, common)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -108,7 +115,25 @@ def judge(readings: Sequence[ModuleScores], members: Tensor) -> tuple[Tensor, Ca
     x, variance, inside = pool(readings)
     pooled = calibrate(x, members, variance)
     benign = benign_set(x, members, pooled.p_values, variance, inside)
-    return benign & ~found_in_modules(readings).any(dim=0), pooled
+    return benign & ~found_apart(readings), pooled
+
+
+def found_apart(readings: Sequence[ModuleScores]) -> Tensor:
+    """Return the clients (K,) bool that a single module finds, or that lack the common part of the members."""
+    return found_in_modules(readings).any(dim=0) | lacks_common_part(readings)
+
+
+def lacks_common_part(readings: Sequence[ModuleScores]) -> Tensor:
+    """Return whether each client (K,) bool lacks the common part, over all modules, by Simes' test at ``LACK_ERROR``.
+
+    Means of 1 - a_k, weighted by their precision, are compared with a normal distribution, from one side. A client
+    that sends something unrelated has a_k = 0, one that sends the negative a_k = -1, whatever its level of noise.
+    """
+    weights = torch.stack([1 / reading.lack_variance.clamp(min=LEAST_VARIANCE**2) for reading in readings])
+    lack = torch.stack([reading.lack for reading in readings])
+    z = (weights * lack).sum(dim=0) / weights.sum(dim=0).clamp(min=torch.finfo(lack.dtype).tiny).sqrt()
+    p_values = torch.special.ndtr(-z)
+    return p_values <= simes_cut(p_values, LACK_ERROR)
 
 
 def found_in_modules(readings: Sequence[ModuleScores]) -> Tensor:
@@ -151,8 +176,7 @@ def iterate_verdict(
         tried.append(benign)
         if read_wider is not None and not bool(decided.all()):
             wider = read_wider(benign)
-            found = found_in_modules(readings).any(dim=0)
-            decided = (decided | judge(wider, benign)[0]) & ~found
+            decided = (decided | judge(wider, benign)[0]) & ~found_apart(readings)
         if int(decided.sum()) < MINIMUM_CLIENTS or any(torch.equal(decided, known) for known in tried):
             return benign, pooled
         benign = decided
