@@ -43,6 +43,17 @@ def test_options_reach_the_fit_and_the_report(work: Path, monkeypatch: pytest.Mo
     assert json.loads((work / "out/ada" / CONFIG).read_text())["r"] == 3
 
 
+def test_trusted_clients_reach_the_verdict_and_the_report(work: Path) -> None:
+    arguments = ("align", work / "clients", "--output", work / "out")
+    assert clair(*arguments, "--trusted", "bob", "--trusted", "ada", "--quiet").exit_code == 0
+    report = json.loads((work / "out/report.json").read_text())
+    assert report["settings"]["trusted"] == ["ada", "bob"]
+    assert [client["name"] for client in report["clients"] if client["contaminated"]] == BAD
+    for wrong, what in (("nobody", "trusted client 'nobody'"), (BAD[0], "in no group of clients that agree")):
+        result = clair(*arguments, "--overwrite", "--trusted", wrong)
+        assert result.exit_code == 2 and what in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_existing_output_needs_overwrite(work: Path) -> None:
     arguments = ("align", work / "clients", "--output", work / "out", "--quiet")
     assert clair(*arguments).exit_code == 0
