@@ -23,7 +23,8 @@ def test_align_writes_folders_report_and_picture_and_says_the_same(work: Path) -
     for client in report["clients"]:
         (line,) = [line for line in lines if f" {client['name']} " in line]
         assert ("contaminated" in line) == client["contaminated"] and f"{client['score']:.3g}" in line
-    assert "8 benign, 2 contaminated" in lines[-1]
+    assert sum("8 benign, 2 contaminated; written to" in line for line in lines) == 1
+    assert all(any(line.startswith(f"{name}: found in ") for line in lines) for name in BAD)
     assert sorted(path.name for path in work.iterdir()) == ["clients", "out"]
 
 

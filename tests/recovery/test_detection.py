@@ -66,7 +66,7 @@ def test_p_values_allow_for_the_selection_of_the_members(K, n, monkeypatch):
 
 @pytest.mark.parametrize("K, n", [(400, 200), (400, 280), (400, 380)])
 def test_selection_is_the_mean_and_variance_of_the_lowest_of_normals(K, n):
-    """Of R samples the mean's standard error is below 1 / (n R)^1/2 times 2; order statistics differ from it by 1 / K."""
+    """Of R samples the mean's standard error is below 2 / (n R)^1/2; order statistics differ from it by 1 / K."""
     x = np.sort(np.random.default_rng(0).standard_normal((500, K)), axis=1)[:, :n]
     lowered, kept = selection(K, n)
     error = 10 / (n * 500) ** 0.5 + 1 / K

@@ -37,5 +37,5 @@ def test_a_direction_of_three_clients_is_named_and_those_of_all_are_not():
     ones, everybody = torch.ones(K, dtype=torch.float64), torch.ones(K, dtype=torch.bool)
     assert directions_of_few(X, ones, fit_frame(X, ones, everybody, 2)) == []
     direction = torch.nn.functional.normalize(torch.randn(30, 1, generator=g, dtype=torch.float64), dim=0)
-    X[3:6] += direction @ torch.randn(3, 1, 8, generator=g, dtype=torch.float64)
+    X[3:6] += 4 * direction @ torch.randn(3, 1, 8, generator=g, dtype=torch.float64)
     assert [3, 4, 5] in directions_of_few(X, ones, fit_frame(X, ones, everybody, 3))
