@@ -96,7 +96,7 @@ def lifted(parts: SharedParts) -> tuple[Tensor, LowRank]:
 
 def share(first: tuple[Tensor, LowRank], second: tuple[Tensor, LowRank]) -> Share:
     """Return what two sets of clients share, given their bases and common parts."""
-    (U, C), (V, D) = first, second
+    (U, V), (C, D) = (first[0], second[0]), (_unit(first[1]), _unit(second[1]))
     small = max(min(U.shape[1], V.shape[1]), 1)
     sizes = [inner(part, part) for part in (C, D)]
     cosine = inner(C, D) / (sizes[0] * sizes[1]) ** 0.5 if min(sizes) > 0 else 0.0
@@ -107,6 +107,12 @@ def inner(first: LowRank, second: LowRank) -> float:
     """Return the inner product of two updates in factored form."""
     left, right = first.B.double().T @ second.B.double(), first.A.double() @ second.A.double().T
     return first.scale * second.scale * float((left * right).sum())
+
+
+def _unit(update: LowRank) -> LowRank:
+    """Return the update divided by the largest entries of its factors, so that squares stay in range."""
+    B, A = (factor / (float(factor.abs().max()) or 1.0) for factor in (update.B.double(), update.A.double()))
+    return LowRank(B, A, 1.0 if update.scale >= 0 else -1.0)
 
 
 def merged(adapters: Any, made: Any, members: Tensor) -> Any:

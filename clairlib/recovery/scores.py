@@ -114,7 +114,7 @@ def noise_shape(squares: Tensor, dof: float) -> tuple[int, int]:
     Of one matrix of noise, tr C^2 / (tr C)^2 is 1 / rows + 1 / columns, here in the median client.
     """
     trace = squares.sum(dim=1).clamp(min=torch.finfo(squares.dtype).tiny)
-    total = float((squares.square().sum(dim=1) / trace.square()).median()) * dof  # rows + columns
+    total = float((squares / trace[:, None]).square().sum(dim=1).median()) * dof  # rows + columns
     columns = total / 2 - max(total**2 / 4 - dof, 0.0) ** 0.5
     columns = max(1, round(min(columns, float(squares.shape[1]))))
     return max(1, round(dof / columns)), columns

@@ -237,8 +237,9 @@ def test_report_is_strict_json_in_the_agreed_shape(clients: Path, tmp_path: Path
         raise AssertionError(f"{constant} is not JSON")
 
     report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
-    assert list(report) == ["clients", "modules", "settings", "provenance"]
-    assert list(report["clients"][0]) == ["name", "contaminated", "score", "p_value", "modules"]
+    assert list(report) == ["clients", "modules", "remarks", "shared", "settings", "provenance"]
+    keys = ["name", "contaminated", "verdict", "smallest_deviation", "found_in", "score", "p_value", "modules"]
+    assert list(report["clients"][0]) == keys and report["shared"] is True
     assert set(report["clients"][0]["modules"]) == MODULES
     keys = ["name", "shape", "rank", "shared_structure", "estimated_gain", "refined", "truncation_error", "spectrum"]
     assert all(list(module) == keys for module in report["modules"])

@@ -113,10 +113,10 @@ def test_names_stay_text_and_nothing_is_loaded_or_handled(tmp_path: Path) -> Non
 
 def test_tables_say_what_the_report_says(tmp_path: Path) -> None:
     page = written(tmp_path, report_of(NAMES, MODULES))
-    verdict, modules = page.cells[: 4 * len(NAMES)], page.cells[4 * len(NAMES) :]
-    rows = [verdict[place : place + 4] for place in range(0, len(verdict), 4)]
-    assert rows[0] == ["bob", "contaminated", "14.5", "0.001"]  # by score, the highest first
-    assert rows[-1] == [NAMES[0], "benign", "-", "-"]
+    verdict, modules = page.cells[: 5 * len(NAMES)], page.cells[5 * len(NAMES) :]
+    rows = [verdict[place : place + 5] for place in range(0, len(verdict), 5)]
+    assert rows[0] == ["bob", "contaminated", "14.5", "0.001", "-"]  # by score, the highest first
+    assert rows[-1] == [NAMES[0], "benign", "-", "-", "-"]
     assert modules[:8] == [MODULES[0], "64 × 48", "2", "0.55", "0.5", "yes", "0.125", ""]
     assert modules[8:] == [MODULES[1], "64 × 48", "2", "0.05", "-0.5", "no", "0.125", ""]
     text = "".join(page.text)
@@ -154,9 +154,11 @@ def test_missing_keys_are_left_out(tmp_path: Path, report: dict[str, Any]) -> No
 
 def test_little_structure_is_said_and_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
     report = report_of(["a", "b\udcff", "c"], ["m"])
-    report["modules"][0]["shared_structure"] = 0.09
+    report |= {"shared": False, "remarks": ["a and <c> sent nearly the same update"]}
+    report["clients"][0] |= {"verdict": "cannot tell", "smallest_deviation": 2.5}
     page = written(tmp_path, report)
-    assert "No shared subspace found" in "".join(page.text)
+    assert "Nothing shared found" in "".join(page.text) and "1 cannot tell" in "".join(page.text)
+    assert "a and <c> sent nearly the same update" in page.text and {"cannot tell", "2.5"} <= set(page.cells)
 
 
 def test_colours_are_those_of_the_plots(tmp_path: Path) -> None:

@@ -76,19 +76,20 @@ def test_two_processes_write_the_same_bytes(clients: Path, whole: Path, tmp_path
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_wrong_first_set_costs_a_pass_and_nothing_else(clients: Path, whole: Path, tmp_path, monkeypatch, jobs) -> None:
-    first_set, passes = alignment_passes.search_on_disk, []
+    start, passes = CLAIR.start, []
 
     def without_one(*arguments):
-        fits, benign = first_set(*arguments)
+        fits, known, benign = start(*arguments)
+        benign = benign.clone()
         benign[int(benign.nonzero()[0])] = False
-        return fits, benign
+        return fits, known, benign
 
     def counted(self, benign):
         passes.append(benign)
         return read(self, benign)
 
     read = alignment_passes.Passes.read
-    monkeypatch.setattr(alignment_passes, "search_on_disk", without_one)
+    monkeypatch.setattr(CLAIR, "start", without_one)
     monkeypatch.setattr(alignment_passes.Passes, "read", counted)
     align([clients], tmp_path / "out", jobs=jobs)
     assert len(passes) == 2 and digests(tmp_path / "out") == digests(whole)

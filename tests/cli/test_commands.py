@@ -23,7 +23,8 @@ def test_align_writes_folders_report_and_picture_and_says_the_same(work: Path) -
     for client in report["clients"]:
         (line,) = [line for line in lines if f" {client['name']} " in line]
         assert ("contaminated" in line) == client["contaminated"] and f"{client['score']:.3g}" in line
-    assert "8 benign, 2 contaminated" in lines[-1]
+    assert sum("8 benign, 2 contaminated; written to" in line for line in lines) == 1
+    assert all(any(line.startswith(f"{name}: found in ") for line in lines) for name in BAD)
     assert sorted(path.name for path in work.iterdir()) == ["clients", "out"]
 
 
@@ -41,6 +42,17 @@ def test_options_reach_the_fit_and_the_report(work: Path, monkeypatch: pytest.Mo
     assert [client["name"] for client in report["clients"] if client["contaminated"]] == BAD
     assert {module["rank"] for module in report["modules"]} == {2}
     assert json.loads((work / "out/ada" / CONFIG).read_text())["r"] == 3
+
+
+def test_trusted_clients_reach_the_verdict_and_the_report(work: Path) -> None:
+    arguments = ("align", work / "clients", "--output", work / "out")
+    assert clair(*arguments, "--trusted", "bob", "--trusted", "ada", "--quiet").exit_code == 0
+    report = json.loads((work / "out/report.json").read_text())
+    assert report["settings"]["trusted"] == ["ada", "bob"]
+    assert [client["name"] for client in report["clients"] if client["contaminated"]] == BAD
+    for wrong, what in (("nobody", "trusted client 'nobody'"), (BAD[0], "in no group of clients that agree")):
+        result = clair(*arguments, "--overwrite", "--trusted", wrong)
+        assert result.exit_code == 2 and what in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_existing_output_needs_overwrite(work: Path) -> None:

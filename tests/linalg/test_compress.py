@@ -18,9 +18,10 @@ from clairlib.linalg.subspace import project_out, sin_theta
 from clairlib.recovery.description_length import left_out_noise
 from clairlib.recovery.frame import fit_frame
 from clairlib.recovery.inputs import Module
-from clairlib.recovery.leave_one_out import log_scores, shared_structure
+from clairlib.recovery.leave_one_out import LeaveOneOut
 from clairlib.recovery.module_fit import ModuleFit
 from clairlib.recovery.refinement import estimate_gain
+from clairlib.recovery.scores import log_scores
 
 RANK, STRANGERS = 3, 5
 
@@ -64,7 +65,7 @@ def test_cores_hold_everything_when_all_directions_are_common(how):
     frame = fit_frame(X.core, WEIGHTS, BENIGN, None, X.shared_block)
     other = fit_frame(exact.core, WEIGHTS, BENIGN)
     assert frame.rank == other.rank == RANK
-    ours, theirs = log_scores(X.core, WEIGHTS, frame), log_scores(exact.core, WEIGHTS, other)
+    ours, theirs = log_scores(LeaveOneOut(X.core, WEIGHTS, frame)), log_scores(LeaveOneOut(exact.core, WEIGHTS, other))
     assert torch.allclose(ours[0], theirs[0], atol=1e-8) and ours[1] == pytest.approx(theirs[1], rel=1e-6)
     left = stack(updates).B @ X.left
     assert torch.allclose(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64), atol=1e-8)
@@ -77,12 +78,13 @@ def test_own_coordinates_neglect_little(how):
     X, exact = compress(stack(updates), (64, 64), generator=derive(0, "test")), cores_of_factors(updates).core
     assert X.shared_block == (64, 64) and X.core.shape[1:] == (80, 80)
     frame, other = fit_frame(X.core, WEIGHTS, BENIGN, None, X.shared_block), fit_frame(exact, WEIGHTS, BENIGN)
-    (x, _), (y, _) = log_scores(X.core, WEIGHTS, frame), log_scores(exact, WEIGHTS, other)
+    (x, _), (y, _) = log_scores(LeaveOneOut(X.core, WEIGHTS, frame)), log_scores(LeaveOneOut(exact, WEIGHTS, other))
     assert frame.rank == other.rank == RANK
     assert float((x - y).abs().max()) < 0.25 * float(y[BENIGN].std())
-    structure = [float(shared_structure(stacked, WEIGHTS, f)) for stacked, f in ((X.core, frame), (exact, other))]
+    both = (X.core, frame), (exact, other)
+    structure = [float(LeaveOneOut(stacked, WEIGHTS, f).explained_variance) for stacked, f in both]
     assert structure[0] == pytest.approx(structure[1], abs=0.02)
-    gains = [estimate_gain(stacked, WEIGHTS, f).relative for stacked, f in ((X.core, frame), (exact, other))]
+    gains = [estimate_gain(stacked, WEIGHTS, f).relative for stacked, f in both]
     assert gains[0] == pytest.approx(gains[1], abs=0.02)
 
 

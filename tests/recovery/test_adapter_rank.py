@@ -9,7 +9,7 @@ from clairlib import CLAIR, LowRank
 from clairlib.bench.alignment import apart
 from clairlib.core.seeds import derive
 from clairlib.linalg.refined_factors import exact_update
-from clairlib.recovery.clair import _refine
+from clairlib.recovery.assembly import Maker, lifted
 from clairlib.recovery.inputs import Module, transpose
 from helpers.memory import ranks_of_a_fit
 
@@ -99,16 +99,16 @@ def test_each_client_has_its_own_scale_of_the_common_part(form, side):
     """The scale enters the refined updates of all forms and sides alike."""
     updates = adapters(*(COMPRESSED if form == "compressed cores" else EXACT))
     dense = torch.stack([u.dense() for u in updates])
-    clair, scales = CLAIR(side=side), torch.linspace(-1.0, 2.0, K, dtype=torch.float64)
     module = Module("m", dense if form == "dense" else updates, side == "input", numpy=False)
-    fit = clair.prepare(module, torch.ones(K, dtype=torch.float64), BENIGN)
-    parts = fit.parts(fit.frame(BENIGN), updates)
-    U, off = parts if isinstance(parts, tuple) else (parts.lifted_basis(), parts.common_part())
-    expected = U @ (U.T @ dense) + scales[:, None, None] * off.dense()
+    fit = CLAIR(side=side).prepare(module, torch.ones(K, dtype=torch.float64), BENIGN)
+    fit.scales = torch.linspace(-1.0, 2.0, K, dtype=torch.float64)
+    outcome, maker = fit.outcome(BENIGN), Maker(module, True, None, derive(0, "off"))
+    parts = fit.parts(outcome.frame, updates)
+    U, off = lifted(parts)
+    expected = U @ (U.T @ dense) + fit.scales[:, None, None] * off.dense()
     expected[~BENIGN] = dense[~BENIGN]
-    refined, errors = _refine(module, parts, BENIGN, None, derive(0, "off"), scales)
+    refined, errors = maker.refined(fit, outcome, parts)
     refined = refined if form == "dense" else torch.stack([u.dense() for u in refined])
-    refined = refined.mT if side == "input" else refined
     measured = (refined - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
     assert torch.allclose(measured, errors, atol=1e-8) and bool((errors > 0).any()) == (form != "dense")
     assert float(errors.max()) < 0.5

@@ -8,6 +8,7 @@ from scipy import stats
 from clairlib.core.seeds import derive
 from clairlib.recovery.detection import (
     FAMILY_ERROR,
+    LEAST_KEPT_VARIANCE,
     PRIOR_CLIENTS,
     STRANGER_ERROR,
     any_contaminated,
@@ -15,6 +16,7 @@ from clairlib.recovery.detection import (
     calibrate,
     lacks_subspace_energy,
     least_error_set,
+    selection,
 )
 
 LEVEL = 1e-4  # of every test below that could fail by chance; seeds are fixed
@@ -30,14 +32,51 @@ def scores(seed, K, variance=0.04, centre=2.0):
     return torch.as_tensor(centre + spread * generator.standard_normal(K)), variance
 
 
-@pytest.mark.parametrize("K, n", [(12, 12), (12, 5), (30, 20)])
-def test_p_values_of_members_and_outsiders_are_uniform(K, n):
-    """One member's and one outsider's p-value a replicate: independent, so Kolmogorov-Smirnov applies."""
-    members = torch.arange(K) < n
-    values = torch.stack([calibrate(x, members, v).p_values for x, v in (scores(s, K) for s in range(600))])
-    assert stats.kstest(values[:, 0].numpy(), "uniform").pvalue > LEVEL
-    if n < K:
-        assert stats.kstest(values[:, -1].numpy(), "uniform").pvalue > LEVEL
+def lowest(x, n):
+    """The clients (K,) bool with the n lowest scores, as members are selected."""
+    return x <= x.sort().values[n - 1]
+
+
+def test_p_values_are_uniform_where_everybody_is_a_member():
+    """One member's p-value a replicate: independent, so Kolmogorov-Smirnov applies."""
+    members = torch.ones(12, dtype=torch.bool)
+    values = torch.stack([calibrate(x, members, v).p_values[0] for x, v in (scores(s, 12) for s in range(600))])
+    assert stats.kstest(values.numpy(), "uniform").pvalue > LEVEL
+
+
+@pytest.mark.parametrize("K, n", [(12, 8), (30, 20), (30, 15)])
+def test_p_values_allow_for_the_selection_of_the_members(K, n, monkeypatch):
+    """Honest clients of which the n with the least scores are members: p-values are near uniform, not small.
+
+    Correction is for a normal sample cut at its quantile, so it is not exact for few clients. Without it, clients that
+    were left out look foreign.
+    """
+    def distance():
+        drawn = [scores(s, K) for s in range(600)]
+        found = torch.stack([calibrate(x, lowest(x, n), v).p_values for x, v in drawn])
+        smallest = 1 - (1 - found.min(dim=1).values) ** K  # uniform if independent
+        return stats.kstest(found[:, 0].numpy(), "uniform").statistic, float((smallest < FAMILY_ERROR).float().mean())
+
+    corrected = distance()
+    monkeypatch.setattr("clairlib.recovery.detection.selection", lambda *_: (0.0, 1.0))
+    plain = distance()
+    assert corrected[0] < 0.5 * plain[0] and corrected[1] <= stats.binom.ppf(1 - LEVEL, 600, FAMILY_ERROR) / 600
+    assert plain[1] > stats.binom.ppf(1 - LEVEL, 600, FAMILY_ERROR) / 600
+
+
+@pytest.mark.parametrize("K, n", [(400, 200), (400, 280), (400, 380)])
+def test_selection_is_the_mean_and_variance_of_the_lowest_of_normals(K, n):
+    """Of R samples the mean's standard error is below 2 / (n R)^1/2; order statistics differ from it by 1 / K."""
+    x = np.sort(np.random.default_rng(0).standard_normal((500, K)), axis=1)[:, :n]
+    lowered, kept = selection(K, n)
+    error = 10 / (n * 500) ** 0.5 + 1 / K
+    assert -x.mean() == pytest.approx(lowered, abs=error)
+    assert x.var(axis=1).mean() == pytest.approx(kept, abs=error)
+
+
+def test_nothing_is_selected_where_everybody_or_almost_nobody_is_a_member():
+    assert selection(20, 20) == (0.0, 1.0) == selection(20, 2)
+    assert selection(10**6, 3)[1] == LEAST_KEPT_VARIANCE
 
 
 def test_p_values_follow_from_the_other_members():
@@ -50,21 +89,24 @@ def test_p_values_follow_from_the_other_members():
     second = calibrate(moved, members, v)
     keep = torch.arange(10) != 8
     assert torch.equal(first.p_values[keep], second.p_values[keep])
-    low, high = x.clone(), x.clone()
+    everybody = torch.ones(7, dtype=torch.bool)  # nobody was selected, so high and low count alike
+    low, high = x[:7].clone(), x[:7].clone()
     low[0], high[0] = x[1:7].mean() - 3.0, x[1:7].mean() + 3.0
-    assert float(calibrate(low, members, v).z[0]) == pytest.approx(-float(calibrate(high, members, v).z[0]), rel=1e-9)
+    below, above = (float(calibrate(own, everybody, v).z[0]) for own in (low, high))
+    assert below == pytest.approx(-above, rel=1e-9)
 
 
 def test_calibration_is_the_moderated_t_of_each_client_against_the_others():
     x, v = scores(1, 9)
     members = torch.tensor([True] * 6 + [False] * 3)
-    found = calibrate(x, members, v)
+    found, (lowered, kept) = calibrate(x, members, v), selection(9, 6)
     for k in range(9):
         others = members & (torch.arange(9) != k)
         rest = x[others].numpy()
-        freedom = PRIOR_CLIENTS + len(rest) - 1
-        spread = ((PRIOR_CLIENTS * v + np.square(rest - rest.mean()).sum()) / freedom) ** 0.5
-        z = (float(x[k]) - rest.mean()) / (spread * (1 + 1 / len(rest)) ** 0.5)
+        freedom, squares = PRIOR_CLIENTS + len(rest) - 1, np.square(rest - rest.mean()).sum() / kept
+        spread = ((PRIOR_CLIENTS * v + squares) / freedom) ** 0.5
+        centre = rest.mean() + lowered * min(spread, (squares / (len(rest) - 1)) ** 0.5)
+        z = (float(x[k]) - centre) / (spread * (1 + 1 / len(rest)) ** 0.5)
         assert float(found.z[k]) == pytest.approx(z, rel=1e-6)
         assert float(found.p_values[k]) == pytest.approx(stats.t.sf(z, freedom), rel=1e-6)
 
@@ -80,9 +122,9 @@ def test_calibration_does_not_depend_on_where_the_scores_lie():
 def test_family_wise_error_of_anybody(members, monkeypatch):
     """At most FAMILY_ERROR of benign families are rejected; Bonferroni's bound is nearly tight, so some are."""
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage in every call: 70 ms
-    who, replicates = torch.arange(24) < members, 1200
+    replicates = 1200
     drawn = (scores(s, 24) for s in range(replicates))
-    rejected = sum(any_contaminated(calibrate(x, who, v).p_values) for x, v in drawn)
+    rejected = sum(any_contaminated(calibrate(x, lowest(x, members), v).p_values) for x, v in drawn)
     assert rejected <= stats.binom.ppf(1 - LEVEL, replicates, FAMILY_ERROR)
     assert rejected >= 1
 

@@ -187,8 +187,6 @@ def test_an_input_side_refusal_says_the_shape_that_was_given():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_degenerate_but_valid_updates_are_fitted(rank):
-    zero = CLAIR(rank=rank).fit(torch.zeros(4, 5, 3))
-    assert bool(zero.benign.all()) and not zero.refined.any() and zero.gain == 0.0
+def test_identical_updates_are_fitted(rank):
     same = CLAIR(rank=rank).fit(torch.ones(4, 5, 3))
     assert bool(same.benign.all()) and torch.equal(same.refined, torch.ones(4, 5, 3))
