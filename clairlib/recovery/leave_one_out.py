@@ -83,14 +83,14 @@ class LeaveOneOut:
 
     @cached_property
     def leverage(self) -> Tensor:
-        """Energy (K,) that the subspace's tilt adds to a residual, in units of the noise energy.
+        """Energy (K,) that the subspace's tilt adds to a residual, in units of the noise energy of a column.
 
         A subspace fitted to noisy clients is tilted, and leaves out more of a client that holds more in it: for a
-        client with coefficients C_k (r, q) by tr(C_k' S^-1 C_k) / q, where S is the scatter without the client (the
+        client with coefficients C_k (r, q) by tr(C_k' S^-1 C_k), to be divided by the columns of the noise, where S is the scatter without the client (the
         leverage of least squares; residuals so corrected are studentised). Directions of the noise have no tilt: only
         those before a gap of the spectrum count.
         """
-        frame, w, (K, _, q), r = self.frame, self.weights, self.X.shape, self.frame.rank
+        frame, w, K, r = self.frame, self.weights, len(self.X), self.frame.rank
         apart = max(gap_rank(frame.eigenvalues[: resolved_rank(frame.eigenvalues)], r), 1)
         if r == 0:
             return self.X.new_zeros(K)
@@ -102,7 +102,7 @@ class LeaveOneOut:
         least = LEAST_LOAD * frame.eigenvalues[apart - 1] + torch.finfo(G.dtype).tiny
         inverse = (Q / values.clamp(min=least)[:, None, :]) @ Q.mT
         own = torch.where(members, (W / (W - w)).square() / (1 / w + 1 / (W - w)), 1 / (1 / w + 1 / W))
-        return (inverse * G).sum(dim=(1, 2)) * own / q
+        return (inverse * G).sum(dim=(1, 2)) * own
 
     @cached_property
     def explained_variance(self) -> Tensor:

@@ -87,7 +87,7 @@ def scored_energies(left_out: LeaveOneOut) -> tuple[Tensor, Tensor, NoiseLaw]:
     rows, columns = noise_shape(squares[members], dof)
     m = max(1, min(SCORED_DIRECTIONS_PER_RANK * left_out.frame.rank, int(SCORED_PART * columns)))
     law = noise_law(rows, columns, m)
-    top = squares[:, :m].sum(dim=1) / (1 + left_out.leverage / law.part)
+    top = squares[:, :m].sum(dim=1) / (1 + left_out.leverage / (columns * law.part))
     T, B = (energy.clamp(min=left_out.floor).log() for energy in (top, squares[:, m:].sum(dim=1)))
     return T, B, law
 
