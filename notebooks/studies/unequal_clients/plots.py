@@ -134,8 +134,8 @@ def ablation_heat(table: pd.DataFrame) -> Figure:
     with plt.style.context(STYLE):
         kinds = list(dict.fromkeys(table.kind))
         widths = [table[table.kind == kind].condition.nunique() for kind in kinds]
-        how = {"sharey": True, "width_ratios": widths, "squeeze": False}
-        figure, panels = plt.subplots(1, len(kinds), figsize=(2 + 0.85 * sum(widths), 3.6), **how)
+        size = (2 + 0.85 * sum(widths), 3.6)
+        figure, panels = plt.subplots(1, len(kinds), figsize=size, sharey=True, width_ratios=widths, squeeze=False)
         for axes, kind in zip(panels[0], kinds, strict=True):
             own = table[table.kind == kind]
             wide = own.pivot(index="without", columns="condition", values="exact")
