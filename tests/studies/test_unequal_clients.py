@@ -171,7 +171,7 @@ def test_the_told_test_keeps_its_level_and_sees_what_is_loud():
 
 
 def test_names_of_cells_and_what_they_draw():
-    case = Case("50 x 10, K = 8", "sizes .3", Attack("module", count=2, energy=0.5), "tails")
+    case = Case("50 x 10, 8 clients", "sizes .3", Attack("module", count=2, energy=0.5), "tails")
     assert Case.of(**case.parameters) == case
     same = draw(DESIGNS[case.design], CONDITIONS[case.condition], case.attack, seed=3, index=2)
     assert torch.equal(case.draw(3, 2).updates["module_0"], same.updates["module_0"])
@@ -203,14 +203,14 @@ SHOWN_BY = {"sizes": Honest(sizes=0.4), "tails": Honest(tails="rows"), "leverage
 def test_every_stand_in_is_called_by_the_verdict(rule):
     """A rule that has moved would be switched off in vain."""
     honest = SHOWN_BY.get(rule, Honest(samples=10.0))
-    X = drawn(Design(K=12, p=20, q=8), honest, Attack("unstructured")).updates
+    X = drawn(Design(K=16, p=40, q=8), honest, Attack("unstructured", count=3)).updates
     before = CLAIR().fit(X).scores
     with ablation.without(rule):
         assert not torch.equal(CLAIR().fit(X).scores, before)
 
 
 def test_a_run_is_compared_with_the_truth():
-    case = Case("50 x 10, K = 8", "alike", Attack("sign_flip", count=2))
+    case = Case("50 x 10, 8 clients", "alike", Attack("sign_flip", count=2))
     own = case.draw(0, 0)
     row = study.run_row(own, CLAIR().fit(own.updates))
     assert row["exact"] and row["recall"] == 1 and not row["anybody"] and row["honest_flagged"] == 0
@@ -220,14 +220,14 @@ def test_a_run_is_compared_with_the_truth():
 def test_parts_of_a_cell_are_its_draws_once():
     parts = study._parts(23, 10, 5)
     assert [i for part in parts for i in range(part["start"], part["start"] + part["draws"])] == list(range(23))
-    whole, half = (study.run_cases([(Case("50 x 10, K = 8"), 2)], batch=batch, seed=0) for batch in (2, 1))
+    whole, half = (study.run_cases([(Case("50 x 10, 8 clients"), 2)], batch=batch, seed=0) for batch in (2, 1))
     assert whole.recall.equals(half.recall) and whole.ratio.equals(half.ratio)
 
 
 def test_tables_and_figures_of_small_studies():
     how = {"batch": 5, "seed": 0}
-    honest = study.run_cases([(Case("50 x 10, K = 8", c, NOBODY), 2) for c in ("alike", "sizes .3")], **how)
-    alarms = tables.false_alarms(honest.assign(cut=True))
+    honest = study.run_cases([(Case("50 x 10, 8 clients", c, NOBODY), 2) for c in ("alike", "sizes .3")], **how)
+    alarms = tables.false_alarms(honest.assign(claimed=True))
     assert list(alarms.draws) == [2, 2] and (alarms.low <= alarms.anybody).all()
     assert isinstance(plots.false_alarms(alarms, 0.01), Figure)
     weak = tables.recall(study.weak_study([0.5], draws=1, **how))

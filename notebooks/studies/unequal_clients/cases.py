@@ -8,9 +8,9 @@ from typing import Any
 from studies.unequal_clients.clients import NOISE, Attack, Design, Drawn, Honest, draw
 
 DESIGNS = {
-    "50 x 10, K = 20": Design(),
-    "50 x 10, K = 8": Design(K=8),
-    "50 x 10, K = 60": Design(K=60),
+    "50 x 10": Design(),
+    "50 x 10, 8 clients": Design(K=8),
+    "50 x 10, 60 clients": Design(K=60),
     "64 x 64": Design(p=64, q=64),
     "LoRA, frozen A": Design("frozen", p=128, q=128),
     "LoRA, common start": Design("common", p=128, q=128),
@@ -18,7 +18,7 @@ DESIGNS = {
     "8 modules": Design(modules=8),
     "56 modules": Design(modules=56),
 }
-"""K = 20 where it is not said; updates of several modules are 50 x 10, of LoRA 128 x 128 with adapters of rank 8."""
+"""There are 20 clients where it is not said; updates of several modules are 50 x 10, of LoRA 128 x 128 with adapters of rank 8."""
 CONDITIONS = {
     "alike": Honest(),
     "sizes .1": Honest(sizes=0.1),
@@ -35,7 +35,7 @@ CONDITIONS = {
 }
 ALL = tuple(name for name in CONDITIONS if name != "samples 6:1")  # of honest clients alone
 FEW = ("alike", "sizes .3", "samples 4:1", "heavy rows", "one 10 x as large inside")  # for designs that take long
-FIRST = "50 x 10, K = 20"  # the design in which most is measured
+FIRST = "50 x 10"  # the design in which most is measured
 NONE = "nothing"  # no rule is switched off
 
 

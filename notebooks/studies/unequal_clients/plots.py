@@ -14,7 +14,7 @@ from studies.unequal_clients.clients import NOISE
 
 COLOURS = {"CLAIR": BENIGN, "told all": "#000000", "alike": BENIGN, "samples 4:1": CONTAMINATED, "sizes .3": "#009e73"}
 ACROSS = 5  # most panels in a row
-DARK = 0.6  # values beyond this distance from one half stand in white
+DARK = 0.6  # larger shares stand in white
 
 
 def false_alarms(table: pd.DataFrame, allowed: float) -> Figure:
@@ -33,7 +33,7 @@ def false_alarms(table: pd.DataFrame, allowed: float) -> Figure:
             own = table[table.design == design]
             _dots(axes, [rows.index(name) for name in own.condition], own, "anybody")
             axes.axvline(allowed, color=NEUTRAL, linestyle="--", linewidth=1)
-            axes.set_title(f"{design}\n{own.draws.max()} draws", fontsize=9)
+            axes.set_title(f"{design}\ndraws: {own.draws.max()}", fontsize=9)
         for axes in list(panels.flat)[len(names) :]:
             axes.set_axis_off()
         panels[0][0].set_yticks(range(len(rows)), rows, fontsize=8)
@@ -95,10 +95,10 @@ def module_heat(table: pd.DataFrame) -> Figure:
 def _heat(axes: Axes, wide: pd.DataFrame) -> None:
     """Draw shares in percent; what is not defined stays empty."""
     shown = wide.to_numpy(dtype=float)
-    axes.imshow(shown, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), share in np.ndenumerate(shown):
         if not np.isnan(share):
-            colour = "white" if abs(2 * share - 1) > DARK else "black"
+            colour = "white" if share > DARK else "black"
             axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(wide.shape[1]), [_name(x) for x in wide.columns], fontsize=8)
     axes.set_yticks(range(len(wide)), [_name(x) for x in wide.index], fontsize=8)
@@ -141,6 +141,6 @@ def ablation_heat(table: pd.DataFrame) -> Figure:
             wide = own.pivot(index="without", columns="condition", values="exact")
             _heat(axes, wide.loc[list(dict.fromkeys(own.without)), list(dict.fromkeys(own.condition))])
             axes.set_title(titles[kind], fontsize=9)
-            axes.tick_params(axis="x", rotation=60)
+            plt.setp(axes.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
         panels[0][0].set_ylabel("without")
     return figure

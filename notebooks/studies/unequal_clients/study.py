@@ -24,11 +24,9 @@ from studies.unequal_clients.clients import Attack, Drawn
 from studies.unequal_clients.oracle import oracle_flags
 
 KINDS = ("unstructured", "coalition", "sign_flip")
-BESIDE = ("alike", "sizes .3", "samples 4:1")  # conditions of the honest clients beside contaminated ones
 WEAK = ("weak", "towards")
 WEAK_BESIDE = "samples 6:1"
 FACTORS = (0.5, 1.0, 2.0)  # of the smallest deviation that would be found
-ABLATED = ("alike", "sizes .3", "samples 4:1", "samples 10:1", "heavy rows", "one 10 x as large inside")
 
 
 def flagged(result: ClairResult) -> Tensor:
@@ -98,7 +96,7 @@ def _parts(draws: int, batch: int, seed: int) -> list[dict[str, int]]:
 def honest_study(designs: Mapping[str, int], slow_designs: Mapping[str, int], **how: Any) -> pd.DataFrame:
     """Run honest clients alone: every condition for ``designs``, given with their draws a cell, and ``FEW`` for others.
 
-    Heavy tails are those of the coordinates in which updates are sent: the column ``cut`` says whether these are cut.
+    The column ``claimed`` leaves out adapters with heavy tails, which are not cut there, or with one large client.
     """
     names = [(designs, ALL), (slow_designs, FEW)]
     cases = [
@@ -106,12 +104,13 @@ def honest_study(designs: Mapping[str, int], slow_designs: Mapping[str, int], **
         for own, conditions in names for design, draws in own.items() for condition in conditions
     ]  # fmt: skip
     runs = run_cases(cases, **how)
-    return runs.assign(cut=~(runs.design.str.startswith("LoRA") & runs.condition.str.startswith("heavy")))
+    hard = runs.condition.str.startswith(("heavy", "one"))
+    return runs.assign(claimed=~(runs.design.str.startswith("LoRA") & hard))
 
 
-def contaminated_study(draws: int, share: float = 0.3, **how: Any) -> pd.DataFrame:
-    """Run contaminated clients of every one of ``KINDS`` beside honest ones of every condition of ``BESIDE``."""
-    cases = [(Case(condition=c, attack=Attack(kind, share)), draws) for kind in KINDS for c in BESIDE]
+def contaminated_study(conditions: Sequence[str], draws: int, share: float = 0.3, **how: Any) -> pd.DataFrame:
+    """Run contaminated clients of every one of ``KINDS`` beside honest ones of every condition."""
+    cases = [(Case(condition=c, attack=Attack(kind, share)), draws) for kind in KINDS for c in conditions]
     return run_cases(cases, **how)
 
 
@@ -151,9 +150,9 @@ def module_key(placement: str, times_noise: float) -> dict[str, Any]:
     return own | {"placement": placement, "times_noise": times_noise}
 
 
-def population_study(draws: int, share: float = 0.4, **how: Any) -> pd.DataFrame:
-    """Run two honest populations with the same subspace and another common part each, in every one of ``BESIDE``."""
-    return run_cases([(Case(condition=c, attack=Attack("population", share)), draws) for c in BESIDE], **how)
+def population_study(conditions: Sequence[str], draws: int, share: float = 0.4, **how: Any) -> pd.DataFrame:
+    """Run two honest populations with the same subspace and a common part each, in every condition."""
+    return run_cases([(Case(condition=c, attack=Attack("population", share)), draws) for c in conditions], **how)
 
 
 def seen_cell(condition: str, draws: int, start: int, seed: int) -> dict[str, Rows]:
@@ -195,8 +194,11 @@ def unrelated_study(draws: int, **how: Any) -> pd.DataFrame:
     return run_cases([(Case(attack=Attack("unstructured", share=1.0)), draws)], **how)
 
 
-def ablation_study(draws: int, **how: Any) -> pd.DataFrame:
-    """Run honest clients alone, and unstructured contamination beside them, with one rule off at a time."""
-    attacks = [(Attack("none"), c) for c in ABLATED] + [(Attack("unstructured"), c) for c in BESIDE]
+def ablation_study(alone: Sequence[str], beside: Sequence[str], draws: int, **how: Any) -> pd.DataFrame:
+    """Run honest clients ``alone``, and ``beside`` unstructured contamination, with one rule off at a time.
+
+    Both are lists of conditions.
+    """
+    attacks = [(Attack("none"), c) for c in alone] + [(Attack("unstructured"), c) for c in beside]
     rules = [NONE, *RULES]
     return run_cases([(Case(FIRST, c, attack, rule), draws) for rule in rules for attack, c in attacks], **how)

@@ -15,14 +15,14 @@ def false_alarms(runs: pd.DataFrame, by: list[str] = SETTING) -> pd.DataFrame:
     """Summarise honest clients alone.
 
     Columns: share of draws in which anybody is flagged (Wilson interval), share of clients flagged, refined over local
-    error, the largest such ratio of one client in any draw, and whether heavy tails are cut there (`honest_study`).
+    error, the largest such ratio of one client in any draw, and whether the cell is `claimed` (`honest_study`).
     """
     return _rows(runs, by, _of_honest)
 
 
 def _of_honest(cell: pd.DataFrame) -> dict[str, Any]:
     rates = _rate(cell, "anybody") | {"honest_flagged": cell.honest_flagged.mean(), "ratio": cell.ratio.mean()}
-    return rates | {"worst": cell.worst.max(), "cut": bool(cell.cut.all())}
+    return rates | {"worst": cell.worst.max(), "claimed": bool(cell.claimed.all())}
 
 
 def contamination(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
