@@ -18,7 +18,7 @@ DESIGNS = {
     "8 modules": Design(modules=8),
     "56 modules": Design(modules=56),
 }
-"""There are 20 clients where it is not said; updates of several modules are 50 x 10, of LoRA 128 x 128 with adapters of rank 8."""
+"""There are 20 clients where it is not said. Modules of several are 50 x 10, of LoRA 128 x 128, adapters of rank 8."""
 CONDITIONS = {
     "alike": Honest(),
     "sizes .1": Honest(sizes=0.1),
