@@ -26,7 +26,7 @@ from studies.unequal_clients.oracle import oracle_flags
 KINDS = ("unstructured", "coalition", "sign_flip")
 WEAK = ("weak", "towards")
 WEAK_BESIDE = "samples 6:1"
-FACTORS = (0.5, 1.0, 2.0)  # of the smallest deviation that would be found
+FACTORS = (0.5, 1.0, 1.5, 2.0)  # of the smallest deviation that would be found
 
 
 def flagged(result: ClairResult) -> Tensor:
