@@ -130,11 +130,11 @@ def ablation_heat(table: pd.DataFrame) -> Figure:
 
     ``table`` columns: without, kind, condition, exact. Of honest clients alone a set is exact if nobody is flagged.
     """
-    titles = {"none": "honest clients alone: nobody flagged", "unstructured": "30 % unstructured: exact set"}
+    titles = {"none": "honest alone:\nnobody flagged", "unstructured": "30 % unstructured:\nexact set"}
     with plt.style.context(STYLE):
         kinds = list(dict.fromkeys(table.kind))
         widths = [table[table.kind == kind].condition.nunique() for kind in kinds]
-        size = (2 + 0.85 * sum(widths), 3.6)
+        size = (2.4 + 0.85 * sum(widths), 3.8)
         figure, panels = plt.subplots(1, len(kinds), figsize=size, sharey=True, width_ratios=widths, squeeze=False)
         for axes, kind in zip(panels[0], kinds, strict=True):
             own = table[table.kind == kind]

@@ -132,15 +132,15 @@ def weak_study(energies: Sequence[float], *, draws: int, batch: int, seed: int, 
     return sweep(weak_cell, cells, **how)["runs"]
 
 
-def module_study(designs: Mapping[str, int], times_noise: Sequence[float], **how: Any) -> pd.DataFrame:
+def module_study(designs: Mapping[str, int], times_noise: Mapping[str, Sequence[float]], **how: Any) -> pd.DataFrame:
     """Run attacks in single modules, by ``PLACEMENTS`` and by their norm over that of the noise.
 
-    ``designs`` are given with their draws a cell.
+    ``designs`` are given with their draws a cell, ``times_noise`` has the norms of each.
     """
-    cells = [(d, n, placement, x) for d, n in designs.items() for placement in PLACEMENTS for x in times_noise]
+    cells = [(d, n, placement, x) for d, n in designs.items() for placement in PLACEMENTS for x in times_noise[d]]
     runs = run_cases([(Case(d, attack=module_attack(where, x)), n) for d, n, where, x in cells], **how)
-    named = pd.DataFrame([module_key(where, x) for where in PLACEMENTS for x in times_noise]).drop_duplicates()
-    return runs.merge(named, on=["energy", "count", "apart", "together"])
+    keys = {(where, x): module_key(where, x) for _, _, where, x in cells}
+    return runs.merge(pd.DataFrame(list(keys.values())), on=["energy", "count", "apart", "together"])
 
 
 def module_key(placement: str, times_noise: float) -> dict[str, Any]:
