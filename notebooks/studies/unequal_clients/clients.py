@@ -80,11 +80,14 @@ class Attack:
 class Drawn:
     """Clients of one draw: ``updates`` and honest ``targets`` (K, p, q) by module, ``benign`` (K,), a_k and sigma_k.
 
-    ``attacked`` are the names of the modules with a deviation by client index.
+    Of a second population ``targets`` has its own. ``bases`` U and ``common`` M are by module, in the columns in which
+    the noise lies. ``attacked`` are the names of the modules with a deviation by client index.
     """
 
     updates: dict[str, Updates]
     targets: dict[str, Tensor]
+    bases: dict[str, Tensor]
+    common: dict[str, Tensor]
     benign: Tensor
     scales: Tensor
     noise: Tensor
@@ -107,11 +110,10 @@ def draw(design: Design, honest: Honest, attack: Attack, *, seed: int, index: in
     if not attack.apart:
         places = places[:1] * len(bad)
     attacked = {k: names[m] for k, m in zip(bad.tolist(), places, strict=True)} if attack.kind == "module" else {}
-    drawn = Drawn({}, {}, benign, scales, noise, attacked)
+    drawn = Drawn({}, {}, {}, {}, benign, scales, noise, attacked)
     for name in names:
         own = torch.tensor([k for k in bad.tolist() if attacked.get(k, name) == name], dtype=torch.long)
-        updates, targets = _module(design, honest, attack, own, drawn, generator)
-        drawn.updates[name], drawn.targets[name] = updates, targets
+        _module(design, honest, attack, own, drawn, name, generator)
     return drawn
 
 
@@ -129,9 +131,9 @@ def _common(p: int, q: int, generator: Generator) -> Tensor:
 
 
 def _module(
-    design: Design, honest: Honest, attack: Attack, bad: Tensor, drawn: Drawn, generator: Generator
-) -> tuple[Updates, Tensor]:
-    """Draw one module; the clients ``bad`` deviate in it. Sizes are in units of a row of A_k, of norm one."""
+    design: Design, honest: Honest, attack: Attack, bad: Tensor, drawn: Drawn, name: str, generator: Generator
+) -> None:
+    """Draw the module ``name`` into ``drawn``; the clients ``bad`` deviate in it. A row of A_k has norm one."""
     K, p, n, r = design.K, design.p, design.columns, design.r
     U, M = _basis(p, r, generator), _common(p, n, generator)
     A = _normal(K, r, n, generator=generator) / n**0.5
@@ -143,13 +145,17 @@ def _module(
     sent = targets.clone()
     if len(bad):
         sent[bad] = _deviating(attack, targets[bad], U, M, generator)
+    if attack.kind == "population":
+        targets = sent
     E = _noise(honest.tails, K, p, n, generator)
     scaled = drawn.scales[:, None, None]
     sent, targets = scaled * sent + drawn.noise[:, None, None] * E, scaled * targets
-    if design.geometry == "dense":
-        return sent, targets
-    rows = _rows(design, generator)
-    return [LowRank(B, A_k) for B, A_k in zip(sent, rows, strict=True)], targets @ rows
+    drawn.bases[name], drawn.common[name] = U, M
+    drawn.updates[name], drawn.targets[name] = sent, targets
+    if design.geometry != "dense":
+        rows = _rows(design, generator)
+        drawn.updates[name] = [LowRank(B, A_k) for B, A_k in zip(sent, rows, strict=True)]
+        drawn.targets[name] = targets @ rows
 
 
 def _rows(design: Design, generator: Generator) -> Tensor:
