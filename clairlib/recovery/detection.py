@@ -14,6 +14,8 @@ from torch import Tensor
 
 FAMILY_ERROR = 0.01
 STRANGER_ERROR = 0.001  # level of the test for a group; together with Simes' half it stays within FAMILY_ERROR
+CUT_ROUNDS = 30
+SMALLEST_SHARE = 0.25  # least part of the benign clients that a set of members is taken to be
 LEAST_KEPT_VARIANCE = 0.05  # least part of the variance of scores that a selected set is taken to show
 PRIOR_CLIENTS = 6.0  # weight, in clients, of the variance under pure noise against the variance between members
 
@@ -44,7 +46,7 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
     left = torch.where(members, n - 1, n)  # number of members with which each client is compared
     shift = torch.where(members, n / max(n - 1, 1), torch.ones_like(x))
     rest = torch.where(members, squares - deviation.square() * n / max(n - 1, 1), squares).clamp(min=0.0)
-    lowered, kept = selection(len(x), n)
+    lowered, kept = selection(x, members)
     freedom = PRIOR_CLIENTS + left - 1
     spread = ((PRIOR_CLIENTS * variance + rest / kept) / freedom).sqrt()
     seen = (rest / kept / (left - 1).clamp(min=1)).sqrt()
@@ -56,18 +58,27 @@ def calibrate(log_scores: Tensor, members: Tensor, variance: float) -> Calibrati
     return Calibration(z, torch.as_tensor(p_values, device=x.device), spread_of_new, PRIOR_CLIENTS + n - 1)
 
 
-def selection(clients: int, members: int) -> tuple[float, float]:
-    """Return by how many standard deviations the lowest ``members`` of normal scores lie below all, and their variance.
+def selection(x: Tensor, members: Tensor) -> tuple[float, float]:
+    """Return by how many standard deviations the members' mean lies below that of all, and the part of their variance.
 
-    The members were selected as those with the least scores, so their own mean and variance are those of a normal
-    distribution cut above: with alpha = n / K, z its quantile and lambda = phi(z) / alpha, the mean is -lambda and the
-    variance 1 - z lambda - lambda^2.
+    The members (K,) bool were selected as those with the least scores x (K,), so they are a normal sample cut at the
+    smallest score of the others. With z the cut and lambda = phi(z) / Phi(z), the mean of such a sample is -lambda and
+    its variance 1 - z lambda - lambda^2; mean and variance of the members are solved for z. Others that stand far apart
+    were not cut off, and change nothing.
     """
-    if members == clients or members < 3:
+    inside, others = x[members].double(), x[~members].double()
+    others = others[others > inside.mean()]
+    if len(inside) < 3 or not len(others):
         return 0.0, 1.0
-    z = stats.norm.ppf(members / clients)
-    tail = stats.norm.pdf(z) * clients / members
-    return float(tail), float(max(1 - z * tail - tail**2, LEAST_KEPT_VARIANCE))
+    mean, spread, cut = float(inside.mean()), float(inside.std()), float(others.min())
+    z = 3.0
+    for _ in range(CUT_ROUNDS):
+        tail = float(stats.norm.pdf(z) / stats.norm.cdf(z))
+        kept = max(1 - z * tail - tail**2, LEAST_KEPT_VARIANCE)
+        sigma = max(spread / kept**0.5, 1e-300)
+        z = min(max((cut - mean) / sigma - tail, stats.norm.ppf(SMALLEST_SHARE)), 8.0)
+    tail = float(stats.norm.pdf(z) / stats.norm.cdf(z))
+    return tail, max(1 - z * tail - tail**2, LEAST_KEPT_VARIANCE)
 
 
 def any_contaminated(p_values: Tensor) -> bool:

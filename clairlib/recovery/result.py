@@ -61,8 +61,8 @@ class ModuleResult(ModuleSummary):
     ``basis`` U (p, r), or (q, r) for side "input", is unique up to rotation; compare with ``subspace.sin_theta``.
     ``common_part`` is P_perp M (p, q). ``refined`` has the form of the input, with a contaminated client's own update.
     As LowRank it has the rank asked for, balanced factors and scale 1. ``truncation_errors`` (K,) are the relative
-    Frobenius errors of that, 0 for dense and for own updates. Before truncation it is U U' Theta_k + ``common_part``
-    (side "input": Theta_k U U' + ``common_part``); `linalg.refined_factors.exact_update` joins these factors.
+    Frobenius errors of that, 0 for dense and for own updates. Before truncation it is U U' Theta_k + a_k
+    ``common_part`` (side "input": Theta_k U U' + a_k ``common_part``), a_k of ``sizes``; `linalg.refined_factors.exact_update` joins these factors.
     """
 
     basis: Any

@@ -59,8 +59,8 @@ def before_truncation(result: ClairResult, updates: Mapping[str, Sequence[LowRan
     benign = result.benign.tolist()
     return {
         name: [
-            exact_update(module.basis, module.common_part, own) if ok and module.is_refined else own
-            for own, ok in zip(updates[name], benign, strict=True)
+            exact_update(module.basis, module.common_part, own, size) if ok and module.is_refined else own
+            for own, ok, size in zip(updates[name], benign, module.sizes.tolist(), strict=True)
         ]
         for name, module in result.modules.items()
     }

@@ -136,8 +136,8 @@ def exactness_cell(
         dense = dense_refined(torch.stack([u.dense() for u in updates]), exact.benign, exact.modules[module].rank)
         own, best = read.modules[module], exact.modules[module]
         rounded = LowRank(_as(best.common_part.B, dtype), _as(best.common_part.A, dtype))
-        found = [exact_update(own.basis, own.common_part, _double(u)) for u in loaded[module]]
-        expected = [exact_update(_as(best.basis, dtype), rounded, u) for u in updates]
+        found = [exact_update(own.basis, own.common_part, _double(u), a) for u, a in zip(loaded[module], own.sizes.tolist(), strict=True)]
+        expected = [exact_update(_as(best.basis, dtype), rounded, u, a) for u, a in zip(updates, best.sizes.tolist(), strict=True)]
         errors = [_largest_error(refined, dense, exact.benign) for refined in (found, expected)]
         rows.append({"module": module, "error": errors[0], "rounding": errors[1]})
     return {"exactness": rows}
